@@ -1,0 +1,164 @@
+"""Samplers, deterministic and stochastic, written once on E[x0 | x_t].
+
+A sampler is a plain function (denoiser, x, times, **cond) -> x0. ``times`` is a float64 tensor [steps + 1] on the CPU that
+decreases from the time at which x lives to t_clean, where the last move returns the denoiser's x0. A multistep method finds
+the x0 its extrapolation stands for, and then makes the ordinary `move`. Where alpha is 0 at the start (zero terminal SNR) or
+sigma is 0 at the end, the step is infinite in log-SNR and every method takes its own limit there, the DDIM step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import DenoiserLike
+from distill.schedule import Schedule, move, to_eps, to_x0
+
+Sampler = Callable[..., Tensor]
+
+
+def ddim(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+    """Song et al. 2021, eq. 12 with eta = 0: Euler's method in sigma/alpha. Order 1, one NFE a step."""
+    for t, s in pairwise(times):
+        x = move(denoiser.schedule, x, denoiser(x, t, **cond), t, s)
+    return x
+
+
+def heun(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+    """Karras et al. 2022, Alg. 1. Order 2, 2 steps - 1 NFE: the step onto the data is an Euler one."""
+    schedule = denoiser.schedule
+    for t, s in pairwise(times):
+        x0 = denoiser(x, t, **cond)
+        if math.isfinite(_half_logsnr_step(schedule, t, s)):
+            ahead = move(schedule, x, x0, t, s)
+            eps = (to_eps(schedule, x, x0, t) + to_eps(schedule, ahead, denoiser(ahead, s, **cond), s)) / 2
+            x0 = to_x0(schedule, x, eps, t)
+        x = move(schedule, x, x0, t, s)
+    return x
+
+
+def dpm_solver_pp_2m(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022b, Alg. 2. Order 2, one NFE a step."""
+    return _multistep(denoiser, x, times, 2, False, cond)
+
+
+def dpm_solver_pp_3m(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+    """DPM-Solver++(3M), Lu et al. 2022b, with the quadratic through three x0 integrated exactly. Order 3, one NFE a step.
+
+    The formula in common use halves the quadratic's last term, which leaves order 2 (measured in EXPERIMENTS.md).
+    """
+    return _multistep(denoiser, x, times, 3, False, cond)
+
+
+def unipc(denoiser: DenoiserLike, x: Tensor, times: Tensor, *, order: int = 3, **cond: Any) -> Tensor:
+    """UniPC-p with B2(h) on x0, Zhao et al. 2023, Alg. 7. The corrector reuses the next x0: one NFE a step."""
+    return _multistep(denoiser, x, times, order, True, cond)
+
+
+def ipndm(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+    """iPNDM-4, Zhang & Chen 2023: Adams-Bashforth on eps with the weights of equal steps. One NFE a step."""
+    weights = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    schedule = denoiser.schedule
+    history: list[Tensor] = []  # eps, newest first
+    for t, s in pairwise(times):
+        x0 = denoiser(x, t, **cond)
+        history = [to_eps(schedule, x, x0, t), *history[:3]]
+        if len(history) > 1:
+            x0 = to_x0(schedule, x, _combine(weights[len(history) - 1], history), t)
+        x = move(schedule, x, x0, t, s)
+    return x
+
+
+def ancestral(
+    denoiser: DenoiserLike,
+    x: Tensor,
+    times: Tensor,
+    *,
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    **cond: Any,
+) -> Tensor:
+    """DDPM's posterior sampling (Ho et al. 2020; eta = 1 in Song et al. 2021, eq. 16). One NFE a step.
+
+    The move ends at the noise level sqrt(sigma_s^2 - up^2), and fresh noise of deviation
+    up = (sigma_s / sigma_t) sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2) fills it up. ``noise``: x -> noise like x.
+    """
+    schedule = denoiser.schedule
+    for t, s in pairwise(times):
+        x0 = denoiser(x, t, **cond)
+        (a_t, s_t), (a_s, s_s) = ((float(schedule.alpha(u)), float(schedule.sigma(u))) for u in (t, s))
+        if s_s == 0:
+            return move(schedule, x, x0, t, s)
+        up = s_s / s_t * math.sqrt(s_t**2 - (a_t * s_s / a_s) ** 2)
+        x = a_s * x0 + math.sqrt(s_s**2 - up**2) * to_eps(schedule, x, x0, t) + up * noise(x)
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim,
+    "heun": heun,
+    "dpm++2m": dpm_solver_pp_2m,
+    "dpm++3m": dpm_solver_pp_3m,
+    "unipc": unipc,
+    "ipndm": ipndm,
+    "ancestral": ancestral,
+}
+
+
+def nfe(sampler: str, steps: int) -> int:
+    """Network evaluations that ``steps`` steps of a sampler take at most (before guidance doubles them)."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def _half_logsnr_step(schedule: Schedule, t: Tensor, s: Tensor) -> float:
+    return float(schedule.logsnr(s) - schedule.logsnr(t)) / 2
+
+
+def _combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = total + weight * tensor
+    return total
+
+
+def _multistep(denoiser: DenoiserLike, x: Tensor, times: Tensor, order: int, correct: bool, cond: dict) -> Tensor:
+    """Exponential Adams methods: extrapolate x0 from the last ``order`` points and, with ``correct``, once x0 at the end of
+    the step is known, make the step again with it before going on."""
+    schedule = denoiser.schedule
+    behind: list[tuple[Tensor, Tensor]] = []  # (time, x0), newest first
+    last: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] | None = None
+    for left, (t, s) in zip(range(len(times) - 1, 0, -1), pairwise(times), strict=True):
+        x0 = denoiser(x, t, **cond)
+        if correct and last is not None:
+            x_start, start, points = last
+            x = move(schedule, x_start, _integrated_x0(schedule, [*points, (t, x0)], start, t), start, t)
+        behind = [(t, x0), *behind[: order - 1]]
+        points = behind[:left]  # the order comes down again towards the end
+        last = x, t, points
+        x = move(schedule, x, _integrated_x0(schedule, points, t, s), t, s)
+    return x
+
+
+def _integrated_x0(schedule: Schedule, points: list[tuple[Tensor, Tensor]], t: Tensor, s: Tensor) -> Tensor:
+    """The constant x0 that moves x_t to x_s like the polynomial through ``points``, (time, x0) with t's first.
+
+    With u the part of the step done in half log-SNR and h its length, moving weighs x0(u) by h exp(-h (1 - u)), so the
+    weights w of the points at r satisfy sum_k w_k r_k^j = m_j / m_0 with m_j = h int u^j exp(-h (1 - u)) du
+    = 1 - j m_{j-1} / h. For two points both papers put 1/2 for m_1 / m_0, its value at small h.
+    """
+    h = _half_logsnr_step(schedule, t, s)
+    if math.isinf(h):
+        return points[0][1]
+    nodes = [(_half_logsnr_step(schedule, t, time) / h, x0) for time, x0 in points]
+    nodes = [(r, x0) for r, x0 in nodes if math.isfinite(r)]
+    moments = [-math.expm1(-h)]
+    for j in range(1, len(nodes)):
+        moments.append(1 - j * moments[-1] / h)
+    ratios = [moment / moments[0] for moment in moments] if len(nodes) > 2 else [1.0, 0.5][: len(nodes)]
+    powers = torch.tensor([[r**j for r, _ in nodes] for j in range(len(nodes))], dtype=torch.float64)
+    weights = torch.linalg.solve(powers, torch.tensor(ratios, dtype=torch.float64))
+    return _combine(weights.tolist(), [x0 for _, x0 in nodes])
