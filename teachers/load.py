@@ -1,0 +1,161 @@
+"""teachers.load(spec) -> Teacher, one table of what a spec can be, and the file format students are written in."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill import checkpoint
+from distill.denoiser import Denoiser, DenoiserLike, Guided
+from distill.schedule import describe, schedule_from
+
+ACCEPTED = (
+    "'digits', a .safetensors file of this project, a diffusers pipeline folder or hub id (owner/name), "
+    "'package.module:factory,schedule=...,prediction=...', 'oracle:gaussian', 'oracle:mixture' or 'oracle:digits'"
+)
+
+# network family -> module with build(config) -> nn.Module called as (x, c_noise, **cond)
+FAMILIES = {"unet2d": "teachers.unet", "module": "teachers.module"}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model: its denoiser, the shape of one sample, how it is conditioned, and where it comes from.
+
+    ``network``: what rebuilds the network ({"family": ..., "config": ...}), None for oracles. ``classes``: class labels
+    0..classes-1, None without labels; ``null``: the label that stands for none. ``sampler``: what a distilled student was made
+    for ({"name", "grid", "steps"}), empty for a model that takes any. ``record``: method and provenance, as saved.
+    """
+
+    denoiser: DenoiserLike
+    shape: tuple[int, ...]
+    network: dict | None = None
+    classes: int | None = None
+    null: int | None = None
+    sampler: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+
+    @property
+    def parametric(self) -> Denoiser:
+        """The denoiser as a network. ValueError for an oracle, which has none to copy, train or save."""
+        if not isinstance(self.denoiser, Denoiser):
+            raise ValueError("an oracle has no network: a model with weights is needed here")
+        return self.denoiser
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what the model computes with: weights and description, or an oracle's definition."""
+        if not isinstance(self.denoiser, Denoiser):
+            return hashlib.sha256(repr((self.record, self.denoiser)).encode()).hexdigest()
+        facts = {k: v for k, v in self.describe().items() if k != "record"}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for name, value in sorted(self.denoiser.net.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
+        """What the denoiser takes beside x and t for these labels [B]."""
+        return {} if self.classes is None or labels is None else {"labels": labels}
+
+    def guided(self, scale: float) -> DenoiserLike:
+        """The denoiser under classifier-free guidance. ValueError for a model that knows no "none" label."""
+        if scale == 1:
+            return self.denoiser
+        if self.null is None:
+            raise ValueError("guidance needs a teacher trained with a null class; this one has none: use --guidance 1")
+        return Guided(self.denoiser, {"labels": torch.tensor([self.null])}, scale)
+
+    def to(self, device: torch.device) -> Teacher:
+        if isinstance(self.denoiser, Denoiser):
+            self.denoiser.net.to(device)
+        return self
+
+    def student(self) -> Denoiser:
+        """A trainable copy of the denoiser."""
+        return dataclasses.replace(self.parametric, net=copy.deepcopy(self.parametric.net).requires_grad_(True))
+
+    def describe(self) -> dict:
+        """Everything but the weights, as JSON."""
+        d = self.parametric
+        return {
+            "network": self.network,
+            "schedule": describe(d.schedule),
+            "prediction": d.prediction,
+            "time": d.time,
+            "sigma_data": d.sigma_data,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "null": self.null,
+            "sampler": self.sampler,
+            "record": self.record,
+        }
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    return net.eval().requires_grad_(False)
+
+
+def save(path: Path | str, model: Teacher) -> None:
+    """One safetensors file from which `load_file` rebuilds the model."""
+    checkpoint.save(path, model.parametric.net.state_dict(), model.describe())
+
+
+def load_file(path: Path | str) -> Teacher:
+    tensors, description = checkpoint.load(path)
+    if "network" not in description:
+        raise ValueError(f"{path}: holds no model (a checkpoint of an unfinished run?)")
+    network = description["network"]
+    if network["family"] not in FAMILIES:
+        raise ValueError(f"{path}: unknown network family {network['family']!r}: accepted are {', '.join(FAMILIES)}")
+    net = importlib.import_module(FAMILIES[network["family"]]).build(network["config"])
+    checkpoint.load_weights(net, tensors, str(path))
+    denoiser = Denoiser(
+        frozen(net),
+        schedule_from(description["schedule"]),
+        description["prediction"],
+        description["time"],
+        description["sigma_data"],
+    )
+    return Teacher(
+        denoiser,
+        tuple(description["shape"]),
+        network,
+        description["classes"],
+        description["null"],
+        description["sampler"],
+        description["record"],
+    )
+
+
+def _from(module: str) -> Callable[[str], Teacher]:
+    return lambda spec: importlib.import_module(module).load(spec)
+
+
+def load(spec: str) -> Teacher:
+    """A teacher from its spec, frozen and on the CPU. ValueError in one line that says what is accepted."""
+    path = Path(spec)
+    if spec == "digits":
+        return load_file(Path(__file__).parent / "digits" / "teacher.safetensors")
+    if spec.startswith("oracle:"):
+        return _from("teachers.oracle")(spec)
+    if path.is_dir():
+        if (path / "student.safetensors").is_file():
+            return load_file(path / "student.safetensors")
+        return _from("teachers.unet")(spec)
+    if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl"):
+        return load_file(path)
+    if ":" in spec:
+        return _from("teachers.module")(spec)
+    if spec.count("/") == 1 and not spec.startswith((".", "/")):
+        return _from("teachers.unet")(spec)
+    raise ValueError(f"unknown teacher {spec!r}: accepted are {ACCEPTED}")

@@ -1,0 +1,88 @@
+"""diffusers' UNet2DModel: as a network family of our own files, and from DDPM and DDIM pipelines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from distill.denoiser import Denoiser
+from distill.schedule import Table
+from teachers.load import Teacher, frozen
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+
+
+class UNet(nn.Module):
+    """A UNet2DModel called as (x [B, C, H, W], t [B], labels [B] or nothing) -> [B, C, H, W]."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.unet(x, t, class_labels=labels, return_dict=False)[0]
+
+
+def build(config: dict) -> UNet:
+    from diffusers import UNet2DModel
+
+    return UNet(UNet2DModel(**config))  # type: ignore[arg-type]
+
+
+def network(unet: nn.Module) -> dict:
+    """What rebuilds a UNet2DModel, as JSON."""
+    return {"family": "unet2d", "config": {k: v for k, v in unet.config.items() if not k.startswith("_")}}  # type: ignore
+
+
+def table_of(scheduler_config: dict) -> Table:
+    """The schedule of a diffusers scheduler configuration, through diffusers' own table."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    cls = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}[scheduler_config.get("_class_name", "DDIMScheduler")]
+    return Table(tuple(cls.from_config(scheduler_config).alphas_cumprod.double().tolist()))
+
+
+def load(spec: str) -> Teacher:
+    """A DDPM or DDIM pipeline with a UNet2DModel, from a folder or, where there is none of that name, from the hub."""
+    from diffusers import DiffusionPipeline, UNet2DModel
+
+    folder = Path(spec)
+    if not folder.is_dir():
+        try:
+            folder = Path(DiffusionPipeline.download(spec, trust_remote_code=False))
+        except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+            raise ValueError(
+                f"cannot fetch {spec!r} from the hub ({type(error).__name__}): is it spelt right, is there a network?"
+            ) from None
+    index = _read(folder / "model_index.json", "no diffusers pipeline")
+    if "unet" not in index or "scheduler" not in index or index["unet"][1] != "UNet2DModel":
+        raise ValueError(f"{spec}: holds a {index.get('_class_name')}; accepted are pipelines of a UNet2DModel and a scheduler")
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json", "the pipeline lacks its scheduler")
+    name, prediction = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    if name not in SCHEDULERS:
+        raise ValueError(f"{spec}: scheduler {name}; accepted are {', '.join(SCHEDULERS)}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{spec}: prediction_type {prediction!r}; accepted are {', '.join(PREDICTIONS)}")
+    try:
+        unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"{spec}: the pipeline lacks its weights as safetensors ({str(error).splitlines()[0]})") from None
+    c = unet.config
+    size = (c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else tuple(c.sample_size)
+    return Teacher(
+        Denoiser(frozen(UNet(unet)), table_of(scheduler), PREDICTIONS[prediction], "index"),
+        (c.in_channels, *size),
+        network(unet),
+        classes=c.num_class_embeds,
+        record={"source": spec},
+    )
+
+
+def _read(path: Path, otherwise: str) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        raise ValueError(f"{path}: {otherwise}") from None

@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import nn
+
+import teachers
+from distill.schedule import Cosine, Table, add_noise
+from teachers.oracle import Gaussian, Mixture, finite
+
+
+def small_unet(**options):
+    return UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pipeline, scheduler", [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_a_pipeline_folder_gives_its_schedulers_pred_original_sample(tmp_path, pipeline, scheduler, prediction, betas):
+    unet = small_unet().eval()
+    pipeline(unet, scheduler(prediction_type=prediction, beta_schedule=betas)).save_pretrained(tmp_path)
+    teacher = teachers.load(str(tmp_path))
+    assert teacher.shape == (3, 8, 8) and teacher.classes is None
+    theirs = DDIMScheduler(prediction_type=prediction, beta_schedule=betas, clip_sample=False)
+    theirs.set_timesteps(1000)
+    x = torch.randn(2, 3, 8, 8)
+    for index in (0, 300, 900):
+        with torch.no_grad():
+            expected = theirs.step(unet(x, index).sample, index, x).pred_original_sample
+            got = teacher.denoiser(x, torch.tensor((index + 1) / 1000, dtype=torch.float64))
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_class_labels_reach_a_conditional_pipelines_network(tmp_path):
+    DDPMPipeline(small_unet(num_class_embeds=5), DDPMScheduler()).save_pretrained(tmp_path)
+    teacher = teachers.load(str(tmp_path))
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor(0.5)
+    a, b = (teacher.denoiser(x, t, **teacher.condition(torch.tensor([c]))) for c in (0, 4))
+    assert teacher.classes == 5 and not torch.allclose(a, b)
+
+
+def test_a_saved_model_comes_back_whole(tmp_path, teacher):
+    teachers.save(tmp_path / "m.safetensors", teacher)
+    again = teachers.load(str(tmp_path / "m.safetensors"))
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([3, 7])
+    assert torch.equal(again.denoiser(x, t, labels=labels), teacher.denoiser(x, t, labels=labels))
+    assert again.describe() == teacher.describe() and again.fingerprint == teacher.fingerprint
+    assert again.denoiser.schedule == teacher.denoiser.schedule
+
+
+def tiny(width=4):
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x, t, labels=None):
+            return self.c(x) * t[:, None, None, None]
+
+    return Tiny()
+
+
+def test_any_module_is_a_teacher_through_its_factory(tmp_path, monkeypatch):
+    (tmp_path / "mymodule.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, scale):\n        super().__init__(); self.scale = torch.nn.Parameter(torch.tensor(float(scale)))\n"
+        "    def forward(self, x, t):\n        return self.scale * x\n"
+        "def make(scale=1): return Net(scale)\n"
+        "def wrong(): return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    teacher = teachers.load("mymodule:make,schedule=flow,prediction=x0,shape=2,arg.scale=3")
+    x = torch.randn(4, 2)
+    assert torch.equal(teacher.denoiser(x, torch.tensor(0.5)), 3 * x)
+    teachers.save(tmp_path / "m.safetensors", teacher)
+    assert torch.equal(teachers.load(str(tmp_path / "m.safetensors")).denoiser(x, torch.tensor(0.5)), 3 * x)
+    for spec, message in {
+        "mymodule:make,schedule=flow,shape=2": "schedule, prediction and shape must be named",
+        "mymodule:make,schedule=flow,prediction=x0,shape=2,wrong=1": "unknown wrong",
+        "mymodule:nothing,schedule=flow,prediction=x0,shape=2": "cannot import",
+        "nomodule:make,schedule=flow,prediction=x0,shape=2": "cannot import",
+        "mymodule:wrong,schedule=flow,prediction=x0,shape=2": "made a int",
+        "mymodule:make,schedule=flow,prediction=eps,shape=2": "divides by alpha",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            teachers.load(spec)
+
+
+def test_unknown_specs_say_what_is_accepted(tmp_path):
+    with pytest.raises(ValueError, match="unknown teacher 'digts': accepted are 'digits'"):
+        teachers.load("digts")
+    with pytest.raises(ValueError, match="unknown oracle"):
+        teachers.load("oracle:delphi")
+    with pytest.raises(ValueError, match="no such file"):
+        teachers.load(str(tmp_path / "x.safetensors"))
+    with pytest.raises(ValueError, match="no diffusers pipeline"):
+        teachers.load(str(tmp_path))
+    with pytest.raises(ValueError, match="cannot fetch 'nobody/nothing' from the hub"):
+        teachers.load("nobody/nothing")
+
+
+def test_pipelines_that_cannot_be_read_are_refused_by_what_is_wrong(tmp_path):
+    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    original = config.read_text()
+    for change, message in (
+        ({"prediction_type": "velocity"}, "prediction_type 'velocity'; accepted are epsilon"),
+        ({"_class_name": "EulerScheduler"}, "scheduler EulerScheduler; accepted are DDPMScheduler"),
+    ):
+        config.write_text(json.dumps({**json.loads(original), **change}))
+        with pytest.raises(ValueError, match=message):
+            teachers.load(str(tmp_path))
+    config.write_text(
+        json.dumps({**json.loads(original), "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True})
+    )
+    with pytest.raises(ValueError, match="divides by alpha"):
+        teachers.load(str(tmp_path))
+    config.write_text(original)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks its weights"):
+        teachers.load(str(tmp_path))
+
+
+def test_oracles_have_no_weights_to_copy():
+    with pytest.raises(ValueError, match="an oracle has no network"):
+        teachers.load("oracle:gaussian").student()
+
+
+def test_a_mixture_of_one_is_a_gaussian_and_its_mean_is_numeric():
+    schedule, t = Cosine(), torch.linspace(0.1, 0.9, 5).double()
+    x = torch.randn(5, 2).double()
+    one = Mixture(schedule, torch.tensor([[0.3, -0.2]]).double(), torch.tensor([0.5]).double(), torch.ones(1).double())
+    assert torch.allclose(one(x, t), Gaussian(schedule, torch.tensor([0.3, -0.2]), torch.tensor(0.5).double())(x, t), atol=1e-7)
+    two = Mixture(
+        schedule, torch.tensor([[-1.0], [0.5]]).double(), torch.tensor([0.2, 0.4]).double(), torch.tensor([0.3, 0.7]).double()
+    )
+    z = torch.linspace(-6, 6, 20001).double()[:, None]
+    prior = sum(w * torch.exp(-((z - m) ** 2) / (2 * s**2)) / s for w, m, s in ((0.3, -1.0, 0.2), (0.7, 0.5, 0.4)))
+    for ti, xi in zip(t, x[:, :1]):
+        weight = prior * torch.exp(-((xi - schedule.alpha(ti) * z) ** 2) / (2 * schedule.sigma(ti) ** 2))
+        assert torch.allclose(two(xi[None], ti), (weight * z).sum() / weight.sum(), atol=1e-6)
+
+
+def test_the_exact_denoiser_of_a_data_set_is_the_softmax_over_its_points():
+    data, t = torch.randn(20, 1, 2, 2).double(), torch.tensor(0.4).double()
+    x = add_noise(Cosine(), data[:3], torch.randn(3, 1, 2, 2).double(), t)
+    a, s = Cosine().alpha(t), Cosine().sigma(t)
+    weights = torch.softmax(-(x[:, None] - a * data[None]).flatten(2).square().sum(2) / (2 * s * s), 1)
+    expected = (weights @ data.flatten(1)).reshape(3, 1, 2, 2)
+    assert torch.allclose(finite(Cosine(), data)(x, t), expected)
+
+
+def test_the_embedded_teachers_table_meets_every_ladder_of_powers_of_two(teacher):
+    schedule = teacher.denoiser.schedule
+    assert isinstance(schedule, Table) and schedule.steps % 64 == 0
+    assert schedule.alphas_cumprod[-1] == 0 and teacher.denoiser.prediction == "v"
+
+
+def test_guidance_needs_a_null_class(tmp_path, teacher):
+    DDPMPipeline(small_unet(num_class_embeds=5), DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs a teacher trained with a null class"):
+        teachers.load(str(tmp_path)).guided(2.0)
+    assert teacher.guided(1.0) is teacher.denoiser and teacher.guided(2.0).scale == 2.0
