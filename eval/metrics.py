@@ -1,0 +1,158 @@
+"""Numbers of a set of features against a reference, with intervals.
+
+The headline numbers are torch-fidelity's own functions on float32 features in the order of their indices. The interval of
+FID is a delete-a-group jackknife over 20 groups: the groups are sums of float64 moments, and leaving one out is a
+subtraction. A naive bootstrap would be wrong here, since duplicates add to the bias of FID.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from eval import fidelity
+
+GROUPS = 20
+T_975 = 2.093  # Student's t, 19 degrees of freedom
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of images 0..n-1 in order: ``fid`` [N, D] (KID, precision and recall too) and ``logits`` [N, C] or None."""
+
+    fid: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Float64 sums over samples: their number [G], sum [G, D] and sum of outer products [G, D, D], a row a group."""
+
+    n: np.ndarray
+    total: np.ndarray
+    outer: np.ndarray
+
+    @classmethod
+    def of(cls, features: Tensor, groups: int = GROUPS) -> Moments:
+        """Sample i belongs to group i mod ``groups``."""
+        x = features.double().numpy()
+        parts = [x[g::groups] for g in range(groups)]
+        return cls(np.array([len(p) for p in parts]), np.stack([p.sum(0) for p in parts]), np.stack([p.T @ p for p in parts]))
+
+    def statistics(self, without: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [D] and covariance [D, D] of all groups, or of all but one."""
+        n, total, outer = self.n.sum(), self.total.sum(0), self.outer.sum(0)
+        if without is not None:
+            n, total, outer = n - self.n[without], total - self.total[without], outer - self.outer[without]
+        mean = total / n
+        return mean, (outer - n * np.outer(mean, mean)) / (n - 1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of the real images; FID against them is the distance to this very set, all of it."""
+
+    features: Tensor
+
+    @cached_property
+    def statistics(self) -> dict[str, np.ndarray]:
+        return fidelity.statistics(self.features)
+
+    @cached_property
+    def _root(self) -> np.ndarray:
+        values, vectors = np.linalg.eigh(self.statistics["sigma"])
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+    def frechet(self, mean: np.ndarray, covariance: np.ndarray) -> float:
+        """FID through the symmetric square root: the same number as torch-fidelity's, for many covariances a reference."""
+        cross = np.linalg.eigvalsh(self._root @ covariance @ self._root).clip(0)
+        shift = mean - self.statistics["mu"]
+        return float(shift @ shift + np.trace(covariance) + np.trace(self.statistics["sigma"]) - 2 * np.sqrt(cross).sum())
+
+    def floor(self, images: int, repeats: int = 10) -> float:
+        """FID that ``images`` fresh real images would have, for scale.
+
+        Real images against each other have FID c (1/n + 1/m) to first order; c is measured on random halves of the
+        reference and the law gives the value at n = ``images``, m = all of the reference.
+        """
+        n = len(self.features)
+        rng = np.random.default_rng(0)
+        values = []
+        for _ in range(repeats):
+            order = torch.from_numpy(rng.permutation(n))
+            one, two = self.features[order[: n // 2]], self.features[order[n // 2 :]]
+            values.append(fidelity.frechet(fidelity.statistics(one), fidelity.statistics(two)))
+        return float(np.mean(values)) / (1 / (n // 2) + 1 / (n - n // 2)) * (1 / images + 1 / n)
+
+
+def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:
+    """Standard error of a value and its bias-corrected counterpart from its values with each of G groups left out.
+
+    error^2 = (G - 1)/G sum (v_g - mean v)^2; corrected = G value - (G - 1) mean v, which removes a bias in 1/n: FID-infinity.
+    """
+    groups = len(left_out)
+    mean = sum(left_out) / groups
+    error = math.sqrt((groups - 1) / groups * sum((v - mean) ** 2 for v in left_out))
+    return error, groups * value - (groups - 1) * mean
+
+
+def paired_difference(one: dict, two: dict) -> tuple[float, float]:
+    """FID of cell one minus that of cell two, and its standard error, the noise they share cancelling (rows of `measure`)."""
+    differences = [a - b for a, b in zip(one["fid_left_out"], two["fid_left_out"], strict=True)]
+    value = one["fid"] - two["fid"]
+    return value, jackknife(value, differences)[0]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """The same threads for torch and for numpy's BLAS however many processes share the machine: last digits depend on them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    try:
+        with threadpool_limits(cores()):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fid_with_interval(features: Tensor, reference: Reference) -> dict:
+    """fid, fid_interval, fid_infinity with its own interval, and the values with each group left out."""
+    fid = fidelity.frechet(fidelity.statistics(features), reference.statistics)
+    moments = Moments.of(features)
+    left_out = [reference.frechet(*moments.statistics(without=g)) for g in range(GROUPS)]
+    error, infinity = jackknife(fid, left_out)
+    return {
+        "fid": fid,
+        "fid_interval": [fid - T_975 * error, fid + T_975 * error],
+        "fid_infinity": infinity,
+        "fid_infinity_interval": [infinity - T_975 * error, infinity + T_975 * error],
+        "fid_left_out": left_out,
+    }
+
+
+@_all_cores()
+def measure(features: Features, reference: Reference) -> dict:
+    """All metrics of generated features, as plain numbers."""
+    kid, kid_spread = fidelity.kid(features.fid, reference.features)
+    precision, recall = fidelity.precision_recall(features.fid, reference.features)
+    return fid_with_interval(features.fid, reference) | {
+        "kid": kid,
+        "kid_spread": kid_spread,
+        "isc": None if features.logits is None else fidelity.inception_score(features.logits),
+        "precision": precision,
+        "recall": recall,
+    }

@@ -1,0 +1,111 @@
+"""Pictures: FID against cost, and samples by step count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from distill.checkpoint import replacing
+
+COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
+GREYS = ["#222222", "#555555", "#777777", "#999999", "#b0b0b0", "#c8c8c8"]
+MARKERS = "osD^vP"
+
+
+def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float | None = None) -> None:
+    """Log-log FID against ``rows[..][x]`` with intervals: students in colour, the teacher's samplers in grey, the Pareto front
+    ringed, the real-against-real floor dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "error" not in row]
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=130)
+    colours = {"student": iter(COLOURS * 9), "teacher": iter(GREYS * 9)}
+    curves: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        name = "student" if row["role"] == "student" else f"teacher, {row['sampler']}"
+        curves.setdefault((row["role"], name), []).append(row)
+    for (role, name), points in sorted(curves.items(), key=lambda item: item[0][0]):
+        points.sort(key=lambda row: row[x])
+        fid = [row["fid"] for row in points]
+        error = [
+            [max(0, row["fid"] - row["fid_interval"][0]) for row in points],
+            [row["fid_interval"][1] - row["fid"] for row in points],
+        ]
+        front = role == "student"
+        axes.errorbar(
+            [row[x] for row in points], fid, error, label=name, color=next(colours[role]), marker=MARKERS[len(curves) % 6] if front else ".",
+            linewidth=2.2 if front else 1.1, capsize=2, zorder=3 if front else 2,
+        )  # fmt: skip
+    front_rows = pareto(rows, x)
+    axes.scatter(
+        [r[x] for r in front_rows],
+        [r["fid"] for r in front_rows],
+        s=110,
+        facecolors="none",
+        edgecolors="#e0a000",
+        zorder=4,
+        label="Pareto front",
+    )
+    if floor is not None:
+        axes.axhline(floor, color="#888888", linestyle="--", linewidth=0.9, label="real against real")
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"FID ({rows[0]['images']:,} images)" if rows else "FID")
+    if x == "nfe":
+        ticks = sorted({round(row[x]) for row in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=7)
+        axes.minorticks_off()
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png")
+    plt.close(figure)
+
+
+def pareto(rows: list[dict], x: str) -> list[dict]:
+    """The rows that no other row beats in both cost ``x`` and FID, cheapest first."""
+    best, front = float("inf"), []
+    for row in sorted(rows, key=lambda row: (row[x], row["fid"])):
+        if row["fid"] < best:
+            best = row["fid"]
+            front.append(row)
+    return front
+
+
+def _enlarged(pixels: Tensor, scale: int):
+    """One uint8 image [C, H, W] as a PIL image, every pixel ``scale`` wide."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _scale(height: int, wanted: int = 40) -> int:
+    return max(1, wanted // height)
+
+
+def sample_grid(rows: list[tuple[str, Tensor]], path: Path, columns: int = 12) -> None:
+    """Rows of uint8 images [n, C, H, W] with their labels; an empty label leaves no margin for it."""
+    from PIL import Image, ImageDraw
+
+    scale = _scale(rows[0][1].shape[2])
+    tile = _enlarged(rows[0][1][0], scale)
+    columns = min(columns, max(len(images) for _, images in rows))
+    left, gap = (120 if any(label for label, _ in rows) else 3), 3
+    canvas = Image.new("RGB", (left + columns * (tile.width + gap), gap + len(rows) * (tile.height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for y, (label, images) in enumerate(rows):
+        top = gap + y * (tile.height + gap)
+        draw.text((4, top + tile.height // 2 - 6), label, fill="black")
+        for x, pixels in enumerate(images[:columns]):
+            canvas.paste(_enlarged(pixels, scale), (left + x * (tile.width + gap), top))
+    with replacing(path) as aside:
+        canvas.save(aside, format="PNG")
+
+
+def contact_sheet(images: Tensor, path: Path, columns: int = 10) -> None:
+    """uint8 images [n, C, H, W] as one PNG, row by row."""
+    sample_grid([("", part) for part in images.split(columns)], path, columns)

@@ -1,0 +1,88 @@
+"""The contract with torch-fidelity: what eval/fidelity.py relies on, on features whose answers are known."""
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from torch.utils.data import Dataset
+
+from eval import digits, fidelity
+from eval.features import Extractor
+from teachers.digits import digits as digit_images
+
+
+def test_frechet_is_zero_on_itself_and_closed_form_between_axis_aligned_gaussians():
+    mean = np.array([1.0, 2.0]), np.array([0.0, 2.5])
+    variance = np.diag([4.0, 1.0]), np.diag([1.0, 9.0])
+    one, two = ({"mu": m, "sigma": v} for m, v in zip(mean, variance))
+    assert fidelity.frechet(one, one) == pytest.approx(0, abs=1e-12)
+    expected = 1.25 + (2 - 1) ** 2 + (1 - 3) ** 2  # |mean difference|^2 + sum (std difference)^2
+    assert fidelity.frechet(one, two) == pytest.approx(expected)
+
+
+def test_statistics_are_mean_and_unbiased_covariance():
+    features = torch.randn(50, 3)
+    out = fidelity.statistics(features)
+    assert np.allclose(out["mu"], features.mean(0)) and np.allclose(out["sigma"], torch.cov(features.T))
+
+
+def test_precision_is_of_the_generated_and_recall_of_the_real():
+    real = torch.randn(500, 2)
+    narrow = 0.05 * torch.randn(500, 2)  # lies where real images are, and misses most of them
+    precision, recall = fidelity.precision_recall(narrow, real)
+    assert precision > 0.95 and recall < 0.1
+
+
+def test_kid_is_the_unbiased_polynomial_mmd():
+    x, y = torch.randn(40, 4).double(), torch.randn(40, 4).double() + 0.5
+    k = lambda a, b: (a @ b.T / 4 + 1) ** 3  # noqa: E731
+    within = sum((k(z, z).sum() - k(z, z).diagonal().sum()) / (40 * 39) for z in (x, y))
+    mean, _ = fidelity.kid(x, y)
+    assert mean == pytest.approx(float(within - 2 * k(x, y).mean()), rel=1e-9)
+
+
+def test_inception_score_of_certain_and_of_indifferent_classes():
+    assert fidelity.inception_score(100 * torch.eye(10).repeat(100, 1)) == pytest.approx(
+        10, rel=0.06
+    )  # ten splits of 100 images, whose classes are not quite even
+    assert fidelity.inception_score(torch.zeros(1000, 10)) == pytest.approx(1)
+
+
+class Images(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i].expand(3, -1, -1)
+
+
+def test_the_registered_extractor_gives_calculate_metrics_our_numbers():
+    images, _ = digit_images()
+    one, two = images[:1100], images[700:]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(one), input2=Images(two), cuda=False, feature_extractor="digits", fid=True, kid=True, isc=True, prc=True,
+        kid_subset_size=1000, verbose=False, cache=False, save_cpu_ram=True,
+    )  # fmt: skip
+    extractor = Extractor.create("digits")
+    a, b = (torch.cat([extractor(part).fid for part in z.split(64)]) for z in (one, two))
+    logits = torch.cat([extractor(part).logits for part in one.split(64)])
+    assert fidelity.frechet(fidelity.statistics(a), fidelity.statistics(b)) == theirs["frechet_inception_distance"]
+    assert fidelity.kid(a, b)[0] == theirs["kernel_inception_distance_mean"]
+    assert fidelity.inception_score(logits) == theirs["inception_score_mean"]
+
+
+def test_the_embedded_classifier_knows_its_digits_and_its_features_are_standardised():
+    images, labels = digit_images()
+    features, logits = digits.load()(images)
+    assert (logits.argmax(1) == labels).float().mean() > 0.99
+    assert features.mean(0).abs().max() < 1e-4 and (features.std(0) - 1).abs().max() < 1e-4
+
+
+def test_unknown_features_and_missing_weights_are_named():
+    with pytest.raises(ValueError, match=r"unknown features 'incption': accepted are .*inception-v3-compat.*digits"):
+        Extractor.create("incption")
+    with pytest.raises(ValueError, match="no such file"):
+        Extractor.create("inception-v3-compat", "nowhere.pth")
