@@ -1,0 +1,96 @@
+"""Images of any model at any step count, as one PNG or a folder of them.
+
+    python recipes/sample.py --model digits --steps 64 --images 100 --output samples.png
+    python recipes/sample.py --model runs/progressive-digits --steps 1 --images 1000 --output images/
+
+Image i of a seed is the same in every grid, folder and evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import teachers
+from distill.checkpoint import replacing
+from distill.grid import GRIDS
+from distill.solver import SAMPLERS
+from eval.generate import chunks, generate, start, to_uint8
+from eval.plots import contact_sheet
+from recipes.common import fail, flag, one_line_errors, parse
+from teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = flag("digits", "what is sampled: " + teachers.ACCEPTED)
+    steps: int | None = flag(None, "step count; a student's own, else 64, where it is not given")
+    sampler: str | None = flag(None, "sampler; a student's own, else ddim, where it is not given", choices=SAMPLERS)
+    grid: str | None = flag(None, "time grid; a student's own, else uniform, where it is not given", choices=GRIDS)
+    guidance: float = flag(1.0, "classifier-free guidance; 1 is none")
+    labels: tuple[int, ...] | None = flag(None, "classes, repeated as often as there are images; drawn where not given")
+    images: int = flag(100, "how many")
+    columns: int = flag(10, "columns of a grid")
+    chunk: int = flag(256, "images generated at once")
+    seed: int = flag(0, "seed of noise and labels")
+    output: str = flag("samples.png", "a .png file for a grid, or a folder for single images; neither may exist")
+
+
+def settings(model: Teacher, config: Config) -> tuple[str, str, int]:
+    """Sampler, grid and steps. ValueError where a student is asked for a step count it was not made for."""
+    made = model.sampler
+    steps = config.steps or (min(made["steps"]) if made else 64)
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: accepted are 1 and more")
+    if made and steps not in made["steps"]:
+        raise ValueError(f"this student was made for {made['steps']} steps, not {steps}")
+    return config.sampler or made.get("name", "ddim"), config.grid or made.get("grid", "uniform"), steps
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse(Config, __doc__.splitlines()[0], argv=argv)
+        output = Path(config.output)
+        if output.exists():
+            fail(f"{output} exists: name another --output")
+        if config.images < 1:
+            raise ValueError(f"--images {config.images}: accepted are 1 and more")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = teachers.load(config.model).to(device)
+        sampler, grid, steps = settings(model, config)
+        denoiser = model.guided(config.guidance)
+        if config.labels is not None and (model.classes is None or not all(0 <= c < model.classes for c in config.labels)):
+            raise ValueError(f"--labels: this model has {model.classes or 'no'} classes")
+        if len(model.shape) != 3 or model.shape[0] not in (1, 3):
+            raise ValueError(f"samples of shape {model.shape} are no pictures: accepted are models of 1 or 3 channels")
+    times = GRIDS[grid](denoiser.schedule, steps)
+    parts = []
+    for indices in tqdm(
+        chunks(config.images, min(config.chunk, config.images)), desc=f"{steps} steps of {sampler}", disable=None
+    ):
+        begin = start(indices, model.shape, model.classes, config.seed)
+        if config.labels is not None:
+            begin.labels = torch.tensor([config.labels[i % len(config.labels)] for i in indices])
+        parts.append(to_uint8(generate(denoiser, sampler, times, begin, model.condition, device)).cpu())
+    images = torch.cat(parts)[: config.images]
+    if output.suffix == ".png":
+        contact_sheet(images, output, config.columns)
+    else:
+        write_folder(images, output)
+    print(f"{len(images)} images, {sampler} with {steps} steps: {output}")
+
+
+def write_folder(images: torch.Tensor, folder: Path) -> None:
+    """uint8 images [n, C, H, W] as 000000.png, 000001.png, ..."""
+    from PIL import Image
+
+    for i, pixels in enumerate(images):
+        with replacing(folder / f"{i:06d}.png") as aside:
+            Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()).save(aside, format="PNG")
+
+
+if __name__ == "__main__":
+    main()

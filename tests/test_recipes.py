@@ -1,0 +1,371 @@
+"""The recipes as a user launches them: one process and two, killed and resumed, and given bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, succeed
+
+from distill import checkpoint
+from recipes import evaluate, export, progressive, sample
+from recipes import teacher as teacher_recipe
+
+SMALL = (
+    "--threads",
+    "1",
+    "--preset",
+    "smoke",
+    "--start-steps",
+    "4",
+    "--images-per-stage",
+    "512",
+    "--images",
+    "80",
+    "--sweep-steps",
+    "1",
+)
+WRITTEN = {
+    "config.json", "metrics.jsonl", "student.safetensors", "report.json", "report.csv", "report.md", "report.html",
+    "fid_vs_nfe.png", "fid_vs_seconds.png", "samples.png", "pipeline", "stages", "cells",
+}  # fmt: skip
+COLUMNS = {"fid", "fid_interval", "fid_infinity", "kid", "isc", "precision", "recall", "nfe", "seconds_per_image", "agreement"}
+
+
+def rows(folder):
+    return {row["name"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}
+
+
+def weights(path):
+    return checkpoint.load(path)[0]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke preset under ``accelerate launch``, as the README has it."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "recipes/progressive.py")]
+    done = subprocess.run(
+        [*command, "--preset", "smoke", "--output-dir", str(folder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A ladder of two stages, in one process with one thread."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    succeed("progressive", *SMALL, "--output-dir", folder, threads=1)
+    return folder
+
+
+def test_the_smoke_preset_writes_everything(smoke):
+    folder, out = smoke
+    assert {p.name for p in folder.iterdir()} == WRITTEN
+    assert sorted(p.name for p in (folder / "stages").iterdir()) == ["1", "2", "4"]
+    for row in rows(folder).values():
+        assert row.keys() >= COLUMNS
+    assert {"student@4 ddim 4", "student@1 ddim 1", "teacher ddim 8", "teacher unipc 2"} <= rows(folder).keys()
+    assert "8 -> 4 -> 2 -> 1 steps" in out and "GB a process" in out and "about" in out
+    phases = [json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert set(phases) == {"4", "2", "1"}
+
+
+def test_the_pipeline_gives_the_same_pixels_in_a_process_that_knows_only_diffusers(smoke):
+    import teachers
+    from teachers.export import verify
+
+    folder, out = smoke
+    assert "same pixels through diffusers alone" in out
+    student = teachers.load(str(folder))
+    assert verify(student, folder / "pipeline", [1]) < 1e-4
+    broken = folder.parent / "broken"
+    shutil.copytree(folder / "pipeline", broken)
+    config = broken / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"trailing"', '"leading"'))
+    with pytest.raises(RuntimeError, match="differs from our sampler"):
+        verify(student, broken, [1])
+
+
+def test_a_student_describes_itself(small):
+    _, description = checkpoint.load(small / "student.safetensors")
+    assert description["sampler"] == {"name": "ddim", "grid": "uniform", "steps": [1]}
+    assert description["prediction"] == "v" and description["time"] == "index" and description["schedule"]["kind"] == "table"
+    assert description["record"]["method"] == "progressive" and description["network"]["family"] == "unet2d"
+
+
+def test_two_processes_train_the_same_model_and_measure_the_same_teacher(small, tmp_path):
+    succeed("progressive", *SMALL, "--output-dir", tmp_path / "two", processes=2, threads=1)
+    one, two = weights(small / "student.safetensors"), weights(tmp_path / "two" / "student.safetensors")
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-4
+    assert rows(small).keys() == rows(tmp_path / "two").keys()
+    for name, row in rows(small).items():
+        other = rows(tmp_path / "two")[name]
+        for column in ("fid", "kid", "isc", "precision", "recall", "nfe", "fid_infinity"):
+            exact = row["role"] == "teacher"
+            assert other[column] == pytest.approx(row[column], rel=1e-6 if exact else 0.05, abs=1e-9 if exact else 0.02), (
+                name,
+                column,
+            )
+
+
+KILL_WHEN = {
+    "before the first checkpoint": lambda f: (f / "metrics.jsonl").exists(),
+    "in the middle of a stage": lambda f: list((f / "stages/2").glob("resume-*")),
+    "between stages": lambda f: (f / "stages/2/student.safetensors").exists(),
+    "in the middle of the sweep": lambda f: len(list((f / "cells").glob("*.json"))) >= 2,
+}
+
+
+def test_a_run_killed_in_every_phase_ends_with_the_same_bits(small, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "recipes/progressive.py"), *SMALL, "--output-dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for moment, reached in KILL_WHEN.items():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        deadline = time.monotonic() + 120
+        while not reached(folder) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"the run was over before it was killed {moment}"
+    finished = {p.name: p.stat().st_mtime_ns for p in (folder / "cells").glob("*.json")}
+    succeed("progressive", *SMALL, "--output-dir", folder, threads=1)
+    assert (folder / "student.safetensors").read_bytes() == (small / "student.safetensors").read_bytes()
+    assert all((folder / "cells" / name).stat().st_mtime_ns == when for name, when in finished.items())
+    for name, row in rows(small).items():
+        assert rows(folder)[name]["fid"] == row["fid"]
+    steps = [(e["phase"], e["step"]) for e in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    assert len(steps) == len(set(steps))  # nothing stands twice
+    assert not list(folder.rglob("*.part")) and not list(folder.rglob("resume-*"))
+
+
+def test_a_finished_run_is_reported_again_without_work(small):
+    before = (small / "student.safetensors").stat().st_mtime_ns, (small / "stages/1/student.safetensors").stat().st_mtime_ns
+    done = succeed("progressive", *SMALL, "--output-dir", small, threads=1)
+    assert (small / "stages/1/student.safetensors").stat().st_mtime_ns == before[1]
+    assert "report:" in done.stdout
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_fid_is_independent_of_world_size(small, tmp_path, processes):
+    arguments = ("--model", "digits", small, "--images", 110, "--chunk", 16, "--steps", 1, 2, "--samplers", "ddim", "heun")
+    arguments += ("--baseline-steps", 3)
+    succeed("evaluate", *arguments, "--output-dir", tmp_path / "one", threads=1)
+    succeed("evaluate", *arguments, "--output-dir", tmp_path / "many", processes=processes, threads=1)
+    one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
+    assert one.keys() == many.keys() and len(one) == 6
+    for name, row in one.items():
+        different = [c for c in row if row[c] != many[name][c] and c != "seconds_per_image"]
+        assert not different, (name, different)
+
+
+def test_samples_are_the_images_that_were_measured(small, tmp_path):
+    """FID of the folder that sample.py writes, by torch-fidelity itself, is the FID of the report."""
+    import torch_fidelity
+    from PIL import Image
+
+    import eval.fidelity  # noqa: F401  (registers the extractor)
+    from teachers.digits import digits
+
+    succeed(
+        "evaluate",
+        "--model",
+        "digits",
+        small,
+        "--images",
+        110,
+        "--steps",
+        1,
+        "--baseline-steps",
+        0,
+        "--output-dir",
+        tmp_path / "e",
+    )
+    sample.main(["--model", str(small), "--images", "110", "--output", str(tmp_path / "images")])
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(digits()[0]):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "real" / f"{i:06d}.png")
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "images"), input2=str(tmp_path / "real"), cuda=False, feature_extractor="digits", fid=True, isc=True,
+        verbose=False, cache=False, save_cpu_ram=True, batch_size=256,
+    )  # fmt: skip
+    row = rows(tmp_path / "e")["student@1 ddim 1"]
+    assert row["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert row["isc"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+
+
+def test_a_network_that_returns_nan_fails_its_cells_and_leaves_the_others(small, tmp_path):
+    path = tmp_path / "nan" / "student.safetensors"
+    tensors, description = checkpoint.load(small / "student.safetensors")
+    tensors["unet.conv_out.bias"] = torch.full_like(tensors["unet.conv_out.bias"], float("nan"))
+    checkpoint.save(path, tensors, {k: v for k, v in description.items() if k != "format"})
+    succeed(
+        "evaluate",
+        "--model",
+        "digits",
+        path,
+        "--images",
+        60,
+        "--steps",
+        1,
+        "--baseline-steps",
+        0,
+        "--output-dir",
+        tmp_path / "e",
+    )
+    out = rows(tmp_path / "e")
+    assert out["student@1 ddim 1"]["error"].startswith("image 0 of cell") and out["teacher ddim 1"]["fid"] > 0
+    assert "is not finite" in (tmp_path / "e" / "report.html").read_text()
+
+
+def test_the_teacher_recipe_makes_a_model_every_recipe_takes(tmp_path):
+    folder = tmp_path / "teacher"
+    arguments = ["--preset", "smoke", "--images", "1024", "--output-dir", str(folder)]
+    teacher_recipe.main(arguments)
+    assert {"teacher.safetensors", "samples.png", "metrics.jsonl", "config.json"} <= {p.name for p in folder.iterdir()}
+    sample.main(
+        [
+            "--model",
+            str(folder / "teacher.safetensors"),
+            "--steps",
+            "2",
+            "--images",
+            "4",
+            "--output",
+            str(tmp_path / "grid.png"),
+        ]
+    )
+    assert (tmp_path / "grid.png").stat().st_size > 100
+
+
+def test_export_writes_a_student_that_loads_again_and_a_verified_pipeline(small, tmp_path, capsys):
+    export.main(["--model", str(small / "stages" / "2"), "--output-dir", str(tmp_path / "x")])
+    assert "same pixels at [2] steps" in capsys.readouterr().out
+    assert (tmp_path / "x/student.safetensors").read_bytes() == (small / "stages/2/student.safetensors").read_bytes()
+
+
+def bad(main, arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert out.err.count("\n") == 1, out.err
+    return out.err
+
+
+@pytest.mark.parametrize(
+    "main, arguments, message",
+    [
+        (
+            progressive.main,
+            ["--techer", "digits"],
+            "unrecognized arguments: --techer digits; accepted are --preset --teacher --data",
+        ),
+        (progressive.main, ["--teacher", "digts"], "unknown teacher 'digts': accepted are 'digits'"),
+        (progressive.main, ["--teacher", "nowhere/x.safetensors"], "no such file"),
+        (progressive.main, ["--teacher", "oracle:digits"], "an oracle has no network"),
+        (progressive.main, ["--data", "nowhere.npz"], "unknown data 'nowhere.npz': accepted are 'digits' or an .npz"),
+        (progressive.main, ["--start-steps", "64", "--end-steps", "3"], "accepted are [32, 16, 8, 4, 2, 1]"),
+        (progressive.main, ["--start-steps", "7"], "none: start is odd"),
+        (progressive.main, ["--start-steps", "many"], "invalid int value: 'many'"),
+        (progressive.main, ["--weight", "min_snr"], "choose from"),
+        (progressive.main, ["--batch-size", "100", "--microbatch", "7"], "choose a multiple of 15"),
+        (progressive.main, ["--features", "incption"], "unknown features"),
+        (progressive.main, ["--preset", "fast"], "choose from"),
+        (evaluate.main, ["--samplers", "dpm"], "choose from"),
+        (evaluate.main, ["--steps", "0"], "--steps are 1 or more"),
+        (evaluate.main, ["--images", "3"], "--images 40 or more"),
+        (sample.main, ["--labels", "11"], "this model has 10 classes"),
+        (sample.main, ["--model", "oracle:gaussian"], "are no pictures"),
+        (export.main, ["--model", "oracle:gaussian"], "an oracle has no network"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(main, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in bad(main, arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_no_models_are_refused_by_what_they_are(small, tmp_path, capsys):
+    torch.save({"w": torch.zeros(3)}, tmp_path / "model.pt")
+    assert "pickle" in bad(progressive.main, ["--teacher", tmp_path / "model.pt"], capsys)
+    (tmp_path / "cut.safetensors").write_bytes((small / "student.safetensors").read_bytes()[:1000])
+    assert "not a whole safetensors file" in bad(progressive.main, ["--teacher", tmp_path / "cut.safetensors"], capsys)
+
+
+def test_data_of_another_shape_are_refused(tmp_path, capsys):
+    import numpy as np
+
+    np.savez(tmp_path / "colour.npz", images=np.zeros((10, 8, 8, 3), np.uint8), labels=np.zeros(10, np.int64))
+    assert "(1, 8, 8), colour holds (3, 8, 8)" in bad(progressive.main, ["--data", tmp_path / "colour.npz"], capsys)
+    np.savez(tmp_path / "bare.npz", images=np.zeros((10, 8, 8, 1), np.uint8))
+    assert "bare has no labels" in bad(progressive.main, ["--data", tmp_path / "bare.npz"], capsys)
+    np.savez(tmp_path / "float.npz", images=np.zeros((10, 8, 8, 1)))
+    assert "images are float64" in bad(progressive.main, ["--data", tmp_path / "float.npz"], capsys)
+
+
+def test_an_output_directory_with_another_run_is_left_alone(small, tmp_path, capsys):
+    before = {p: p.stat().st_mtime_ns for p in small.rglob("*")}
+    message = bad(progressive.main, [*SMALL, "--seed", "1", "--output-dir", small], capsys)
+    assert "holds another run (seed is 0 there and 1 here)" in message
+    assert "holds this very run already" in bad(progressive.main, [*SMALL, "--no-resume", "--output-dir", small], capsys)
+    assert {p: p.stat().st_mtime_ns for p in small.rglob("*")} == before
+    (tmp_path / "thesis.txt").touch()
+    assert "is not empty and holds no run" in bad(progressive.main, [*SMALL, "--output-dir", tmp_path], capsys)
+
+
+def test_a_student_is_refused_at_steps_it_was_not_made_for(small, tmp_path, capsys):
+    message = bad(
+        evaluate.main, ["--model", small / "student.safetensors", "--steps", "4", "--output-dir", tmp_path / "e"], capsys
+    )
+    assert "was distilled for [1] steps; --steps names [4]" in message
+    assert "made for [1] steps, not 3" in bad(
+        sample.main, ["--model", small, "--steps", "3", "--output", tmp_path / "a.png"], capsys
+    )
+
+
+def test_sample_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "a.png").touch()
+    assert "exists: name another" in bad(sample.main, ["--output", tmp_path / "a.png"], capsys)
+
+
+def test_an_eps_teacher_is_turned_to_v_before_its_ladder(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    progressive.main(
+        [
+            *SMALL,
+            "--teacher",
+            str(tmp_path / "ddpm"),
+            "--start-steps",
+            "2",
+            "--images",
+            "40",
+            "--output-dir",
+            str(tmp_path / "run"),
+        ]
+    )
+    _, description = checkpoint.load(tmp_path / "run" / "student.safetensors")
+    assert description["prediction"] == "v" and (tmp_path / "run/stages/v/student.safetensors").exists()
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+def test_guidance_is_baked_into_the_student_and_tensorboard_is_written(tmp_path):
+    progressive.main(
+        [*SMALL, "--guidance", "2", "--start-steps", "2", "--log-with", "tensorboard", "--output-dir", str(tmp_path / "r")]
+    )
+    row = rows(tmp_path / "r")
+    assert row["teacher ddim 2"]["nfe"] == 4 and row["student@1 ddim 1"]["nfe"] == 1
+    assert list((tmp_path / "r" / "trackers").rglob("events.out.*"))
+    assert checkpoint.load(tmp_path / "r" / "student.safetensors")[1]["record"]["guidance"] == 2
