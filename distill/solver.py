@@ -60,6 +60,21 @@ def unipc(denoiser: DenoiserLike, x: Tensor, times: Tensor, *, order: int = 3, *
     return _multistep(denoiser, x, times, order, True, cond)
 
 
+def deis(denoiser: DenoiserLike, x: Tensor, times: Tensor, *, order: int = 3, **cond: Any) -> Tensor:
+    """DEIS (Zhang & Chen 2023) with polynomials in log(sigma/alpha): the exponential Adams method on eps. Order p, one NFE a step."""
+    schedule = denoiser.schedule
+    behind: list[tuple[Tensor, Tensor]] = []  # (time, eps), newest first
+    for left, (t, s) in zip(range(len(times) - 1, 0, -1), pairwise(times), strict=True):
+        x0 = denoiser(x, t, **cond)
+        behind = [(t, to_eps(schedule, x, x0, t)), *behind[: order - 1]]
+        points = behind[:left]
+        weights = _adams_weights(schedule, [time for time, _ in points], t, s, on_eps=True)
+        if any(weights[1:]):
+            x0 = to_x0(schedule, x, _combine(weights, [eps for _, eps in points]), t)
+        x = move(schedule, x, x0, t, s)
+    return x
+
+
 def ipndm(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
     """iPNDM-4, Zhang & Chen 2023: Adams-Bashforth on eps with the weights of equal steps. One NFE a step."""
     weights = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -105,6 +120,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm++3m": dpm_solver_pp_3m,
     "unipc": unipc,
     "ipndm": ipndm,
+    "deis": deis,
     "ancestral": ancestral,
 }
 
@@ -121,7 +137,8 @@ def _half_logsnr_step(schedule: Schedule, t: Tensor, s: Tensor) -> float:
 def _combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     total = weights[0] * tensors[0]
     for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        total = total + weight * tensor
+        if weight:
+            total = total + weight * tensor
     return total
 
 
@@ -144,21 +161,31 @@ def _multistep(denoiser: DenoiserLike, x: Tensor, times: Tensor, order: int, cor
 
 
 def _integrated_x0(schedule: Schedule, points: list[tuple[Tensor, Tensor]], t: Tensor, s: Tensor) -> Tensor:
-    """The constant x0 that moves x_t to x_s like the polynomial through ``points``, (time, x0) with t's first.
+    """The constant x0 that moves x_t to x_s like the polynomial through ``points``, (time, x0) with t's first."""
+    weights = _adams_weights(schedule, [time for time, _ in points], t, s, on_eps=False)
+    return _combine(weights, [x0 for _, x0 in points])
 
-    With u the part of the step done in half log-SNR and h its length, moving weighs x0(u) by h exp(-h (1 - u)), so the
-    weights w of the points at r satisfy sum_k w_k r_k^j = m_j / m_0 with m_j = h int u^j exp(-h (1 - u)) du
-    = 1 - j m_{j-1} / h. For two points both papers put 1/2 for m_1 / m_0, its value at small h.
+
+def _adams_weights(schedule: Schedule, times: list[Tensor], t: Tensor, s: Tensor, on_eps: bool) -> list[float]:
+    """Weights of the values at ``times``, t's first, whose polynomial in log-SNR is integrated exactly from t to s.
+
+    With u the part of the step done in half log-SNR and h its length, a step weighs x0(u) by h exp(-h (1 - u)) and eps(u) by
+    h exp(-h u). So weights w of nodes r satisfy sum_k w_k r_k^j = m_j / m_0, where the moments m_j of u^j are, by parts,
+    1 - j m_{j-1} / h on x0 and j m_{j-1} / h - exp(-h) on eps, from m_0 = 1 - exp(-h). For two points on x0 the papers put
+    1/2 for m_1 / m_0, its value at small h. Infinite steps and nodes, at pure noise and at the data, have no say.
     """
     h = _half_logsnr_step(schedule, t, s)
     if math.isinf(h):
-        return points[0][1]
-    nodes = [(_half_logsnr_step(schedule, t, time) / h, x0) for time, x0 in points]
-    nodes = [(r, x0) for r, x0 in nodes if math.isfinite(r)]
+        return [1.0] + [0.0] * (len(times) - 1)
+    positions = [_half_logsnr_step(schedule, t, time) / h for time in times]
+    nodes = [r for r in positions if math.isfinite(r)]
     moments = [-math.expm1(-h)]
     for j in range(1, len(nodes)):
-        moments.append(1 - j * moments[-1] / h)
-    ratios = [moment / moments[0] for moment in moments] if len(nodes) > 2 else [1.0, 0.5][: len(nodes)]
-    powers = torch.tensor([[r**j for r, _ in nodes] for j in range(len(nodes))], dtype=torch.float64)
-    weights = torch.linalg.solve(powers, torch.tensor(ratios, dtype=torch.float64))
-    return _combine(weights.tolist(), [x0 for _, x0 in nodes])
+        part = j * moments[-1] / h
+        moments.append(part - math.exp(-h) if on_eps else 1 - part)
+    ratios = [moment / moments[0] for moment in moments]
+    if len(nodes) == 2 and not on_eps:
+        ratios[1] = 0.5
+    powers = torch.tensor([[r**j for r in nodes] for j in range(len(nodes))], dtype=torch.float64)
+    weights = iter(torch.linalg.solve(powers, torch.tensor(ratios, dtype=torch.float64)).tolist())
+    return [next(weights) if math.isfinite(r) else 0.0 for r in positions]

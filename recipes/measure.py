@@ -19,7 +19,7 @@ from recipes.common import Run, device_name, versions
 from recipes.data import Data
 from teachers import Teacher
 
-OPPONENTS = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm")
+OPPONENTS = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis")
 
 
 def check_match(teacher: Teacher, data: Data) -> None:
