@@ -35,6 +35,12 @@ def replacing(path: Path | str) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_UMASK)  # safetensors makes its files private
         os.replace(aside, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # names the file that was meant
     finally:
         aside.unlink(missing_ok=True)
 
@@ -60,15 +66,17 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise ValueError(f"{path}: this is a pickle, which can run code when loaded; a .safetensors file is accepted")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safetensors handle)
     except (SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            head = file.read(2)
+        if head == b"PK" or head[:1] == b"\x80":
+            raise ValueError(
+                f"{path}: this is a pickle, which can run code when loaded; a .safetensors file is accepted"
+            ) from None
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if _KEY not in metadata:
         raise ValueError(f"{path}: safetensors without a fewstep description; accepted are files this project wrote")

@@ -85,3 +85,15 @@ def test_files_are_readable_by_others_as_the_umask_says(tmp_path):
     checkpoint.save(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {})
     (tmp_path / "y").touch()
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+@pytest.mark.parametrize("first", [b"\x80", b"PK"])
+def test_a_header_whose_length_looks_like_a_pickle_is_still_safetensors(tmp_path, first):
+    """The file begins with the length of its header, little endian, which may be any bytes."""
+    path = tmp_path / "x.safetensors"
+    for size in range(0, 20_000, 8):
+        checkpoint.save(path, {"w": torch.zeros(1)}, {"note": "x" * size})
+        if path.read_bytes().startswith(first):
+            break
+    assert path.read_bytes().startswith(first)
+    assert checkpoint.load(path)[1]["note"] == "x" * size
