@@ -126,3 +126,8 @@ class Rescheduled:
         u = inner.time(self.schedule.logsnr(t))
         scale = torch.hypot(inner.alpha(u), inner.sigma(u)) / torch.hypot(self.schedule.alpha(t), self.schedule.sigma(t))
         return self.denoiser(expand(scale, x_t) * x_t, u, **cond)
+
+
+def ask_in(denoiser: DenoiserLike, schedule: Schedule) -> DenoiserLike:
+    """The denoiser, as one that is asked in the x_t and t of ``schedule``."""
+    return denoiser if denoiser.schedule == schedule else Rescheduled(denoiser, schedule)

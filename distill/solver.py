@@ -113,6 +113,32 @@ def ancestral(
     return x
 
 
+def consistency(
+    denoiser: DenoiserLike,
+    x: Tensor,
+    times: Tensor,
+    *,
+    gamma: float = 1.0,
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    **cond: Any,
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, Alg. 1): jump to the data, go back to s with fresh noise. One NFE a step.
+
+    ``gamma`` between 1 and 0, where it is `ddim`: the deterministic move goes on to (1 - gamma) s first, and fresh noise from
+    there to s (Zheng et al. 2024, gamma-sampling). ``noise``: x -> noise like x.
+    """
+    schedule = denoiser.schedule
+    for t, s in pairwise(times):
+        x0 = denoiser(x, t, **cond)
+        if float(schedule.sigma(s)) == 0:
+            return move(schedule, x, x0, t, s)
+        below = schedule.t_clean + (1 - gamma) * (s - schedule.t_clean)
+        alpha, sigma = float(schedule.alpha(s)), float(schedule.sigma(s))
+        kept = alpha * float(schedule.sigma(below) / schedule.alpha(below))
+        x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + math.sqrt(max(0.0, sigma**2 - kept**2)) * noise(x)
+    return x
+
+
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "heun": heun,
@@ -122,7 +148,9 @@ SAMPLERS: dict[str, Sampler] = {
     "ipndm": ipndm,
     "deis": deis,
     "ancestral": ancestral,
+    "consistency": consistency,
 }
+STOCHASTIC = ("ancestral", "consistency")  # these take ``noise``
 
 
 def nfe(sampler: str, steps: int) -> int:

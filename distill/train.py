@@ -19,7 +19,10 @@ from distill.rng import Rng, seed_of
 
 
 class Method(Protocol):
-    """loss = method(student, x0, rng=rng, progress=done, **cond): unreduced, [B]; progress runs from 0 to 1."""
+    """loss = method(student, x0, rng=rng, progress=done, **cond): unreduced, [B]; progress runs from 0 to 1.
+
+    A method whose attribute ``averaged`` is true is also given ``average``, the EMA of the student.
+    """
 
     def __call__(self, student: Denoiser, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor: ...
 
@@ -126,6 +129,7 @@ def train(
     student = dataclasses.replace(student, net=net)
     average = copy.deepcopy(module).requires_grad_(False) if o.ema_halflife_images else None
     ema = dataclasses.replace(student, net=average if average is not None else module)
+    extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
 
     first = 0
@@ -144,7 +148,7 @@ def train(
             x0, cond = next(stream)
             rng = Rng(generator.manual_seed(seed_of(seed, phase, step)), o.batch_size, shares.rows(turn))
             with _synchronising(accelerator, net, turn == shares.accumulate - 1):
-                loss = method(student, x0, rng=rng, progress=step / o.steps, **cond).mean() / shares.accumulate
+                loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean() / shares.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(net.parameters(), o.clip_norm)

@@ -1,18 +1,22 @@
-"""Feature extractors by name, and references: what uint8 images become before any metric sees them."""
+"""Feature extractors by name: what uint8 images become before any metric sees them."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from tqdm import tqdm
+from accelerate import PartialState
+from torch import Tensor, nn
 
 from eval import fidelity
 from eval.metrics import Features
+
+OWN = "a TorchScript file (.pt, .ts) or 'package.module:factory' of a module: uint8 [B, 3, H, W] -> features, or (features, logits)"
 
 
 @dataclass(frozen=True)
@@ -20,41 +24,41 @@ class Extractor:
     """uint8 images [B, C, H, W] -> `Features` on the CPU in float32, autocast and TF32 off."""
 
     name: str
-    module: FeatureExtractorBase
-    layers: dict[str, str]
+    module: nn.Module  # uint8 [B, 3, H, W] -> features [B, D] or (features, logits [B, C] or None)
+    registered: bool = True  # torch-fidelity knows it by its name
 
     @classmethod
     def create(cls, name: str, weights: str | None = None) -> Extractor:
-        """ValueError for an unknown name, or where the weights can be had neither from a file nor from the network."""
-        if name not in fidelity.extractor_names():
-            raise ValueError(f"unknown features {name!r}: accepted are {', '.join(fidelity.extractor_names())}")
-        if weights is not None and not Path(weights).is_file():
-            raise ValueError(f"{weights}: there is no such file of extractor weights")
-        try:
-            module = fidelity.create(name, weights)
-        except OSError as error:
-            raise ValueError(f"features {name!r} need their weights ({error}): name a file with --features-weights") from None
-        return cls(name, module, fidelity.layers(name))
+        """ValueError for an unknown name, or where the weights can be had neither from a file nor from the network.
+
+        What has to be downloaded is fetched by one process of each machine, the others wait for it.
+        """
+        if weights is not None:
+            _check_weights(Path(weights))
+        with PartialState(cpu=not torch.cuda.is_available()).local_main_process_first():
+            if name in fidelity.extractor_names():
+                return cls(name, _registered(name, weights))
+            if weights is not None:
+                raise ValueError(f"--features-weights is for torch-fidelity's extractors; {name!r} brings its own")
+            return cls(name, _own(name), registered=False)
 
     def to(self, device: torch.device) -> Extractor:
         self.module.to(device)
         return self
 
     def __call__(self, images: Tensor) -> Features:
+        """ValueError where the extractor returns something else than features [B, D] and perhaps logits [B, C]."""
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         with fidelity.float32_exactly(), torch.inference_mode():
-            out = self.module.convert_features_tuple_to_dict(self.module(images))
-        out = {name: value.float().cpu() for name, value in out.items()}
-        return Features(out[self.layers["fid"]], out.get(self.layers["isc"]))
-
-    def all(self, images: Tensor, chunk: int, device: torch.device) -> Tensor:
-        """Features for FID of any number of images [N, D], in whole chunks: the last is filled up, and cut again."""
-        parts = []
-        for part in tqdm(images.split(chunk), desc=f"{self.name} features", leave=False, disable=None):
-            filled = torch.cat([part, part[-1:].expand(chunk - len(part), *part.shape[1:])])
-            parts.append(self(filled.to(device)).fid[: len(part)])
-        return torch.cat(parts)
+            out: Any = self.module(images)
+        out = out if isinstance(out, tuple) else (out, None)
+        if len(out) != 2 or any(o is not None and (o.ndim != 2 or len(o) != len(images)) for o in out):
+            shapes = [tuple(o.shape) for o in out if o is not None]
+            raise ValueError(f"features {self.name!r} gave {shapes} for {len(images)} images: accepted are {OWN}")
+        fid, logits = (None if o is None else o.float().cpu() for o in out)
+        assert fid is not None
+        return Features(fid, logits)
 
     @property
     def fingerprint(self) -> str:
@@ -63,6 +67,66 @@ class Extractor:
         for name, value in sorted(self.module.state_dict().items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _registered(name: str, weights: str | None) -> nn.Module:
+    if name.startswith("dinov2") and not (Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main").is_dir():
+        raise ValueError(
+            f"features {name!r}: torch-fidelity would fetch their code from github.com/facebookresearch/dinov2 and run it; "
+            "call torch.hub.load('facebookresearch/dinov2', ...) yourself once if you trust it"
+        )
+    try:
+        return fidelity.Registered(name, weights)
+    except OSError as error:  # URLError is one
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"features {name!r}: no weights and no download ({reason}): name a file with --features-weights"
+        ) from None
+    except (RuntimeError, KeyError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"{weights}: these are not the weights of {name!r} ({line})") from None
+
+
+def _own(name: str) -> nn.Module:
+    path = Path(name)
+    if path.suffix in (".pt", ".ts"):
+        if not path.is_file():
+            raise ValueError(f"{name}: there is no such file; accepted as features are {OWN}")
+        try:
+            scripted = torch.jit.load(name, map_location="cpu")
+        except RuntimeError as error:
+            raise ValueError(f"{name}: no TorchScript file ({str(error).splitlines()[0]}): accepted are {OWN}") from None
+        return scripted.eval()
+    module, _, factory = name.partition(":")
+    if not factory:
+        raise ValueError(f"unknown features {name!r}: accepted are {', '.join(fidelity.extractor_names())}, {OWN}")
+    try:
+        net = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"features {name!r}: {error}; accepted are {OWN}") from None
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"features {name!r} are a {type(net).__name__}: accepted are {OWN}")
+    return net.eval().requires_grad_(False)
+
+
+def _check_weights(path: Path) -> None:
+    """ValueError for a file that is not there, or that would have to run code when it is loaded."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file of extractor weights")
+    if path.suffix == ".safetensors" or _is_torchscript(path):
+        return
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"{path}: weights that need code to load are refused ({line}): save a plain state dict") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
 
 
 def fingerprint(images: Tensor) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
@@ -36,10 +38,19 @@ def layers(name: str) -> dict[str, str]:
     return {metric: cls.get_default_feature_layer_for_metric(metric) for metric in METRICS}
 
 
-def create(name: str, weights: str | None):
-    """The extractor as torch-fidelity itself would create it, on the CPU."""
-    wanted = sorted(set(layers(name).values()))
-    return create_feature_extractor(name, wanted, cuda=False, verbose=False, feature_extractor_weights_path=weights)
+class Registered(nn.Module):
+    """An extractor as torch-fidelity itself creates it, on the CPU: uint8 [B, 3, H, W] -> (FID features, logits or None)."""
+
+    def __init__(self, name: str, weights: str | None):
+        super().__init__()
+        self.layers = layers(name)
+        wanted = sorted(set(self.layers.values()))
+        self.module = create_feature_extractor(name, wanted, cuda=False, verbose=False, feature_extractor_weights_path=weights)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self.module.convert_features_tuple_to_dict(self.module(images))
+        logits = self.layers["isc"]
+        return out[self.layers["fid"]], out.get(logits) if logits != self.layers["fid"] else None
 
 
 def statistics(features: Tensor) -> dict[str, np.ndarray]:
@@ -51,10 +62,10 @@ def frechet(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
     return fid_statistics_to_metric(one, two, False)[KEY_METRIC_FID]
 
 
-def kid(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """Mean and spread over 100 subsets of at most 1000 images."""
+def kid(generated: Tensor, real: Tensor, subsets: int = 100) -> tuple[float, float]:
+    """Mean and spread over ``subsets`` of at most 1000 images."""
     size = min(1000, len(generated), len(real))
-    out = kid_features_to_metric(generated, real, kid_subset_size=size, verbose=False)
+    out = kid_features_to_metric(generated, real, kid_subset_size=size, kid_subsets=subsets, verbose=False)
     return out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD]
 
 
@@ -65,6 +76,21 @@ def inception_score(logits: Tensor) -> float:
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     out = prc_features_to_metric(generated, real, save_cpu_ram=True, verbose=False)  # never N x N distances at once
     return out[KEY_METRIC_PRECISION], out[KEY_METRIC_RECALL]
+
+
+def calculate(generated: Path, real: Path, name: str, weights: str | None, batch_size: int, cuda: bool) -> dict[str, float]:
+    """`torch_fidelity.calculate_metrics` on two folders of PNG files, all metrics on one extractor, under this project's names."""
+    layer = layers(name)
+    scored = layer["isc"] != layer["fid"]
+    out = calculate_metrics(
+        input1=str(generated), input2=str(real), cuda=cuda, batch_size=batch_size, feature_extractor=name,
+        feature_extractor_weights_path=weights, fid=True, kid=True, isc=scored, prc=True,
+        feature_layer_prc=layer["fid"], feature_layer_kid=layer["fid"], verbose=False, cache=False,
+        kid_subset_size=min(1000, *(len(list(folder.iterdir())) for folder in (generated, real))),
+    )  # fmt: skip
+    keys = {"fid": KEY_METRIC_FID, "kid": KEY_METRIC_KID_MEAN, "isc": KEY_METRIC_ISC_MEAN}
+    keys |= {"precision": KEY_METRIC_PRECISION, "recall": KEY_METRIC_RECALL}
+    return {metric: float(out[key]) for metric, key in keys.items() if key in out}
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from which its starting noise, then its label, then the noise of each stochastic
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ from torch import Tensor
 from distill.denoiser import DenoiserLike
 from distill.rng import seed_of
 from distill.schedule import Schedule, expand
-from distill.solver import SAMPLERS, ancestral
+from distill.solver import SAMPLERS, STOCHASTIC
 
 LABEL_RULE = "uniform over the classes, drawn from the generator of the index after its noise"
 
@@ -66,7 +68,7 @@ def generate(
     noise = begin.noise.to(device)
     x = expand(denoiser.schedule.sigma(times[0]), noise) * noise
     cond = condition(None if begin.labels is None else begin.labels.to(device))
-    extra = {"noise": begin.fresh} if SAMPLERS[sampler] is ancestral else {}
+    extra = {"noise": begin.fresh} if sampler in STOCHASTIC else {}
     with torch.inference_mode():
         return SAMPLERS[sampler](denoiser, x, times, **extra, **cond)
 
@@ -104,3 +106,11 @@ def synchronise(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process has had so far: on the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -2,7 +2,8 @@
 
 The headline numbers are torch-fidelity's own functions on float32 features in the order of their indices. The interval of
 FID is a delete-a-group jackknife over 20 groups: the groups are sums of float64 moments, and leaving one out is a
-subtraction. A naive bootstrap would be wrong here, since duplicates add to the bias of FID.
+subtraction. A naive bootstrap would be wrong here, since duplicates add to the bias of FID. FID alone needs no more than
+these sums, whose size does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from eval import fidelity
+from eval.neighbours import memorisation
 
 GROUPS = 20
 T_975 = 2.093  # Student's t, 19 degrees of freedom
@@ -42,11 +44,17 @@ class Moments:
     outer: np.ndarray
 
     @classmethod
-    def of(cls, features: Tensor, groups: int = GROUPS) -> Moments:
-        """Sample i belongs to group i mod ``groups``."""
+    def of(cls, features: Tensor, index: Tensor | None = None, groups: int = GROUPS) -> Moments:
+        """Sample i, or ``index[i]``, belongs to group i mod ``groups``."""
         x = features.double().numpy()
-        parts = [x[g::groups] for g in range(groups)]
+        group = (np.arange(len(x)) if index is None else index.numpy()) % groups
+        parts = [x[group == g] for g in range(groups)]
         return cls(np.array([len(p) for p in parts]), np.stack([p.sum(0) for p in parts]), np.stack([p.T @ p for p in parts]))
+
+    def __iadd__(self, other: Moments) -> Moments:
+        for mine, theirs in ((self.n, other.n), (self.total, other.total), (self.outer, other.outer)):
+            mine += theirs
+        return self
 
     def statistics(self, without: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean [D] and covariance [D, D] of all groups, or of all but one."""
@@ -59,13 +67,21 @@ class Moments:
 
 @dataclass(frozen=True)
 class Reference:
-    """Features of the real images; FID against them is the distance to this very set, all of it."""
+    """The real images' features [N, D], or only their mean and covariance ``given``; FID is the distance to all of them."""
 
-    features: Tensor
+    features: Tensor | None
+    given: dict[str, np.ndarray] | None = None
 
     @cached_property
     def statistics(self) -> dict[str, np.ndarray]:
+        if self.features is None:
+            assert self.given is not None
+            return self.given
         return fidelity.statistics(self.features)
+
+    @property
+    def dimension(self) -> int:
+        return len(self.statistics["mu"])
 
     @cached_property
     def _root(self) -> np.ndarray:
@@ -78,12 +94,14 @@ class Reference:
         shift = mean - self.statistics["mu"]
         return float(shift @ shift + np.trace(covariance) + np.trace(self.statistics["sigma"]) - 2 * np.sqrt(cross).sum())
 
-    def floor(self, images: int, repeats: int = 10) -> float:
-        """FID that ``images`` fresh real images would have, for scale.
+    def floor(self, images: int, repeats: int = 10) -> float | None:
+        """FID that ``images`` fresh real images would have, for scale; None where only statistics are known.
 
         Real images against each other have FID c (1/n + 1/m) to first order; c is measured on random halves of the
         reference and the law gives the value at n = ``images``, m = all of the reference.
         """
+        if self.features is None:
+            return None
         n = len(self.features)
         rng = np.random.default_rng(0)
         values = []
@@ -130,9 +148,14 @@ def _all_cores() -> Iterator[None]:
 
 
 def fid_with_interval(features: Tensor, reference: Reference) -> dict:
-    """fid, fid_interval, fid_infinity with its own interval, and the values with each group left out."""
+    """`fid_of` features, the number itself by torch-fidelity."""
     fid = fidelity.frechet(fidelity.statistics(features), reference.statistics)
-    moments = Moments.of(features)
+    return fid_of(Moments.of(features), reference, fid)
+
+
+def fid_of(moments: Moments, reference: Reference, fid: float | None = None) -> dict:
+    """fid, fid_interval, fid_infinity with its own interval, and the values with each group left out."""
+    fid = reference.frechet(*moments.statistics()) if fid is None else fid
     left_out = [reference.frechet(*moments.statistics(without=g)) for g in range(GROUPS)]
     error, infinity = jackknife(fid, left_out)
     return {
@@ -145,14 +168,19 @@ def fid_with_interval(features: Tensor, reference: Reference) -> dict:
 
 
 @_all_cores()
+def measure_moments(moments: Moments, reference: Reference) -> dict:
+    """What sums alone can tell: FID and its interval."""
+    return fid_of(moments, reference)
+
+
+@_all_cores()
 def measure(features: Features, reference: Reference) -> dict:
-    """All metrics of generated features, as plain numbers."""
+    """All metrics of generated features, as plain numbers; those that need the real features are None without them."""
+    row = fid_with_interval(features.fid, reference)
+    row["isc"] = None if features.logits is None else fidelity.inception_score(features.logits)
+    if reference.features is None:
+        return row | dict.fromkeys(("kid", "kid_spread", "precision", "recall", "nearest_real", "copies"))
     kid, kid_spread = fidelity.kid(features.fid, reference.features)
     precision, recall = fidelity.precision_recall(features.fid, reference.features)
-    return fid_with_interval(features.fid, reference) | {
-        "kid": kid,
-        "kid_spread": kid_spread,
-        "isc": None if features.logits is None else fidelity.inception_score(features.logits),
-        "precision": precision,
-        "recall": recall,
-    }
+    row |= {"kid": kid, "kid_spread": kid_spread, "precision": precision, "recall": recall}
+    return row | memorisation(features.fid, reference.features)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distill.checkpoint import replacing
+from eval.compare import pareto
 
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
 GREYS = ["#222222", "#555555", "#777777", "#999999", "#b0b0b0", "#c8c8c8"]
@@ -21,7 +22,6 @@ def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float |
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if "error" not in row]
     figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=130)
     colours = {"student": iter(COLOURS * 9), "teacher": iter(GREYS * 9)}
     curves: dict[tuple[str, str], list[dict]] = {}
@@ -65,14 +65,23 @@ def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float |
     plt.close(figure)
 
 
-def pareto(rows: list[dict], x: str) -> list[dict]:
-    """The rows that no other row beats in both cost ``x`` and FID, cheapest first."""
-    best, front = float("inf"), []
-    for row in sorted(rows, key=lambda row: (row[x], row["fid"])):
-        if row["fid"] < best:
-            best = row["fid"]
-            front.append(row)
-    return front
+def label_shares(rows: list[dict], path: Path) -> None:
+    """A heat map: how many images of each class the extractor sees in each cell, over how many were asked for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shares = [[seen / max(1, asked) for seen, asked in zip(r["labels_seen"], r["labels_asked"], strict=True)] for r in rows]
+    figure, axes = plt.subplots(figsize=(7.5, 1 + 0.24 * len(rows)), dpi=130)
+    image = axes.imshow(shares, vmin=0.5, vmax=1.5, cmap="RdBu", aspect="auto")
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    axes.set_xlabel("class")
+    figure.colorbar(image, label="seen / asked for")
+    figure.tight_layout()
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png")
+    plt.close(figure)
 
 
 def _enlarged(pixels: Tensor, scale: int):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,12 +16,15 @@ from tqdm import tqdm
 from distill import checkpoint
 from distill.denoiser import DenoiserLike
 from distill.grid import GRIDS
+from distill.solver import nfe
+from eval.collect import COLLECTORS, Collector
 from eval.features import Extractor
-from eval.generate import LABEL_RULE, chunks, counted, generate, start, synchronise, to_uint8
-from eval.metrics import Features, Reference, measure
+from eval.generate import LABEL_RULE, chunks, counted, generate, peak_memory_gb, start, synchronise, to_uint8
+from eval.metrics import Features, Reference
 from teachers import Teacher
 
-PICTURED = 16  # images of each cell that are kept for the sample grids
+KEPT = 256  # images of each cell that are kept for the sample grids and for the drift, where they are small
+KEPT_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,23 @@ class Cell:
     steps: int
     grid: str = "uniform"
     guidance: float = 1.0
+    times: tuple[float, ...] | None = None  # instead of the grid's, which then only names them
+    training_seconds: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.label} {self.sampler} {self.steps}"
+        return f"{self.label} {self.sampler}{'' if self.grid in GRIDS else ' ' + self.grid} {self.steps}"
+
+    @property
+    def grid_times(self) -> Tensor:
+        if self.times is not None:
+            return torch.tensor(self.times, dtype=torch.float64)
+        return GRIDS[self.grid](self.denoiser.schedule, self.steps)
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations an image, at most."""
+        return nfe(self.sampler, self.steps) * (2 if self.guidance != 1 else 1)
 
     @property
     def denoiser(self) -> DenoiserLike:
@@ -58,6 +73,7 @@ class Protocol:
     reference: str
     reference_images: int
     reference_sha256: str
+    metrics: str = "all"
     rounding: str = "round((x + 1) 127.5)"
     resize: str = "none"
     labels: str = LABEL_RULE
@@ -66,10 +82,6 @@ class Protocol:
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-
-class NotFinite(ArithmeticError):
-    """A generated image holds a NaN or an infinity; the message names its index."""
 
 
 def sweep(
@@ -87,16 +99,24 @@ def sweep(
     done = [_finished(folder, cell, protocol) for cell in cells] if accelerator.is_main_process else [None] * len(cells)
     broadcast_object_list(done)
     rows: list[dict] = []
-    for cell, row in zip(cells, done, strict=True):
-        if row is None:
-            row = _measure_cell(cell, protocol, extractor, reference, accelerator, folder)
-        rows.append(row)
+    todo = sum(cell.cost for cell, row in zip(cells, done, strict=True) if row is None)
+    hidden = None if accelerator.is_main_process else True
+    with tqdm(total=todo * protocol.images, unit="NFE", unit_scale=True, disable=hidden, smoothing=0.05) as bar:
+        for number, (cell, row) in enumerate(zip(cells, done, strict=True), 1):
+            if row is None:
+                bar.set_description(f"cell {number}/{len(cells)}: {cell.name}")
+                row = _measure_cell(cell, protocol, extractor, reference, accelerator, folder, bar)
+            rows.append(row)
     return rows
 
 
-def pictures(folder: Path, row: dict) -> Tensor:
-    """The first images of a finished cell, uint8 [at most PICTURED, C, H, W]."""
-    return checkpoint.load(folder / f"{_slug(row['name'])}.safetensors")[0]["images"]
+def picture_path(cells: Path, name: str) -> Path:
+    return cells / f"{_slug(name)}.safetensors"
+
+
+def pictures(path: Path) -> Tensor:
+    """The first images of a finished cell, uint8 [at most KEPT, C, H, W]."""
+    return checkpoint.load(path)[0]["images"]
 
 
 def _slug(name: str) -> str:
@@ -121,6 +141,7 @@ def _head(cell: Cell, protocol: Protocol) -> dict:
         "sampler": cell.sampler,
         "grid": cell.grid,
         "steps": cell.steps,
+        "times": None if cell.times is None else list(cell.times),
         "guidance": cell.guidance,
         "images": protocol.images,
         "model_sha256": cell.model.fingerprint,
@@ -129,70 +150,73 @@ def _head(cell: Cell, protocol: Protocol) -> dict:
 
 
 def _measure_cell(
-    cell: Cell, protocol: Protocol, extractor: Extractor, reference: Reference, accelerator: Accelerator, folder: Path
+    cell: Cell,
+    protocol: Protocol,
+    extractor: Extractor,
+    reference: Reference,
+    accelerator: Accelerator,
+    folder: Path,
+    bar: tqdm,
 ) -> dict:
     row = _head(cell, protocol)
-    try:
-        parts, first, facts = _generate_cell(cell, protocol, extractor, accelerator)
-    except NotFinite as error:
-        return row | {"error": str(error)}
-    numbers: list = [None]
-    if accelerator.is_main_process:
-        features, labels = _in_order(parts, protocol.images)
-        numbers = [measure(features, reference) | {"agreement": _agreement(features, labels, cell.model.classes)}]
+    collector = COLLECTORS[protocol.metrics]()
+    first, facts = _generate_cell(cell, protocol, extractor, accelerator, collector, bar)
+    if "error" in facts:
+        return row | facts
+    numbers = [collector.numbers(accelerator, reference, protocol.images, cell.model.classes)]
     row |= facts | broadcast_object_list(numbers)[0]
+    if cell.training_seconds is not None:
+        row["training_seconds"] = cell.training_seconds
     if accelerator.is_main_process:
-        checkpoint.save(folder / f"{_slug(cell.name)}.safetensors", {"images": first}, {"images": cell.name})
+        checkpoint.save(picture_path(folder, cell.name), {"images": first}, {"images": cell.name})
         checkpoint.write_json(folder / f"{_slug(cell.name)}.json", row)
     return row
 
 
 def _generate_cell(
-    cell: Cell, protocol: Protocol, extractor: Extractor, accelerator: Accelerator
-) -> tuple[list[dict], Tensor, dict]:
-    """Features by index as they were gathered (main process), the first images, and the cost and faults of making them."""
-    device, calls = accelerator.device, [0]
-    denoiser = counted(cell.denoiser, calls)
-    times = GRIDS[cell.grid](denoiser.schedule, cell.steps)
-    mine = chunks(protocol.images, protocol.chunk, accelerator.process_index, accelerator.num_processes)
-    rounds = len(chunks(protocol.images, protocol.chunk, 0, accelerator.num_processes))
-    parts, first = [], torch.empty(0)
-    made, seconds, saturated = 0, 0.0, 0
+    cell: Cell, protocol: Protocol, extractor: Extractor, accelerator: Accelerator, collector: Collector, bar: tqdm
+) -> tuple[Tensor, dict]:
+    """Hands the features of this process's chunks to ``collector``; the first images, and the cost and faults of making them."""
+    device, world, calls = accelerator.device, accelerator.num_processes, [0]
+    denoiser, times = counted(cell.denoiser, calls), cell.grid_times
+    mine = chunks(protocol.images, protocol.chunk, accelerator.process_index, world)
+    first, bad, entered = torch.empty(0), protocol.images, synchronise(device)
+    made, seconds, decoding, saturated = 0, 0.0, 0.0, 0.0
     _warm_up(cell, times, mine, protocol, device)
-    hidden = None if accelerator.is_main_process else True
-    with tqdm(total=protocol.images, desc=cell.name, unit="img", disable=hidden, leave=False) as bar:
-        for turn in range(rounds):
-            part = None
-            if turn < len(mine):
-                begin = start(mine[turn], cell.model.shape, cell.model.classes, protocol.seed)
-                began = synchronise(device)
-                images = generate(denoiser, cell.sampler, times, begin, cell.model.condition, device)
-                seconds += synchronise(device) - began
-                made += len(images)
-                saturated += int(((images < -1) | (images > 1)).sum())
-                pixels, bad = to_uint8(images), ~images.flatten(1).isfinite().all(1).cpu()
-                first = pixels[:PICTURED].cpu() if turn == 0 else first
-                part = _part(torch.tensor(mine[turn]), begin.labels, extractor(pixels), bad, protocol.images)
-            gathered = [p for p in gather_object([part]) if p is not None]
-            if bad_indices := [i for p in gathered for i in p["bad"]]:
-                raise NotFinite(f"image {min(bad_indices)} of cell {cell.name!r} is not finite")
-            parts += gathered if accelerator.is_main_process else []
-            bar.update(sum(len(p["index"]) for p in gathered))
-    totals = torch.tensor([made, calls[0], seconds, saturated / math.prod(cell.model.shape)], dtype=torch.float64)
+    for indices in mine:
+        begin = start(indices, cell.model.shape, cell.model.classes, protocol.seed)
+        began = synchronise(device)
+        x0 = generate(denoiser, cell.sampler, times, begin, cell.model.condition, device)
+        generated = synchronise(device)
+        images = cell.model.decode(x0)
+        seconds, decoding = seconds + generated - began, decoding + synchronise(device) - generated
+        index = torch.tensor(indices)
+        index = index[index < protocol.images]  # what the last chunk makes past the end is dropped
+        if not (finite := images.flatten(1).isfinite().all(1).cpu()[: len(index)]).all():
+            bad = int(index[~finite][0])
+            break
+        made += len(images)
+        saturated += int(((images < -1) | (images > 1)).sum()) / images[0].numel()
+        pixels = to_uint8(images)
+        first = pixels[: _kept(pixels)].cpu() if indices.start == 0 else first
+        features, labels = extractor(pixels), None if begin.labels is None else begin.labels[: len(index)]
+        logits = None if features.logits is None else features.logits[: len(index)]
+        collector.add(index, labels, Features(features.fid[: len(index)], logits))
+        bar.update(len(index) * world * cell.cost)
+    if (worst := min(gather_object([bad]))) < protocol.images:
+        return first, {"error": f"image {worst} of cell {cell.name!r} is not finite"}
+    totals = torch.tensor([made, calls[0], seconds, decoding, saturated], dtype=torch.float64)
     made, *totals = accelerator.reduce(totals.to(device)).tolist()
-    return parts, first, dict(zip(("nfe", "seconds_per_image", "saturated_pixels"), (total / made for total in totals)))
+    names = ("nfe", "seconds_per_image", "decode_seconds_per_image", "saturated_pixels")
+    facts = dict(zip(names, (total / made for total in totals), strict=True))
+    if cell.model.codec is None:
+        del facts["decode_seconds_per_image"]
+    walls, peaks = zip(*gather_object([(synchronise(device) - entered, peak_memory_gb(device))]), strict=True)
+    return first, facts | {"wall_seconds": max(walls), "peak_memory_gb": max(peaks)}
 
 
-def _part(index: Tensor, labels: Tensor | None, features: Features, bad: Tensor, images: int) -> dict:
-    """What one chunk sends to the main process: its rows below ``images``."""
-    n = int((index < images).sum())
-    logits = None if features.logits is None else features.logits[:n]
-    return {
-        "index": index[:n],
-        "labels": None if labels is None else labels[:n],
-        "features": Features(features.fid[:n], logits),
-        "bad": index[:n][bad[:n]].tolist(),
-    }
+def _kept(pixels: Tensor) -> int:
+    return max(16, min(KEPT, KEPT_BYTES // pixels[0].numel()))
 
 
 def _warm_up(cell: Cell, times: Tensor, mine: list[range], protocol: Protocol, device: torch.device) -> None:
@@ -202,25 +226,3 @@ def _warm_up(cell: Cell, times: Tensor, mine: list[range], protocol: Protocol, d
         with torch.inference_mode():
             labels = None if begin.labels is None else begin.labels.to(device)
             cell.denoiser(begin.noise.to(device), times[0], **cell.model.condition(labels))
-
-
-def _in_order(parts: list[dict], images: int) -> tuple[Features, Tensor | None]:
-    """Features and labels sorted by index; every index must be there exactly once, however the chunks were shared out."""
-    index = torch.cat([p["index"] for p in parts])
-    order = index.argsort()
-    assert torch.equal(index[order], torch.arange(images)), "an index is missing or stands twice"
-
-    def whole(pick) -> Tensor | None:
-        rows = [pick(p) for p in parts]
-        return None if rows[0] is None else torch.cat(rows)[order]
-
-    fid = whole(lambda p: p["features"].fid)
-    assert fid is not None
-    return Features(fid, whole(lambda p: p["features"].logits)), whole(lambda p: p["labels"])
-
-
-def _agreement(features: Features, labels: Tensor | None, classes: int | None) -> float | None:
-    """The part of images whose class is the one asked for, by an extractor that scores just these classes."""
-    if labels is None or features.logits is None or features.logits.shape[1] != classes:
-        return None
-    return (features.logits.argmax(1) == labels).float().mean().item()

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
 import sys
 import time
 import types
@@ -97,6 +96,15 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error))
 
 
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Around long work whose parts are kept: where the disk is full or the folder gone, one line instead of a traceback."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{error}; what was finished is kept, start again to continue")
+
+
 @dataclass
 class Run:
     """A run's directory and its accelerator: metrics.jsonl, trackers, bars."""
@@ -138,6 +146,12 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
             self.accelerator.log({f"{phase}/{k}": v for k, v in values.items()}, step=step)
+
+    def seconds(self, phase: str, images: int) -> float:
+        """Wall seconds that ``images`` of a finished phase took, without the time it may have lain interrupted."""
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        rates = sorted(line["images_per_second"] for line in lines if line["phase"] == phase and line["images_per_second"] > 0)
+        return images / rates[len(rates) // 2] if rates else 0.0
 
     def _forget_from(self, phase: str, step: int) -> None:
         """Drops what a killed run had logged of a phase past the point it continues from, and a torn last line."""
@@ -223,14 +237,6 @@ def device_name(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has had so far: on the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
     accelerate launch recipes/evaluate.py --model digits runs/progressive-digits --output-dir runs/evaluate
     torchrun --nproc_per_node 2 recipes/evaluate.py --model digits ...             the same numbers from two processes
+    python recipes/evaluate.py --compare runs/a runs/b --output-dir runs/a-and-b   finished runs on one page
 
 A model is anything that --teacher accepts; a run directory stands for the students of all its stages. A student is measured
 under its own sampler at the step counts it was made for, any other model under every --samplers at every --steps.
@@ -14,13 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 import teachers
+from distill.grid import GRIDS
+from distill.search import gits, step_costs
 from distill.solver import SAMPLERS
-from eval.features import Extractor
+from eval import merge, reference, report
+from eval.collect import COLLECTORS
+from eval.features import OWN, Extractor
+from eval.generate import start
 from eval.sweep import Cell
+from eval.verify import verify
 from recipes import data as datasets
-from recipes.common import Run, flag, one_line_errors, parse
-from recipes.measure import OPPONENTS, Measurement, check_match, opponents, own_cells
+from recipes.common import Run, disk_errors, flag, one_line_errors, parse
+from recipes.measure import OPPONENTS, Measurement, best_grid, check_match, check_steps, opponents, own_cells, training_seconds
+from teachers import Teacher
+
+SEARCHED = ("ddim", "dpm++2m", "ipndm")  # samplers that are also measured on a searched grid
+FINE_STEPS, SEARCH_IMAGES = 60, 256
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -31,7 +44,15 @@ PRESETS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Config:
-    MAY_CHANGE: ClassVar = ("model", "steps", "samplers", "baseline_steps", "guidance")  # each cell knows these of itself
+    MAY_CHANGE: ClassVar = (
+        "model",
+        "steps",
+        "samplers",
+        "baseline_steps",
+        "guidance",
+        "search_grid",
+        "verify",
+    )  # each cell knows these of itself
 
     preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
     model: tuple[str, ...] = flag(("digits",), "what is measured: " + teachers.ACCEPTED + ", or the directory of a run")
@@ -44,8 +65,13 @@ class Config:
     samplers: tuple[str, ...] = flag(OPPONENTS, "samplers of models that were not distilled", choices=SAMPLERS)
     guidance: float = flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none")
     images: int = flag(10_000, "generated images a cell")
-    features: str = flag("digits", "feature extractor: digits or any of torch-fidelity's")
+    metrics: str = flag("all", "all, or fid alone in memory that does not grow with --images", choices=COLLECTORS)
+    features: str = flag("digits", "feature extractor: digits, any of torch-fidelity's, or " + OWN)
     features_weights: str | None = flag(None, "file with the extractor's weights, for use without a network")
+    reference: str | None = flag(None, f"a stored reference instead of --data: {reference.ACCEPTED}")
+    search_grid: bool = flag(False, f"also the teacher under {', '.join(SEARCHED)} on a time grid found by dynamic programming")
+    verify: bool = flag(False, "write out the cheapest cell as PNG files and compare with torch_fidelity.calculate_metrics")
+    compare: tuple[str, ...] = flag((), "no measuring: the reports of these finished runs on one page")
     chunk: int = flag(256, "images generated at once in a process; part of the protocol")
     seed: int = flag(0, "seed of noise and labels")
     log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
@@ -59,24 +85,22 @@ def expand(spec: str) -> list[str]:
     return [str(p / "student.safetensors") for p in sorted(stages, key=lambda p: -int(p.name))] or [spec]
 
 
-def cells_of(config: Config, data: datasets.Data) -> list[Cell]:
+def cells_of(config: Config, data: datasets.Data | None, device: torch.device) -> list[Cell]:
     """The cells of all models. ValueError where a model does not match the data, or a student none of the step counts."""
     cells: list[Cell] = []
+    several = len(config.model) > 2
     for spec in config.model:
         mine: list[Cell] = []
         for path in expand(spec):
             model = teachers.load(path)
-            check_match(model, data)
-            name = "" if len(config.model) <= 2 else f"{Path(spec).stem} "
+            if data is not None:
+                check_match(model, data)
             if model.sampler:
-                steps = model.sampler["steps"]
-                mine += own_cells(model, f"{name}student@{'/'.join(map(str, steps))}", config.steps)
+                name = f"{Path(spec).stem} " if several else ""
+                label = f"{name}student@{'/'.join(map(str, model.sampler['steps']))}"
+                mine += own_cells(model, label, config.steps, training_seconds(Path(path)))
             else:
-                label = "teacher" if len(config.model) <= 2 else spec
-                mine += opponents(model, label, config.steps, config.samplers, config.guidance)
-                mine += opponents(
-                    model, label, (config.baseline_steps,) if config.baseline_steps else (), ("ddim",), config.guidance
-                )
+                mine += teacher_cells(config, model, spec if several else "teacher", device)
         if not mine:
             raise ValueError(f"{spec} was distilled for {model.sampler['steps']} steps; --steps names {list(config.steps)}")
         cells += mine
@@ -87,25 +111,94 @@ def cells_of(config: Config, data: datasets.Data) -> list[Cell]:
     return cells
 
 
+def teacher_cells(config: Config, model: Teacher, label: str, device: torch.device) -> list[Cell]:
+    """A model that takes any step count, under all samplers, and under DDIM at the step count ratios are against."""
+    baseline = (config.baseline_steps,) if config.baseline_steps else ()
+    check_steps(model, (*config.steps, *baseline))
+    cells = opponents(model, label, config.steps, config.samplers, config.guidance)
+    cells += opponents(model, label, baseline, ("ddim",), config.guidance)
+    if config.search_grid:
+        samplers = [name for name in SEARCHED if name in config.samplers]
+        cells += searched(model, label, [n for n in config.steps if n > 1], samplers, config, device)
+    return cells
+
+
+def searched(
+    model: Teacher, label: str, steps: list[int], samplers: list[str], config: Config, device: torch.device
+) -> list[Cell]:
+    """Cells on the grids that dynamic programming finds along a fine trajectory of a few hundred images."""
+    denoiser = model.to(device).guided(config.guidance)
+    fine = GRIDS[best_grid(denoiser.schedule, "ddim", FINE_STEPS)](denoiser.schedule, FINE_STEPS)
+    begin = start(range(config.images, config.images + SEARCH_IMAGES), model.shape, model.classes, config.seed)
+    cond = model.condition(None if begin.labels is None else begin.labels.to(device))
+    costs = step_costs(denoiser, (denoiser.schedule.sigma(fine[0]) * begin.noise).float().to(device), fine, **cond)
+    return [
+        Cell(label, "teacher", model, name, n, "searched", config.guidance, tuple(gits(costs, fine, n).tolist()))
+        for name in samplers
+        for n in steps
+    ]
+
+
+def compare(config: Config) -> None:
+    """One report of several finished runs, where their protocols agree."""
+    merged, cells = merge.merged([Path(folder) for folder in config.compare])
+    run = Run.open(config)
+    if run.main:
+        merge.copy_pictures(cells, run.folder / "cells")
+        report.write(merged, run.folder, run.folder / "cells")
+    run.say(f"{merged['verdict']}\nreport: {run.folder / 'report.html'}")
+    run.close()
+
+
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
+        if config.compare:
+            return compare(config)
         if min(config.steps) < 1 or config.images < 40:
             raise ValueError("--steps are 1 or more, --images 40 or more")
-        data = datasets.load(config.data)
-        cells = cells_of(config, data)
+        data = None if config.reference else datasets.load(config.data)
         extractor = Extractor.create(config.features, config.features_weights)
+        if config.verify and (data is None or not extractor.registered or config.metrics != "all"):
+            raise ValueError("--verify needs --data, one of torch-fidelity's extractors and --metrics all")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cells = cells_of(config, data, device)
         run = Run.open(config)
-    device = run.accelerator.device
-    for cell in cells:
-        cell.model.to(device)
-    measurement = Measurement.of(extractor, data, config.images, config.chunk, config.seed, device)
+        device = run.accelerator.device
+        for cell in cells:
+            cell.model.to(device)
+        real = Path(config.reference or "") if data is None else data
+        measurement = Measurement.of(
+            extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed, metrics=config.metrics
+        )
     run.say(
         f"{len(cells)} cells of {config.images:,} images on {run.accelerator.num_processes} process(es), output {run.folder}"
     )
-    report = measurement.report(run, f"FID against step count on {config.data}", cells, {"models": ", ".join(config.model)})
-    run.say(f"\n{report['verdict']}\nreport: {run.folder / 'report.html'}")
+    with disk_errors():
+        out = measurement.report(run, f"FID against step count on {config.data}", cells, {"models": ", ".join(config.model)})
+    if config.verify and run.main and data is not None:
+        prove(config, measurement, cells, out, data.images, run)
+    run.say(f"\n{out['verdict']}\nreport: {run.folder / 'report.html'}")
     run.close()
+
+
+def prove(config: Config, measurement: Measurement, cells: list[Cell], out: dict, real: torch.Tensor, run: Run) -> None:
+    """Compares the cheapest cell with torch-fidelity's own command and says so; exit code 1 where they differ."""
+    finished = {row["name"]: row for row in out["rows"] if "error" not in row}
+    cell = min((cell for cell in cells if cell.name in finished), key=lambda cell: cell.cost)
+    worst, theirs = verify(
+        cell,
+        finished[cell.name],
+        measurement.protocol,
+        real,
+        measurement.extractor,
+        config.features_weights,
+        run.accelerator.device,
+    )
+    numbers = ", ".join(f"{name} {value:.6g}" for name, value in theirs.items())
+    run.say(f"{cell.name}: torch_fidelity.calculate_metrics says {numbers}; largest relative difference {worst:.1g}")
+    if not worst < 1e-5:
+        raise SystemExit("error: this evaluation and torch-fidelity disagree")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ def main(argv: list[str] | None = None) -> None:
         model = teachers.load(config.model)
         export.check_exportable(model)
     teachers.save(folder / "student.safetensors", model)
-    export.pipeline(model, folder / "pipeline")
-    steps = model.sampler.get("steps") or export.exact_steps(model)
-    worst = export.verify(model, folder / "pipeline", steps)
-    print(f"{folder}: student.safetensors and pipeline/, same pixels at {steps} steps (largest difference {worst:.1g})")
+    for name, worst in export.deliver(model, folder).items():
+        print(f"{folder / name}: same pixels through diffusers alone (largest difference {worst:.1g})")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from distill.schedule import EDM, VE, Schedule
-from distill.solver import nfe
-from eval import report
-from eval.features import Extractor, fingerprint
+from distill.schedule import EDM, VE, Schedule, Table
+from eval import reference, report
+from eval.features import Extractor
 from eval.metrics import Reference
+from eval.reference import Identity
 from eval.sweep import Cell, Protocol, sweep
 from recipes.common import Run, device_name, versions
 from recipes.data import Data
@@ -24,12 +27,22 @@ OPPONENTS = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis")
 
 def check_match(teacher: Teacher, data: Data) -> None:
     """ValueError where the teacher cannot be distilled or measured on these data."""
-    if teacher.shape != data.shape:
-        raise ValueError(f"the teacher makes images of shape {teacher.shape}, {data.name} holds {data.shape}: they must agree")
+    if teacher.image_shape != data.shape:
+        raise ValueError(
+            f"the teacher makes images of shape {teacher.image_shape}, {data.name} holds {data.shape}: they must agree"
+        )
     if teacher.classes is not None and data.labels is None:
         raise ValueError(f"the teacher is conditional on {teacher.classes} classes, {data.name} has no labels")
     if teacher.classes is not None and data.classes is not None and data.classes > teacher.classes:
         raise ValueError(f"{data.name} has {data.classes} classes, the teacher knows {teacher.classes}")
+
+
+def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
+    """ValueError where a step count is more than the model's discrete table has entries."""
+    schedule = teacher.denoiser.schedule
+    most = schedule.steps if isinstance(schedule, Table) else 100_000
+    if wrong := [n for n in steps if not 1 <= n <= most]:
+        raise ValueError(f"{wrong[0]} steps on a grid of {most:,}: accepted are 1 to {most}")
 
 
 def best_grid(schedule: Schedule, sampler: str, steps: int) -> str:
@@ -55,15 +68,32 @@ def opponents(
     ]
 
 
-def own_cells(student: Teacher, label: str, steps: tuple[int, ...] | None = None) -> list[Cell]:
+def own_cells(
+    student: Teacher, label: str, steps: tuple[int, ...] | None = None, training_seconds: float | None = None
+) -> list[Cell]:
     """A student under the sampler, the grid and the step counts it was made for, or those of them that are in ``steps``."""
-    s = student.sampler
-    return [Cell(label, "student", student, s["name"], n, s["grid"]) for n in s["steps"] if steps is None or n in steps]
+    made = student.sampler
+    times = {n: tuple(t) for n, t in made.get("times", {}).items()}
+    return [
+        Cell(
+            label, "student", student, made["name"], n, made["grid"], times=times.get(str(n)), training_seconds=training_seconds
+        )
+        for n in made["steps"]
+        if steps is None or n in steps
+    ]
+
+
+def training_seconds(student: Path) -> float | None:
+    """What a recipe noted beside a student's file: the seconds of training that went into it."""
+    try:
+        return json.loads((student.parent / "cost.json").read_text())["training_seconds"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
 
 
 def cost_in_calls(cells: list[Cell]) -> int:
     """Network evaluations an image of each cell, summed."""
-    return sum(nfe(cell.sampler, cell.steps) * (2 if cell.guidance != 1 else 1) for cell in cells)
+    return sum(cell.cost for cell in cells)
 
 
 @dataclass(frozen=True)
@@ -75,20 +105,39 @@ class Measurement:
     protocol: Protocol
 
     @classmethod
-    def of(cls, extractor: Extractor, data: Data, images: int, chunk: int, seed: int, device: torch.device) -> Measurement:
-        """Extracts the reference features of all images of ``data``."""
-        extractor = extractor.to(device)
+    def of(
+        cls,
+        extractor: Extractor,
+        data: Data | Path,
+        run: Run,
+        *,
+        images: int,
+        chunk: int,
+        seed: int,
+        metrics: str = "all",
+    ) -> Measurement:
+        """Extracts the features of all images of ``data``, or reads the reference file it names."""
+        accelerator: Accelerator = run.accelerator
+        extractor = extractor.to(accelerator.device)
+        known: Identity
+        if isinstance(data, Path):
+            real, known = reference.load(data, extractor)
+        else:
+            cache = run.folder / "reference.safetensors"
+            real, known = reference.of_images(data.images, data.name, extractor, chunk, accelerator, cache)
         protocol = Protocol(
             images=images,
             seed=seed,
             chunk=chunk,
             features=extractor.name,
             features_sha256=extractor.fingerprint,
-            reference=data.name,
-            reference_images=len(data.images),
-            reference_sha256=fingerprint(data.images),
+            reference=known.data,
+            reference_images=known.images,
+            reference_sha256=known.data_sha256,
+            resize=known.resize,
+            metrics=metrics,
         )
-        return cls(extractor, Reference(extractor.all(data.images, chunk, device)), protocol)
+        return cls(extractor, real, protocol)
 
     def report(self, run: Run, title: str, cells: list[Cell], facts: dict[str, Any]) -> dict:
         """Measures the cells that are not finished and writes the report; every process returns it."""
@@ -99,7 +148,11 @@ class Measurement:
             "device": device_name(run.accelerator),
             "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
         }
-        out = report.build(title, rows, asdict(self.protocol), self.reference.floor(self.protocol.images), facts)
+        out: list = [None]
         if run.main:
-            report.write(out, run.folder, run.folder / "cells")
-        return out
+            finished = run.folder / "cells"
+            out = [report.build(title, rows, asdict(self.protocol), self.reference, facts, finished)]
+            report.write(out[0], run.folder, finished)
+            for warning in out[0]["warnings"]:
+                run.say(f"warning: {warning}")
+        return broadcast_object_list(out)[0]

@@ -10,21 +10,20 @@ What the presets reach stands in EXPERIMENTS.md.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import teachers
-from distill.checkpoint import Resumable
 from distill.denoise import Denoise
 from distill.distance import DISTANCES, WEIGHTS
 from distill.grid import uniform
 from distill.progressive import Progressive
-from distill.train import Method, Optimization, Shares, train
+from distill.train import Optimization, Shares
 from eval.features import Extractor
 from recipes import data as datasets
-from recipes.common import Run, duration, flag, one_line_errors, parse, peak_memory_gb, processes, rehearse
+from recipes.common import Run, disk_errors, duration, flag, one_line_errors, parse, processes
 from recipes.measure import OPPONENTS, Measurement, check_match, cost_in_calls, opponents, own_cells
-from teachers import Teacher, export
+from recipes.stage import deliver, plan, stage
+from teachers import Teacher
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -85,105 +84,50 @@ def main(argv: list[str] | None = None) -> None:
         extractor = Extractor.create(config.features)
         run = Run.open(config, config.mixed_precision)
     device = run.accelerator.device
-    measurement = Measurement.of(extractor, data, config.images, config.chunk, config.seed, device)
+    measurement = Measurement.of(extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed)
     cells = opponents(teacher.to(device), "teacher", config.sweep_steps, OPPONENTS, config.guidance)
     cells += opponents(teacher, "teacher", (config.start_steps,), ("ddim",), config.guidance)
-    plan(config, run, steps, teacher, data, cost_in_calls(cells) + sum(steps))
-    began = time.perf_counter()
+    title = f"progressive distillation of {config.teacher}: {' -> '.join(map(str, [config.start_steps, *steps]))} steps"
+    first = Progressive(target, uniform(target.schedule, 2 * steps[0]), config.weight, config.distance)
+    stages = [optimization(config, n) for n in steps]
+    plan(run, title, teacher, first, data, stages, cost_in_calls(cells) + sum(steps), config.images)
+    record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
 
-    model = teacher
+    model, seconds = teacher, 0.0
     if model.parametric.prediction in ("eps", "score"):
-        model = stage(config, run, "v", as_v(model), Denoise(target), data, {})
+        warm_start = optimization(config, config.start_steps)
+        model, seconds = stage(
+            run, "v", as_v(model), Denoise(target), data, warm_start, sampler={}, record=record, seed=config.seed
+        )
         target = model.denoiser
-    for n in steps:
+    for n, how in zip(steps, stages, strict=True):
         method = Progressive(target, uniform(target.schedule, 2 * n), config.weight, config.distance)
-        model = stage(config, run, str(n), model, method, data, {"name": "ddim", "grid": "uniform", "steps": [n]})
+        sampler = {"name": "ddim", "grid": "uniform", "steps": [n]}
+        model, seconds = stage(
+            run, str(n), model, method, data, how, sampler=sampler, record=record, seed=config.seed, spent=seconds
+        )
         target = model.denoiser
-        cells += own_cells(model, f"student@{n}")
+        cells += own_cells(model, f"student@{n}", training_seconds=seconds)
     if run.main:
         teachers.save(run.folder / "student.safetensors", model)
 
-    facts = {"teacher": config.teacher, "training": f"{duration(time.perf_counter() - began)} in this process"}
-    report = measurement.report(run, f"Progressive distillation of {config.teacher}", cells, facts)
-    if run.main:
-        deliver(run, model)
+    facts = {"teacher": config.teacher, "training": duration(seconds)}
+    with disk_errors():
+        report = measurement.report(run, f"Progressive distillation of {config.teacher}", cells, facts)
+    deliver(run, model)
     run.say(f"\n{report['verdict']}\nreport: {run.folder / 'report.html'}")
     run.close()
 
 
-def images_of(config: Config, name: str) -> int:
-    """Training images of a stage: the last two, to 2 steps and to 1, take twice as many."""
-    return config.images_per_stage * (2 if name in ("1", "2") else 1)
-
-
-def plan(config: Config, run: Run, steps: list[int], model: Teacher, data: datasets.Data, sweep_calls: int) -> None:
-    """Says what will be done, how long it should take and how much memory, from a rehearsal of a few steps."""
-    shares = Shares(config.batch_size, run.accelerator.num_processes, run.accelerator.process_index, config.microbatch)
-    batches = data.batches(shares, config.seed, "rehearsal", run.accelerator.device, conditional=model.classes is not None)
-    x0, cond = next(iter(batches(0)))
-    method = Progressive(model.guided(config.guidance), uniform(model.denoiser.schedule, 2 * steps[0]), config.weight)
-    training, call = rehearse(method, model.student(), x0, cond)
-    images = sum(images_of(config, str(n)) for n in steps)
-    world = run.accelerator.num_processes
-    weights = sum(p.numel() for p in model.student().net.parameters())
-    run.say(f"progressive distillation of {config.teacher}: {' -> '.join(map(str, [config.start_steps, *steps]))} steps")
-    run.say(f"  network   {weights / 1e6:.2f} M weights, guidance {config.guidance:g}")
-    run.say(f"  data      {data.name}: {len(data.images):,} images of {'x'.join(map(str, data.shape))}")
-    run.say(
-        f"  training  {images:,} images in {len(steps)} stages, batch {config.batch_size}: about {duration(images * training / world)}"
-    )
-    run.say(f"  sweep     {config.images:,} images a cell: about {duration(1.15 * sweep_calls * config.images * call / world)}")
-    run.say(f"  memory    about {1.2 * peak_memory_gb(run.accelerator.device):.1f} GB a process, {world} of them")
-    run.say(f"  output    {run.folder}\n")
+def optimization(config: Config, steps: int) -> Optimization:
+    """How the stage to so many steps is trained: the last two, to 2 and to 1, take twice as many images."""
+    images = config.images_per_stage * (2 if steps <= 2 else 1)
+    return Optimization(images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images)
 
 
 def as_v(model: Teacher) -> Teacher:
     """The same weights read as a v prediction: near the data eps and v agree, and near pure noise eps has no student."""
     return replace(model, denoiser=replace(model.parametric, prediction="v"))
-
-
-def deliver(run: Run, model: Teacher) -> None:
-    """The diffusers pipeline of the last student, compared with our sampler; a reason where no stock class carries it."""
-    try:
-        export.check_exportable(model)
-    except ValueError as error:
-        run.say(f"no diffusers pipeline: {error}")
-        return
-    export.pipeline(model, run.folder / "pipeline")
-    worst = export.verify(model, run.folder / "pipeline", model.sampler["steps"])
-    run.say(f"pipeline/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
-
-
-def stage(config: Config, run: Run, name: str, model: Teacher, method: Method, data: datasets.Data, sampler: dict) -> Teacher:
-    """Trains a copy of ``model`` by ``method`` and returns it, from its file, where a finished stage is found at once."""
-    folder = run.folder / "stages" / name
-    file = folder / "student.safetensors"
-    if not file.exists():
-        images = images_of(config, name)
-        optimization = Optimization(images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images)
-        shares = Shares(config.batch_size, run.accelerator.num_processes, run.accelerator.process_index, config.microbatch)
-        student = model.student()
-        states = train(
-            method,
-            student,
-            data.batches(shares, config.seed, name, run.accelerator.device, conditional=model.classes is not None),
-            run.accelerator,
-            optimization,
-            seed=config.seed,
-            phase=name,
-            resumable=Resumable(folder),
-            save_every_images=max(1, images // 8),
-        )
-        for _ in run.watch(states, name, images, f"stage {name}"):
-            pass
-        if run.main:
-            record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
-            trained = replace(model, denoiser=student, sampler=sampler, record=record)
-            teachers.save(file, trained)
-            Resumable(folder).clear()
-        run.accelerator.free_memory()
-        run.accelerator.wait_for_everyone()
-    return teachers.load_file(file).to(run.accelerator.device)
 
 
 if __name__ == "__main__":

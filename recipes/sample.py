@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 import teachers
-from distill.checkpoint import replacing
 from distill.grid import GRIDS
 from distill.solver import SAMPLERS
 from eval.generate import chunks, generate, start, to_uint8
 from eval.plots import contact_sheet
+from eval.verify import write_folder
 from recipes.common import fail, flag, one_line_errors, parse
 from teachers import Teacher
 
@@ -39,15 +39,15 @@ class Config:
     output: str = flag("samples.png", "a .png file for a grid, or a folder for single images; neither may exist")
 
 
-def settings(model: Teacher, config: Config) -> tuple[str, str, int]:
-    """Sampler, grid and steps. ValueError where a student is asked for a step count it was not made for."""
+def settings(model: Teacher, config: Config) -> tuple[str, str | None, int]:
+    """Sampler, grid, None for the model's own, and steps. ValueError where a student is asked for a step count it was not made for."""
     made = model.sampler
     steps = config.steps or (min(made["steps"]) if made else 64)
     if steps < 1:
         raise ValueError(f"--steps {steps}: accepted are 1 and more")
     if made and steps not in made["steps"]:
         raise ValueError(f"this student was made for {made['steps']} steps, not {steps}")
-    return config.sampler or made.get("name", "ddim"), config.grid or made.get("grid", "uniform"), steps
+    return config.sampler or made.get("name", "ddim"), config.grid, steps
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--labels: this model has {model.classes or 'no'} classes")
         if len(model.shape) != 3 or model.shape[0] not in (1, 3):
             raise ValueError(f"samples of shape {model.shape} are no pictures: accepted are models of 1 or 3 channels")
-    times = GRIDS[grid](denoiser.schedule, steps)
+    times = GRIDS[grid](denoiser.schedule, steps) if grid else model.times(steps)
     parts = []
     for indices in tqdm(
         chunks(config.images, min(config.chunk, config.images)), desc=f"{steps} steps of {sampler}", disable=None
@@ -81,15 +81,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         write_folder(images, output)
     print(f"{len(images)} images, {sampler} with {steps} steps: {output}")
-
-
-def write_folder(images: torch.Tensor, folder: Path) -> None:
-    """uint8 images [n, C, H, W] as 000000.png, 000001.png, ..."""
-    from PIL import Image
-
-    for i, pixels in enumerate(images):
-        with replacing(folder / f"{i:06d}.png") as aside:
-            Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()).save(aside, format="PNG")
 
 
 if __name__ == "__main__":

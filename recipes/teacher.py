@@ -15,20 +15,17 @@ import torch
 import teachers
 from distill.checkpoint import Resumable
 from distill.denoise import Denoise
-from distill.denoiser import Denoiser
 from distill.distance import WEIGHTS
 from distill.grid import uniform
 from distill.train import Optimization, Shares, train
-from eval.generate import generate, start, to_uint8
+from eval.generate import generate, peak_memory_gb, start, to_uint8
 from eval.plots import contact_sheet
 from recipes import data as datasets
-from recipes.common import NOT_OF_THE_RUN, Run, duration, flag, one_line_errors, parse, peak_memory_gb, processes, rehearse
-from teachers import Teacher
+from recipes.common import NOT_OF_THE_RUN, Run, duration, flag, one_line_errors, parse, processes, rehearse
 from teachers.load import frozen
-from teachers.unet import build, network, table_of
+from teachers.unet import untrained
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"images": 4096, "channels": (16, 32)}}
-SCHEDULER = {"num_train_timesteps": 1024, "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}
 
 
 @dataclass(frozen=True)
@@ -53,36 +50,11 @@ class Config:
     resume: bool = flag(True, "continue a run of the same configuration in the output directory")
 
 
-def untrained(config: Config, data: datasets.Data) -> Teacher:
-    channels, height, width = data.shape
-    levels = len(config.channels)
-    unet_config = {
-        "sample_size": height if height == width else [height, width],
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": list(config.channels),
-        "layers_per_block": config.layers,
-        "down_block_types": ["DownBlock2D"] * levels,
-        "up_block_types": ["UpBlock2D"] * levels,
-        "norm_num_groups": 8,
-        "attention_head_dim": 16,
-        "num_class_embeds": None if data.classes is None else data.classes + 1,
-    }
-    if any(c % 8 for c in config.channels):
-        raise ValueError(f"--channels {config.channels}: each must be a multiple of 8")
-    if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
-        raise ValueError(f"--channels names {levels} resolutions, but {height}x{width} cannot be halved {levels - 1} times")
-    torch.manual_seed(config.seed)
-    net = build(unet_config)
-    denoiser = Denoiser(net, table_of(SCHEDULER), "v", "index")
-    return Teacher(denoiser, data.shape, network(net.unet), data.classes, data.classes)
-
-
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         data = datasets.load(config.data)
-        model = untrained(config, data)
+        model = untrained(data.shape, data.classes, config.channels, config.layers, config.seed)
         student = model.parametric
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
         run = Run.open(config, config.mixed_precision)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.denoiser import Denoiser, DenoiserLike, Guided
+from distill.grid import GRIDS
 from distill.schedule import describe, schedule_from
+from teachers.codec import Codec
 
 ACCEPTED = (
     "'digits', a .safetensors file of this project, a diffusers pipeline folder or hub id (owner/name), "
@@ -34,7 +36,8 @@ class Teacher:
 
     ``network``: what rebuilds the network ({"family": ..., "config": ...}), None for oracles. ``classes``: class labels
     0..classes-1, None without labels; ``null``: the label that stands for none. ``sampler``: what a distilled student was made
-    for ({"name", "grid", "steps"}), empty for a model that takes any. ``record``: method and provenance, as saved.
+    for ({"name", "grid", "steps"} and perhaps "times", those of each step count), empty for a model that takes any. ``record``:
+    method and provenance, as saved. ``codec``: what turns the latents of a latent model into images.
     """
 
     denoiser: DenoiserLike
@@ -44,6 +47,16 @@ class Teacher:
     null: int | None = None
     sampler: dict = field(default_factory=dict)
     record: dict = field(default_factory=dict)
+    codec: Codec | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image, which for a latent model is not `shape`."""
+        return self.shape if self.codec is None else tuple(self.decode(torch.zeros(1, *self.shape)).shape[1:])
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images in [-1, 1] from what the denoiser works on."""
+        return x0 if self.codec is None else self.codec.decode(x0)
 
     @property
     def parametric(self) -> Denoiser:
@@ -78,7 +91,15 @@ class Teacher:
     def to(self, device: torch.device) -> Teacher:
         if isinstance(self.denoiser, Denoiser):
             self.denoiser.net.to(device)
+        if self.codec is not None:
+            self.codec.to(device)
         return self
+
+    def times(self, steps: int) -> Tensor:
+        """The grid [steps + 1] that was made for this step count, the uniform one for a model that takes any."""
+        if given := self.sampler.get("times", {}).get(str(steps)):
+            return torch.tensor(given, dtype=torch.float64)
+        return GRIDS[self.sampler.get("grid", "uniform")](self.denoiser.schedule, steps)
 
     def student(self) -> Denoiser:
         """A trainable copy of the denoiser."""

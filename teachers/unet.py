@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
@@ -12,6 +13,7 @@ from distill.schedule import Table
 from teachers.load import Teacher, frozen
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+COSINE_ZERO_SNR = {"num_train_timesteps": 1024, "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 
 
@@ -43,6 +45,31 @@ def table_of(scheduler_config: dict) -> Table:
 
     cls = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}[scheduler_config.get("_class_name", "DDIMScheduler")]
     return Table(tuple(cls.from_config(scheduler_config).alphas_cumprod.double().tolist()))
+
+
+def untrained(shape: tuple[int, ...], classes: int | None, channels: tuple[int, ...], layers: int, seed: int) -> Teacher:
+    """A new UNet2DModel for images of ``shape`` [C, H, W] with a null class, predicting v on a cosine table of 1024 entries and
+    zero terminal SNR, which every ladder of powers of two meets exactly. ValueError where ``channels`` do not fit the shape."""
+    depth, height, width = shape
+    levels = len(channels)
+    if any(c % 8 for c in channels):
+        raise ValueError(f"--channels {channels}: each must be a multiple of 8")
+    if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
+        raise ValueError(f"--channels names {levels} resolutions, but {height}x{width} cannot be halved {levels - 1} times")
+    torch.manual_seed(seed)
+    net = build({
+        "sample_size": height if height == width else [height, width],
+        "in_channels": depth,
+        "out_channels": depth,
+        "block_out_channels": list(channels),
+        "layers_per_block": layers,
+        "down_block_types": ["DownBlock2D"] * levels,
+        "up_block_types": ["UpBlock2D"] * levels,
+        "norm_num_groups": 8,
+        "attention_head_dim": 16,
+        "num_class_embeds": None if classes is None else classes + 1,
+    })  # fmt: skip
+    return Teacher(Denoiser(net, table_of(COSINE_ZERO_SNR), "v", "index"), shape, network(net.unet), classes, classes)
 
 
 def load(spec: str) -> Teacher:

@@ -86,3 +86,63 @@ def test_unknown_features_and_missing_weights_are_named():
         Extractor.create("incption")
     with pytest.raises(ValueError, match="no such file"):
         Extractor.create("inception-v3-compat", "nowhere.pth")
+
+
+class Own(torch.nn.Module):
+    """Mean colour and spread: features without logits."""
+
+    def forward(self, images):
+        x = images.float().flatten(2)
+        return torch.cat([x.mean(2), x.std(2)], 1)
+
+
+class Wrong(torch.nn.Module):
+    def forward(self, images):
+        return images.float()
+
+
+def test_an_extractor_of_ones_own_comes_by_import_path_and_as_torchscript(tmp_path):
+    images = digit_images()[0][:20]
+    by_path = Extractor.create("test_fidelity:Own")
+    expected = Own()(images.expand(-1, 3, -1, -1))
+    assert torch.equal(by_path(images).fid, expected) and by_path(images).logits is None and not by_path.registered
+    torch.jit.script(Own()).save(str(tmp_path / "own.pt"))
+    assert torch.allclose(Extractor.create(str(tmp_path / "own.pt"))(images).fid, expected)
+
+
+def test_an_extractor_of_another_shape_is_refused_by_what_is_accepted(tmp_path):
+    with pytest.raises(ValueError, match=r"gave \[\(20, 3, 8, 8\)\] for 20 images: accepted are a TorchScript file"):
+        Extractor.create("test_fidelity:Wrong")(digit_images()[0][:20])
+    with pytest.raises(ValueError, match="no TorchScript file"):
+        torch.save({"w": torch.zeros(2)}, tmp_path / "w.pt")
+        Extractor.create(str(tmp_path / "w.pt"))
+    with pytest.raises(ValueError, match="No module named 'nowhere'"):
+        Extractor.create("nowhere:Own")
+
+
+def test_extractor_weights_that_need_code_are_refused(tmp_path):
+    torch.save({"w": Own()}, tmp_path / "module.pth")
+    with pytest.raises(ValueError, match="weights that need code to load are refused"):
+        Extractor.create("inception-v3-compat", str(tmp_path / "module.pth"))
+    torch.save({"w": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="these are not the weights of 'inception-v3-compat'"):
+        Extractor.create("inception-v3-compat", str(tmp_path / "other.pth"))
+
+
+def test_without_a_network_the_message_names_the_flag(monkeypatch):
+    from urllib.error import URLError
+
+    import torch_fidelity.feature_extractor_inceptionv3 as inception
+
+    def offline(*args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match=r"no download \(Name or service not known\): name a file with --features-weights"):
+        Extractor.create("inception-v3-compat")
+
+
+def test_an_extractor_that_would_fetch_and_run_code_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match="would fetch their code from github"):
+        Extractor.create("dinov2-vit-s-14")

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -5,6 +8,7 @@ from distill import grid
 from distill.denoiser import Guided
 from distill.solver import SAMPLERS
 from eval.generate import chunks, counted, generate, start, to_uint8
+from teachers.codec import Codec
 
 
 @pytest.mark.parametrize("images, size, world", [(100, 32, 1), (100, 32, 3), (7, 10, 4), (64, 8, 5)])
@@ -59,3 +63,25 @@ def test_every_sampler_is_reachable_by_name(teacher):
         times = grid.uniform(teacher.denoiser.schedule, 3)
         out = generate(teacher.denoiser, name, times, begin, teacher.condition, torch.device("cpu"))
         assert out.shape == (2, 1, 8, 8) and torch.isfinite(out).all()
+
+
+class Latents(torch.nn.Module):
+    """An autoencoder under diffusers' interface: images are latents repeated 2 x 2, plus one."""
+
+    def decode(self, z):
+        assert z.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return SimpleNamespace(sample=z.repeat_interleave(2, 2).repeat_interleave(2, 3) + 1)
+
+    def encode(self, images):
+        return SimpleNamespace(latents=images[:, :, ::2, ::2] - 1)
+
+
+def test_latents_are_decoded_in_float32_by_the_scale_and_shift_of_their_codec(teacher):
+    codec = Codec(Latents(), scale=2.0, shift=0.5)
+    latents = torch.randn(3, 1, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = codec.decode(latents.bfloat16())
+    z = latents.bfloat16().float() / 2 + 0.5
+    assert images.shape == (3, 1, 16, 16) and torch.equal(images[:, :, ::2, ::2], z + 1)
+    assert torch.allclose(codec.encode(codec.decode(latents)), latents, atol=1e-6)
+    assert replace(teacher, codec=codec).image_shape == (1, 16, 16) and teacher.image_shape == (1, 8, 8)

@@ -13,10 +13,22 @@ from diffusers import (
 
 from distill import grid
 from distill.schedule import EDM, Cosine, Flow, LinearVP, Table
-from distill.solver import SAMPLERS, ancestral, ddim, deis, dpm_solver_pp_2m, dpm_solver_pp_3m, heun, ipndm, nfe, unipc
+from distill.solver import (
+    SAMPLERS,
+    STOCHASTIC,
+    ancestral,
+    ddim,
+    deis,
+    dpm_solver_pp_2m,
+    dpm_solver_pp_3m,
+    heun,
+    ipndm,
+    nfe,
+    unipc,
+)
 from teachers.oracle import Gaussian
 
-DETERMINISTIC = sorted(SAMPLERS.keys() - {"ancestral"})
+DETERMINISTIC = sorted(SAMPLERS.keys() - set(STOCHASTIC))
 
 
 def gaussian(schedule):

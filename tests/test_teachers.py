@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,3 +167,29 @@ def test_guidance_needs_a_null_class(tmp_path, teacher):
     with pytest.raises(ValueError, match="needs a teacher trained with a null class"):
         teachers.load(str(tmp_path)).guided(2.0)
     assert teacher.guided(1.0) is teacher.denoiser and teacher.guided(2.0).scale == 2.0
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"name": "ddim", "grid": "searched", "steps": [3], "times": {"3": [1.0, 0.61, 0.3333, 0.0]}},
+        {"name": "ddim", "grid": "uniform", "steps": [5]},
+        {"name": "consistency", "grid": "uniform", "steps": [3]},
+        {"name": "consistency", "grid": "searched", "steps": [2], "times": {"2": [0.99, 0.4, 0.0]}},
+    ],
+    ids=["searched", "not a divisor", "consistency", "consistency at searched times"],
+)
+def test_any_step_times_are_baked_into_a_pipeline_of_stock_classes(teacher, tmp_path, sampler):
+    from teachers import export
+
+    model = replace(teacher, sampler=sampler)
+    assert export.deliver(model, tmp_path)["pipeline"] < 1e-4
+    classes = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert classes["unet"] == ["diffusers", "UNet2DModel"] and classes["_class_name"] == "ConsistencyModelPipeline"
+
+
+def test_a_student_of_several_baked_step_counts_gets_a_pipeline_for_each(teacher, tmp_path):
+    from teachers import export
+
+    model = replace(teacher, sampler={"name": "consistency", "grid": "uniform", "steps": [1, 2, 3]})
+    assert export.deliver(model, tmp_path).keys() == {"pipeline", "pipeline-2", "pipeline-3"}

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from distill import checkpoint
+from eval import reference
+from eval.features import Extractor
+from eval.metrics import Features, Reference, measure
+from teachers.digits import digits
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "reference.safetensors"
+    images, extractor = digits()[0][:300], Extractor.create("digits")
+    made, identity = reference.of_images(images, "digits", extractor, 64, Accelerator(cpu=True), path)
+    return path, images, extractor, made, identity
+
+
+def test_a_reference_is_the_features_of_all_images_in_order(stored):
+    _, images, extractor, made, identity = stored
+    assert torch.allclose(made.features, extractor(images).fid, atol=1e-5)
+    assert identity.images == 300 and identity.features == "digits"
+
+
+def test_a_stored_reference_is_read_back_with_its_identity_and_not_computed_again(stored, monkeypatch):
+    path, images, extractor, made, identity = stored
+    monkeypatch.setattr(reference, "extract", lambda *a: pytest.fail("extracted again"))
+    again, theirs = reference.of_images(images, "digits", extractor, 64, Accelerator(cpu=True), path)
+    assert torch.equal(again.features, made.features) and theirs == identity
+    assert reference.load(path, extractor, images=300)[1] == identity
+
+
+def test_other_images_are_refused_where_a_reference_is_stored(stored):
+    path, images, extractor, *_ = stored
+    with pytest.raises(ValueError, match=r"reference has data_sha256 '.{12}', here it is '.{12}': they must agree"):
+        reference.of_images(images.flip(0), "digits", extractor, 64, Accelerator(cpu=True), path)
+
+
+def test_another_number_of_images_is_refused(stored):
+    with pytest.raises(ValueError, match="this reference has images 300, here it is 1797"):
+        reference.load(stored[0], stored[2], images=1797)
+
+
+def test_another_extractor_is_refused_by_name_and_by_weights(stored, tmp_path):
+    path, _, extractor, *_ = stored
+    other = Extractor("clip-vit-b-32", extractor.module)
+    with pytest.raises(ValueError, match="has features 'digits', here it is 'clip-vit-b-32'"):
+        reference.load(path, other)
+    changed = Extractor.create("digits")
+    next(changed.module.parameters()).data.add_(1)
+    with pytest.raises(ValueError, match="has features_sha256"):
+        reference.load(path, changed)
+
+
+def test_another_dtype_is_refused(stored, tmp_path):
+    tensors, description = checkpoint.load(stored[0])
+    description.pop("format")
+    checkpoint.save(tmp_path / "half.safetensors", {"features": tensors["features"].half()}, description)
+    with pytest.raises(ValueError, match=r"features are torch\.float16, torch\.float32 is accepted"):
+        reference.load(tmp_path / "half.safetensors", stored[2])
+    np.savez(tmp_path / "single.npz", mu=np.zeros(4, np.float32), sigma=np.eye(4, dtype=np.float32))
+    with pytest.raises(ValueError, match="mu is float32 and sigma float32: accepted are float32 or float64, and float64"):
+        reference.load(tmp_path / "single.npz", Extractor("inception-v3-compat", stored[2].module))
+
+
+def test_statistics_of_the_fields_npz_files_give_the_fid_of_the_features_they_came_from(stored, tmp_path):
+    _, _, extractor, made, _ = stored
+    statistics = made.statistics
+    np.savez(tmp_path / "cifar10-32x32.npz", mu=statistics["mu"].astype(np.float64), sigma=statistics["sigma"])
+    inception = Extractor("inception-v3-compat", extractor.module)
+    given, identity = reference.load(tmp_path / "cifar10-32x32.npz", inception)
+    generated = Features(made.features + 0.1 * torch.randn_like(made.features))
+    whole, bare = measure(generated, made), measure(generated, given)
+    assert bare["fid"] == whole["fid"] and bare["fid_interval"] == whole["fid_interval"]
+    assert bare["kid"] is None and bare["precision"] is None and identity.images == 0
+    assert given.floor(100) is None
+    with pytest.raises(ValueError, match="has features 'inception-v3-compat', here it is 'digits'"):
+        reference.load(tmp_path / "cifar10-32x32.npz", extractor)
+
+
+def test_files_that_need_unpickling_are_refused(stored, tmp_path):
+    np.savez(tmp_path / "objects.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        reference.load(tmp_path / "objects.npz", stored[2])
+    (tmp_path / "edm.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="a pickle, which can run code"):
+        reference.load(tmp_path / "edm.pkl", stored[2])
+
+
+def test_a_model_file_is_no_reference(tmp_path, teacher, stored):
+    import teachers
+
+    teachers.save(tmp_path / "m.safetensors", teacher)
+    with pytest.raises(ValueError, match="a model, no reference"):
+        reference.load(tmp_path / "m.safetensors", stored[2])
+
+
+def test_statistics_of_a_wrong_shape_are_refused(stored, tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(4), sigma=np.eye(3))
+    with pytest.raises(ValueError, match=r"mu has shape \(4,\) and sigma \(3, 3\)"):
+        reference.load(tmp_path / "x.npz", stored[2])
+    np.savez(tmp_path / "y.npz", mean=np.zeros(4))
+    with pytest.raises(ValueError, match="mu is not a file in the archive"):
+        reference.load(tmp_path / "y.npz", stored[2])
+    assert isinstance(stored[3], Reference)

@@ -1,0 +1,166 @@
+"""What a report says of its rows, the JSON schema, and the page in a real browser."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from jsonschema import Draft202012Validator
+
+from distill import checkpoint
+from eval import compare, merge, report
+from eval.metrics import GROUPS
+from eval.sweep import picture_path
+
+SCHEMA = Draft202012Validator(json.loads((ROOT / "eval" / "report.schema.json").read_text()))
+
+
+def row(role, sampler, nfe, fid, seconds=1e-3, **more):
+    name = f"{role} {sampler} {nfe}"
+    return {
+        "name": name, "model": role, "role": role, "sampler": sampler, "grid": "uniform", "steps": nfe, "times": None,
+        "guidance": 1.0, "images": 100, "model_sha256": role, "protocol": "p", "nfe": float(nfe), "fid": fid,
+        "fid_interval": [fid - 0.01, fid + 0.01], "fid_infinity": fid, "fid_infinity_interval": [fid - 0.01, fid + 0.01],
+        "fid_left_out": [fid + 1e-4 * (-1) ** g for g in range(GROUPS)], "seconds_per_image": seconds * nfe,
+        "saturated_pixels": 0.0, "peak_memory_gb": 1.0, **more,
+    }  # fmt: skip
+
+
+TEACHER = [row("teacher", "ddim", n, f) for n, f in ((1, 8.0), (4, 4.0), (16, 1.0), (64, 0.5))]
+PROTOCOL = {
+    "images": 5000, "seed": 0, "chunk": 256, "features": "digits", "features_sha256": "f", "reference": "digits",
+    "reference_images": 1797, "reference_sha256": "r", "metrics": "all", "rounding": "", "resize": "none", "labels": "",
+    "generation": "",
+}  # fmt: skip
+
+
+def pictures_of(rows):
+    return {r["name"]: torch.zeros(4, 1, 8, 8, dtype=torch.uint8) for r in rows}
+
+
+def test_equivalent_evaluations_lie_on_the_log_log_line_through_the_teachers_front():
+    halfway = math.sqrt(4.0 * 1.0)  # in log FID between 4 and 16 evaluations
+    assert compare.equivalent_nfe(row("student", "ddim", 1, halfway), TEACHER) == pytest.approx(8)
+    assert compare.equivalent_nfe(row("student", "ddim", 1, 1.0), TEACHER) == pytest.approx(16)
+    assert compare.equivalent_nfe(row("student", "ddim", 1, 9.0), TEACHER) == 1
+    assert compare.equivalent_nfe(row("student", "ddim", 1, 0.1), TEACHER) is None
+
+
+def test_training_is_earned_back_after_its_seconds_over_those_saved_an_image():
+    student = row("student", "ddim", 1, 1.0, training_seconds=300.0)
+    out = compare.with_comparisons([*TEACHER, student], pictures_of([*TEACHER, student]))[-1]
+    assert out["equivalent_nfe"] == pytest.approx(16)
+    assert out["break_even_images"] == pytest.approx(300 / (16e-3 - 1e-3))
+    worse = row("student", "ddim", 16, 4.0, training_seconds=300.0)
+    assert compare.with_comparisons([*TEACHER, worse], pictures_of([*TEACHER, worse]))[-1]["break_even_images"] is None
+
+
+def test_drift_is_0_for_a_copy_1_for_other_images_and_scales_with_the_distance():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 200, (500, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    others = torch.randint(0, 200, (500, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    assert compare.drift(images, images) == 0
+    assert compare.drift(others, images) == pytest.approx(1, abs=0.02)
+    near, far = (compare.drift(images + offset, images) for offset in (5, 10))
+    assert far == pytest.approx(2 * near)
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    rows = [row("teacher", "a", 2, 1.0), row("teacher", "b", 2, 0.5), row("teacher", "c", 4, 0.7), row("teacher", "d", 8, 0.2)]
+    assert [r["sampler"] for r in compare.pareto(rows, "nfe")] == ["b", "d"]
+
+
+def test_the_verdict_counts_only_significant_wins():
+    rival = row("teacher", "unipc", 4, 1.0)
+    won = row("student", "ddim", 4, 0.9)
+    assert compare.verdict([rival, won]).startswith("Up to 4 network evaluations use the student")
+    noisy = won | {"fid_left_out": [0.9 + 0.05 * (-1) ** g for g in range(GROUPS)]}
+    assert compare.verdict([rival, noisy]).startswith("No student beats")
+    assert compare.verdict([rival]).startswith("There is nothing to compare")
+
+
+def test_a_reader_is_warned_of_too_few_images_and_of_failed_cells():
+    few = compare.warnings([], PROTOCOL | {"images": 60}, 64)
+    assert any("do not determine the covariance of 64 features" in w for w in few) and any("biased" in w for w in few)
+    assert compare.warnings([], PROTOCOL, 64) == []
+    failed = {"error": "image 3 of cell 'x' is not finite"}
+    assert compare.warnings([failed], PROTOCOL, 64) == [failed["error"]]
+    assert "leave [-1, 1]" in compare.warnings([row("student", "ddim", 1, 1.0) | {"saturated_pixels": 0.5}], PROTOCOL, 64)[0]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A finished run's folder, with a failed cell and markup in its title."""
+
+    def make(name, rows, protocol=PROTOCOL):
+        folder = tmp_path / name
+        for r in rows:
+            images = torch.randint(0, 255, (16, 1, 8, 8), dtype=torch.uint8)
+            checkpoint.save(picture_path(folder / "cells", r["name"]), {"images": images}, {})
+        rows = compare.with_comparisons(rows, pictures_of(rows))
+        failed = {k: v for k, v in row("student", "ddim", 2, 0).items() if k in SCHEMA.schema["$defs"]["cell"]["required"]}
+        rows.append(failed | {"error": "image 3 of cell 'student ddim 2' is not finite"})
+        out = report.assemble("A <b>title</b>", rows, protocol, 0.2, 64, {"command": "x < y"})
+        report.write(out, folder, folder / "cells")
+        return folder
+
+    return make
+
+
+def test_report_json_is_what_its_schema_says(written):
+    out = json.loads((written("a", [*TEACHER, row("student", "ddim", 1, 0.6)]) / "report.json").read_text())
+    SCHEMA.validate(out)
+    del out["rows"][0]["fid_interval"]
+    assert not SCHEMA.is_valid(out)
+
+
+def test_finished_runs_are_merged_on_one_page_and_told_apart(written):
+    one = written("one", [*TEACHER, row("student", "ddim", 1, 0.6)])
+    two = written("two", [*TEACHER, row("student", "ddim", 1, 0.7, model_sha256="other")])
+    out, sources = merge.merged([one, two])
+    assert [r["name"] for r in out["rows"]] == [*(r["name"] for r in TEACHER), "student ddim 1", "two student ddim 1"]
+    assert sources["two student ddim 1"].parent == two / "cells"
+    SCHEMA.validate(out)
+
+
+def test_protocols_are_not_mixed(written):
+    one, two = written("one", TEACHER), written("two", TEACHER, PROTOCOL | {"images": 10_000, "seed": 1})
+    with pytest.raises(ValueError, match="cannot be compared: images is 5000 and 10000, seed is 0 and 1"):
+        merge.merged([one, two])
+    with pytest.raises(ValueError, match="holds no finished report"):
+        merge.merged([one, one / "nowhere"])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright: pip install playwright")
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with playwright.sync_playwright() as p:
+        try:
+            browser = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        except playwright.Error:
+            pytest.skip("no Chromium here: apt install chromium, or playwright install chromium")
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390], ids=["wide", "phone"])
+def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_asks_for_nothing(written, browser, width):
+    rows = [*TEACHER, row("student", "ddim", 1, 0.6)]
+    folder = written("a", rows)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((folder / "report.html").as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [(folder / "report.html").as_uri()] and said == []
+    assert page.title() == "A <b>title</b>"
+    shown = page.eval_on_selector_all("img", "images => images.map(i => [i.alt, i.complete && i.naturalWidth > 100])")
+    assert {"FID against NFE", "FID against seconds per image", "samples by step count"} <= {alt for alt, ok in shown if ok}
+    assert page.locator("tbody tr").count() == len(rows) + 1
+    assert "is not finite" in page.locator("tr.error").inner_text() and page.locator("tr.front").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # wide tables scroll in their own box
+    page.close()
