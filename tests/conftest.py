@@ -31,7 +31,7 @@ def launch(recipe: str, *arguments: object, processes: int = 0, threads: int = 2
     """Runs recipes/<recipe>.py: with python, or with torchrun on several CPU processes. Output is captured as text."""
     head = [sys.executable]
     if processes:
-        head += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(_free_port())]
+        head += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
     command = [*head, str(ROOT / "recipes" / f"{recipe}.py"), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, **kwargs)
@@ -43,7 +43,7 @@ def succeed(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
     return done
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as s:

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, succeed
 
 from distill import checkpoint
-from recipes import evaluate, export, progressive, sample
+from recipes import consistency, evaluate, export, progressive, sample, search, variance
 from recipes import teacher as teacher_recipe
 
 SMALL = (
@@ -32,7 +32,7 @@ SMALL = (
 )
 WRITTEN = {
     "config.json", "metrics.jsonl", "student.safetensors", "report.json", "report.csv", "report.md", "report.html",
-    "fid_vs_nfe.png", "fid_vs_seconds.png", "samples.png", "pipeline", "stages", "cells",
+    "fid_vs_nfe.png", "fid_vs_seconds.png", "samples.png", "labels.png", "pipeline", "stages", "cells", "reference.safetensors",
 }  # fmt: skip
 COLUMNS = {"fid", "fid_interval", "fid_infinity", "kid", "isc", "precision", "recall", "nfe", "seconds_per_image", "agreement"}
 
@@ -115,6 +115,14 @@ def test_two_processes_train_the_same_model_and_measure_the_same_teacher(small, 
             )
 
 
+MACHINE = (
+    "seconds_per_image",
+    "wall_seconds",
+    "peak_memory_gb",
+    "break_even_images",
+    "training_seconds",
+)  # of the machine, not of the images
+
 KILL_WHEN = {
     "before the first checkpoint": lambda f: (f / "metrics.jsonl").exists(),
     "in the middle of a stage": lambda f: list((f / "stages/2").glob("resume-*")),
@@ -161,7 +169,7 @@ def test_fid_is_independent_of_world_size(small, tmp_path, processes):
     one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
     assert one.keys() == many.keys() and len(one) == 6
     for name, row in one.items():
-        different = [c for c in row if row[c] != many[name][c] and c != "seconds_per_image"]
+        different = [c for c in row if row[c] != many[name][c] and c not in MACHINE]
         assert not different, (name, different)
 
 
@@ -198,6 +206,181 @@ def test_samples_are_the_images_that_were_measured(small, tmp_path):
     row = rows(tmp_path / "e")["student@1 ddim 1"]
     assert row["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     assert row["isc"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+
+
+def test_the_report_of_a_run_is_what_its_schema_says(smoke):
+    from jsonschema import validate
+
+    validate(json.loads((smoke[0] / "report.json").read_text()), json.loads((ROOT / "eval/report.schema.json").read_text()))
+    student = rows(smoke[0])["student@1 ddim 1"]
+    assert student["training_seconds"] > 0 and 0 < student["drift"] < 2 and sum(student["labels_seen"]) == 200
+
+
+@pytest.mark.parametrize("processes", [0, 3])
+def test_fid_alone_needs_no_features_and_gives_the_same_number(small, tmp_path, processes):
+    arguments = ("--model", "digits", small, "--images", 150, "--chunk", 64, "--steps", 1, "--baseline-steps", 0)
+    succeed("evaluate", *arguments, "--output-dir", tmp_path / "all", threads=1)
+    succeed("evaluate", *arguments, "--metrics", "fid", "--output-dir", tmp_path / "fid", processes=processes, threads=1)
+    for name, row in rows(tmp_path / "all").items():
+        other = rows(tmp_path / "fid")[name]
+        assert other["fid"] == pytest.approx(row["fid"], rel=1e-6) and "kid" not in other
+        assert other["fid_interval"] == pytest.approx(row["fid_interval"], rel=1e-5)
+
+
+def test_verify_searched_grids_and_a_stored_reference(small, tmp_path):
+    arguments = (
+        "--model",
+        "digits",
+        small,
+        "--images",
+        150,
+        "--steps",
+        1,
+        3,
+        "--samplers",
+        "ddim",
+        "ipndm",
+        "--baseline-steps",
+        0,
+    )
+    done = succeed("evaluate", *arguments, "--search-grid", "--verify", "--output-dir", tmp_path / "e")
+    assert "torch_fidelity.calculate_metrics says fid" in done.stdout
+    found = rows(tmp_path / "e")
+    assert found["teacher ipndm searched 3"]["times"][0] == 1 and len(found["teacher ipndm searched 3"]["times"]) == 4
+    reference = tmp_path / "e" / "reference.safetensors"
+    succeed("evaluate", *arguments, "--reference", reference, "--output-dir", tmp_path / "r")
+    assert rows(tmp_path / "r")["teacher ddim 3"]["fid"] == found["teacher ddim 3"]["fid"]
+
+
+def test_finished_runs_are_compared_on_one_page(small, tmp_path, capsys):
+    for name in ("a", "b"):
+        model = ("digits",) if name == "a" else (small,)
+        succeed(
+            "evaluate", "--model", *model, "--images", 60, "--steps", 1, "--baseline-steps", 0, "--output-dir", tmp_path / name
+        )
+    done = succeed("evaluate", "--compare", tmp_path / "a", tmp_path / "b", "--output-dir", tmp_path / "c")
+    assert rows(tmp_path / "c").keys() == {"teacher ddim 1", "student@1 ddim 1"} and "report:" in done.stdout
+    assert rows(tmp_path / "c")["student@1 ddim 1"]["ratio"] > 0 and (tmp_path / "c" / "report.html").is_file()
+    succeed("evaluate", "--images", 50, "--steps", 1, "--baseline-steps", 0, "--output-dir", tmp_path / "d")
+    message = bad(evaluate.main, ["--compare", tmp_path / "a", tmp_path / "d", "--output-dir", tmp_path / "x"], capsys)
+    assert "cannot be compared: images is 60 and 50" in message and not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_finished_cells_are_kept(small, tmp_path, monkeypatch, capsys):
+    import errno
+
+    arguments = ["--model", "digits", str(small), "--images", "60", "--steps", "1", "--baseline-steps", "0"]
+    arguments += ["--output-dir", str(tmp_path / "e")]
+    real_fsync, written = os.fsync, []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) > 4:  # config.json, the reference, and the two files of the first cell
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(arguments)
+    monkeypatch.undo()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2 and "No space left on device" in line and "what was finished is kept" in line
+    kept = sorted(p.name for p in (tmp_path / "e" / "cells").iterdir())
+    assert kept == ["teacher_ddim_1.json", "teacher_ddim_1.safetensors"]
+    evaluate.main(arguments)
+    assert rows(tmp_path / "e").keys() == {"teacher ddim 1", "student@1 ddim 1"}
+
+
+def test_searched_step_times_are_written_into_the_student_and_its_pipelines(small, tmp_path):
+    arguments = (
+        "--model",
+        small / "stages/2",
+        "--steps",
+        2,
+        3,
+        "--nodes",
+        8,
+        "--proxy-images",
+        64,
+        "--images",
+        100,
+        "--chunk",
+        64,
+    )
+    done = succeed("search", *arguments, "--output-dir", tmp_path / "s", threads=1)
+    _, description = checkpoint.load(tmp_path / "s" / "student.safetensors")
+    times = description["sampler"]["times"]
+    assert description["sampler"]["steps"] == [2, 3] and [len(t) for t in times.values()] == [3, 4]
+    assert all(t[0] == 1 and t[-1] == 0 for t in times.values())
+    fid = {name: row["fid"] for name, row in rows(tmp_path / "s").items()}
+    assert {"student@2 ddim 2", "student@2 ddim searched 2", "student@3 ddim searched 3"} <= fid.keys()
+    assert "pipeline-3/ gives the same pixels" in done.stdout
+    sample.main(["--model", str(tmp_path / "s"), "--steps", "3", "--images", "4", "--output", str(tmp_path / "s.png")])
+    succeed("evaluate", "--model", tmp_path / "s", "--steps", 3, "--images", 100, "--chunk", 64, "--output-dir", tmp_path / "e")
+    (again,) = rows(tmp_path / "e").values()
+    assert again["fid"] == min(fid["student@3 ddim 3"], fid["student@3 ddim searched 3"])
+
+
+TINY = ("--preset", "smoke", "--training-images", "256", "--images", "60", "--sweep-steps", "1", "--threads", "1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cd",), ("cd", "--order", "1", "--averaged-target", "--distance", "pseudo_huber"), ("ct", "--from-scratch"),
+        ("ict", "--from-scratch"), ("ect",), ("ect", "--target-mix", "auto"), ("ect", "--from-scratch", "--target", "posterior-mean"),
+        ("scd",), ("sct", "--jvp", "finite"), ("denoise",),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_consistency_method_writes_what_progressive_writes(tmp_path, arguments, monkeypatch):
+    monkeypatch.setattr("recipes.stage.export.verify", lambda *a: 0.0)  # tested with the pipelines themselves
+    consistency.main(["--method", *arguments, *TINY, "--output-dir", str(tmp_path / "r")])
+    assert {p.name for p in (tmp_path / "r").iterdir()} == WRITTEN | {"pipeline-2"}
+    method = arguments[0]
+    found = rows(tmp_path / "r")
+    assert {f"{method} consistency 1", f"{method} consistency 2"} <= found.keys()
+    assert ("teacher ddim 1" in found) != ("--from-scratch" in arguments)
+
+
+def test_a_consistency_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path):
+    arguments = (
+        "--method",
+        "ect",
+        *TINY[:2],
+        "--training-images",
+        "2048",
+        "--images",
+        "60",
+        "--sweep-steps",
+        "1",
+        "--threads",
+        "1",
+    )
+    succeed("consistency", *arguments, "--output-dir", tmp_path / "whole", threads=1)
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "recipes/consistency.py"), *arguments, "--output-dir", str(folder)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    while not list(folder.glob("stages/ect/resume-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    succeed("consistency", *arguments, "--output-dir", folder, threads=1)
+    assert (folder / "student.safetensors").read_bytes() == (tmp_path / "whole" / "student.safetensors").read_bytes()
+
+
+def test_the_variance_report_is_written(tmp_path):
+    variance.main(["--preset", "smoke", "--threads", "1", "--training-images", "512", "--output-dir", str(tmp_path / "v")])
+    out = json.loads((tmp_path / "v" / "variance.json").read_text())
+    assert out["targets"].keys() == {"datum", "teacher", "mix", "posterior mean"} and len(out["logsnr"]) == 3
+    noisy, clean = 0, 2  # log-SNR -8 and 8: the datum varies most where little is left of it
+    assert out["targets"]["datum"]["variance"][noisy] > 10 * out["targets"]["datum"]["variance"][clean]
+    assert out["targets"]["teacher"]["error"][noisy] < out["targets"]["datum"]["error"][noisy] / 10
+    assert (tmp_path / "v" / "variance.html").read_text().count("<tr>") == 4 and (
+        tmp_path / "v" / "variance.png"
+    ).stat().st_size > 10_000
 
 
 def test_a_network_that_returns_nan_fails_its_cells_and_leaves_the_others(small, tmp_path):
@@ -246,7 +429,7 @@ def test_the_teacher_recipe_makes_a_model_every_recipe_takes(tmp_path):
 
 def test_export_writes_a_student_that_loads_again_and_a_verified_pipeline(small, tmp_path, capsys):
     export.main(["--model", str(small / "stages" / "2"), "--output-dir", str(tmp_path / "x")])
-    assert "same pixels at [2] steps" in capsys.readouterr().out
+    assert "x/pipeline: same pixels through diffusers alone" in capsys.readouterr().out
     assert (tmp_path / "x/student.safetensors").read_bytes() == (small / "stages/2/student.safetensors").read_bytes()
 
 
@@ -281,6 +464,20 @@ def bad(main, arguments, capsys):
         (evaluate.main, ["--samplers", "dpm"], "choose from"),
         (evaluate.main, ["--steps", "0"], "--steps are 1 or more"),
         (evaluate.main, ["--images", "3"], "--images 40 or more"),
+        (evaluate.main, ["--steps", "2000"], "2000 steps on a grid of 1,024: accepted are 1 to 1024"),
+        (evaluate.main, ["--verify", "--metrics", "fid"], "--verify needs"),
+        (evaluate.main, ["--compare", "nowhere"], "nowhere: holds no finished report"),
+        (search.main, ["--steps", "99"], "accepted are at most as many steps as nodes"),
+        (consistency.main, ["--method", "cd", "--from-scratch"], "--method cd distils a teacher and --from-scratch has none"),
+        (
+            consistency.main,
+            ["--method", "ect", "--from-scratch", "--target-mix", "0.5"],
+            "needs a teacher and --from-scratch has none",
+        ),
+        (consistency.main, ["--target-mix", "1.5"], "--target-mix 1.5: accepted are auto and numbers from 0 to 1"),
+        (consistency.main, ["--target-mix", "most"], "accepted are auto and numbers"),
+        (consistency.main, ["--distance", "lpips"], "choose from"),
+        (consistency.main, ["--teacher", "oracle:digits"], "an oracle has no network"),
         (sample.main, ["--labels", "11"], "this model has 10 classes"),
         (sample.main, ["--model", "oracle:gaussian"], "are no pictures"),
         (export.main, ["--model", "oracle:gaussian"], "an oracle has no network"),

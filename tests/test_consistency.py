@@ -1,0 +1,283 @@
+"""On Gaussian data the consistency function is closed form: every loss is held against it."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import ROOT, free_port
+from torch import nn
+
+from distill import grid
+from distill.consistency import Consistency, Gap, Neighbours, ct_steps, ict_steps, same_dropout
+from distill.denoiser import Denoiser
+from distill.rng import Rng
+from distill.schedule import EDM, Cosine, Flow, Schedule, add_noise
+from distill.scm import TRIG, ContinuousConsistency, tangent, velocity
+from distill.solver import consistency, ddim
+from distill.target import Datum, Mix
+from teachers.oracle import Gaussian
+
+MEAN, STD = torch.tensor([0.5, -0.3]).double(), torch.tensor([0.4, 0.8]).double()
+
+
+def rng(n, seed=0):
+    return Rng(torch.Generator().manual_seed(seed), n)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The consistency function of Gaussian data: where the path through x_t ends."""
+
+    schedule: Schedule
+
+    def __call__(self, x_t, t, **cond):
+        clean = torch.full_like(t, self.schedule.t_clean)
+        return Gaussian(self.schedule, MEAN, STD).flow(x_t, t, clean)
+
+
+def data(n):
+    return MEAN + STD * torch.randn(n, 2, generator=torch.Generator().manual_seed(9)).double()
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), EDM(), Flow()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_distillation_loss_vanishes_on_the_exact_function_as_the_grid_refines(schedule, order):
+    """The error of a step of order p falls by 2^(p + 1) with its length, the squared loss by the square of that."""
+    teacher, x0 = Gaussian(schedule, MEAN, STD), data(4000)
+
+    def loss(steps):
+        method = Consistency(Mix(teacher, 1), Neighbours(lambda _: steps), order=order)
+        return method(Exact(schedule), x0, rng=rng(4000), progress=0.0).mean().item()
+
+    losses = [loss(n) for n in (20, 40, 80)]
+    assert losses[2] < 1e-3
+    for coarse, fine in itertools.pairwise(losses):
+        assert coarse / fine > (3 if order == 1 else 8), losses
+
+
+def test_training_is_distillation_by_a_teacher_that_returns_the_datum():
+    x0, schedule = data(64), Cosine()
+
+    class Knows:
+        def __init__(self):
+            self.schedule = schedule
+
+        def __call__(self, x_t, t, **cond):
+            return x0
+
+    pairs = Neighbours(lambda _: 30)
+    one = Consistency(Datum(), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
+    two = Consistency(Mix(Knows(), 1.0), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
+    assert torch.allclose(one, two)
+
+
+def test_the_euler_step_of_training_keeps_the_noise():
+    """Song et al. 2023: with x0_hat the datum, x_s is the same datum under the same noise."""
+    schedule, x0 = Cosine(), data(32)
+    seen = []
+
+    class Records(Exact):
+        def __call__(self, x_t, t, **cond):
+            seen.append((x_t, t))
+            return x_t
+
+    Consistency(Datum(), Neighbours(lambda _: 12))(Records(schedule), x0, rng=rng(32), progress=0.0)
+    (x_s, s), (x_t, t) = seen
+    inner = s > 0
+    noise = (x_t - schedule.alpha(t)[:, None] * x0) / schedule.sigma(t)[:, None]
+    assert (t > s).all() and torch.allclose(x_s[inner], add_noise(schedule, x0, noise, s)[inner], atol=1e-5)
+    assert torch.allclose(x_s[~inner], x0[~inner])
+
+
+@pytest.mark.parametrize("prediction", ["v", "flow", "edm", "eps"])
+@pytest.mark.parametrize("schedule", [Cosine(), Flow(), EDM()], ids=lambda s: type(s).__name__)
+def test_the_boundary_holds_for_free(prediction, schedule):
+    if prediction == "eps" and not isinstance(schedule, EDM):
+        pytest.skip("eps has no student where alpha reaches 0")
+    net = nn.Linear(2, 2)
+    student = Denoiser(lambda x, t: net(x), schedule, prediction)
+    x = torch.randn(16, 2)
+    assert torch.allclose(student(x, torch.full((16,), schedule.t_clean)), x, atol=1e-6)
+
+
+def test_the_curricula_are_their_papers():
+    steps = ct_steps(2, 150)
+    assert steps(0.0) == 2 and steps(1.0) == 151
+    assert steps(0.5) == math.ceil(math.sqrt(0.5 * (151**2 - 4) + 4) - 1) + 1
+    doubling = ict_steps(10, 1280)
+    assert [doubling(k / 8) for k in range(8)] == [11, 21, 41, 81, 161, 321, 641, 1281] and doubling(1.0) == 1281
+
+
+def test_pairs_of_ict_are_as_likely_as_their_equation_says():
+    schedule, n = EDM(), 12
+    t, s = Neighbours(lambda _: n, (-1.1, 2.0))(schedule, rng(200_000), 0.0)
+    times = grid.karras(schedule, n)
+    edges = torch.erf((times[:-1].log() + 1.1) / (2.0 * math.sqrt(2)))
+    expected = edges[:-1] - edges[1:]
+    expected = torch.cat([expected, edges[-1:] + 1])  # the last pair ends at the data, where ln sigma is minus infinity
+    counts = torch.stack([(t == level).float().mean() for level in times[:-1].float()])
+    assert torch.allclose(counts, (expected / expected.sum()).float(), atol=4e-3)
+    index = torch.searchsorted(-times.float(), -t)
+    assert torch.equal(times.float()[index + 1], s)
+
+
+def test_gaps_of_ect_start_at_the_datum_and_close_by_their_formula():
+    t, s = Gap(q=2.0, stages=4)(EDM(), rng(1000), 0.0)
+    assert (s[t < 1.94] == 0).all() and (s[t > 1.96] > 0).all()  # where 1 - (1 + 8 sigmoid(-t)) / 2 changes its sign
+    t, s = Gap(q=2.0, stages=4)(EDM(), rng(1000), 0.99)
+    inner = (s > 0) & (t < 79)
+    assert torch.allclose((s / t)[inner], (1 - 2.0**-4 * (1 + 8 * torch.sigmoid(-t)))[inner], atol=1e-3)
+    assert (t.log().median() + 1.1).abs() < 0.2
+
+
+class Droppy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.masks = []
+
+    def forward(self, x, t):
+        mask = self.drop(torch.ones_like(x))
+        self.masks.append(mask)
+        return x * mask
+
+
+def test_both_sides_of_the_loss_drop_the_same_units_and_the_next_step_others():
+    net = Droppy().train()
+    method = Consistency(Datum(), Neighbours(lambda _: 8))
+    for _ in range(2):
+        method(Denoiser(net, Cosine()), torch.randn(32, 6), rng=rng(32), progress=0.0)
+    assert torch.equal(net.masks[0], net.masks[1]) and not torch.equal(net.masks[1], net.masks[2])
+    before = torch.get_rng_state()
+    with same_dropout(torch.device("cpu")):
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_gradient_flows_through_the_other_end_and_an_average_takes_its_place():
+    net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    student, average = (Denoiser(lambda x, t, n=n: n(x), Flow()) for n in (net, other))
+    x0 = torch.randn(16, 2)
+    pairs = Neighbours(lambda _: 6)
+    own = Consistency(Datum(), pairs)(student, x0, rng=rng(16), progress=0.0)
+    same = Consistency(Datum(), pairs, averaged=True)(student, x0, rng=rng(16), progress=0.0, average=student)
+    theirs = Consistency(Datum(), pairs, averaged=True)(student, x0, rng=rng(16), progress=0.0, average=average)
+    assert torch.equal(own, same) and not torch.allclose(own, theirs)
+    theirs.mean().backward()
+    assert other.weight.grad is None and net.weight.grad.abs().sum() > 0
+
+
+def test_the_tangent_is_zero_on_the_exact_function():
+    teacher = Gaussian(TRIG, MEAN, STD)
+    a = torch.linspace(0.05, 1.5, 200, dtype=torch.float64)
+    x = torch.cos(a)[:, None] * data(200) + torch.sin(a)[:, None] * torch.randn(200, 2).double()
+    x0_hat = teacher(x, a)
+    cos, sin = torch.cos(a)[:, None], torch.sin(a)[:, None]
+    dx = cos * (x - cos * x0_hat) / sin - sin * x0_hat
+    v, dv = tangent(velocity(Exact(TRIG), {}), x, a, dx)
+    g = -cos * cos * (v - dx) - cos * sin * (x + dv)
+    assert g.abs().max() < 1e-6
+    wrong = replace(teacher, std=2 * teacher.std)(x, a)
+    off = cos * (x - cos * wrong) / sin - sin * wrong
+    _, dv = tangent(velocity(Exact(TRIG), {}), x, a, off)
+    assert (-cos * cos * (v - off) - cos * sin * (x + dv)).abs().max() > 0.05
+
+
+def test_exact_tangents_are_finite_differences(teacher):
+    x, a = torch.randn(4, 1, 8, 8), torch.tensor([0.2, 0.6, 1.0, 1.4])
+    dx = torch.randn_like(x)
+    function = velocity(teacher.denoiser, {"labels": torch.arange(4)})
+    v, exact = tangent(function, x, a, dx)
+    same, near = tangent(function, x, a, dx, "finite")
+    assert torch.allclose(v, same, atol=1e-5)
+    assert (exact - near).norm() / exact.norm() < 0.02
+
+
+def test_a_network_without_a_forward_rule_is_refused_by_the_name_of_its_operator():
+    class NoRule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    student = Denoiser(lambda x, t: NoRule.apply(x), TRIG, "v")
+    with pytest.raises(ValueError, match=r"no exact tangent .*: use --jvp finite"):
+        tangent(velocity(student, {}), torch.randn(3, 2), torch.rand(3), torch.randn(3, 2))
+
+
+class Small(nn.Module):
+    """A network of two dimensions and one time that can hold the consistency map of a Gaussian."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+
+    def forward(self, x, t):
+        t = t[:, None]
+        return self.body(torch.cat([x, t, torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)], 1))
+
+
+ORACLE = Gaussian(Cosine(), MEAN.float(), STD.float())
+LEARNED = {
+    "cd": (Consistency(Mix(ORACLE, 1), Neighbours(lambda _: 18), order=2), 0.06),
+    "ct": (Consistency(Datum(), Neighbours(ct_steps(2, 60))), 0.25),
+    "ict": (Consistency(Datum(), Neighbours(ict_steps(10, 80), (-1.1, 2.0)), "inverse_gap", "pseudo_huber"), 0.25),
+    "ect": (Consistency(Datum(), Gap(), "inverse_gap"), 0.25),
+    "ect with the teacher": (Consistency(Mix(ORACLE, 1), Gap(), "inverse_gap"), 0.15),
+    "scd": (ContinuousConsistency(Mix(ORACLE, 1)), 0.1),
+    "sct": (ContinuousConsistency(Datum()), 0.25),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_method_learns_the_map_of_a_gaussian(name):
+    """In one step from pure noise, root mean square distance to the closed form; the data's own deviation is 0.63."""
+    method, within = LEARNED[name]
+    student = Denoiser(Small(), Cosine())
+    optimizer = torch.optim.Adam(student.net.parameters(), lr=3e-3)
+    steps, batch = 1500, 256
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+        x0 = (MEAN + STD * torch.randn(batch, 2, generator=torch.Generator().manual_seed(step))).float()
+        loss = method(student, x0, rng=rng(batch, step), progress=step / steps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.net.parameters(), 1.0)
+        optimizer.step()
+    x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(5))
+    one = torch.ones(2000)
+    with torch.no_grad():
+        error = (student(x, one) - Exact(Cosine())(x, one)).square().mean().sqrt()
+    assert error < within, error
+
+
+def test_consistency_sampling_draws_the_data_from_the_exact_function_at_any_step_count():
+    schedule = Cosine()
+    x = torch.randn(40_000, 2).double()
+    for steps in (1, 3, 8):
+        out = consistency(Exact(schedule), x, grid.uniform(schedule, steps))
+        assert (out.mean(0) - MEAN).abs().max() < 0.02 and (out.std(0) / STD - 1).abs().max() < 0.02, steps
+
+
+def test_gamma_0_is_ddim():
+    schedule, x = Cosine(), torch.randn(10, 2).double()
+    oracle, times = Gaussian(schedule, MEAN, STD), grid.uniform(schedule, 5)
+    assert torch.allclose(consistency(oracle, x, times, gamma=0.0), ddim(oracle, x, times))
+
+
+def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch():
+    """For every method, those with tangents above all: a bare network inside DDP would silently skip the reduction."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command.append(str(ROOT / "tests" / "ddp_gradients.py"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from distill.denoiser import Rescheduled
+from distill.schedule import EDM, Cosine, Flow, add_noise
+from distill.target import Datum, Mix, PosteriorMean, errors, posterior_mean
+from teachers.oracle import Gaussian, finite
+
+SCHEDULE = Cosine()
+ORACLE = Gaussian(SCHEDULE, torch.tensor([0.5, -0.3]), torch.tensor([0.4, 0.8]))
+
+
+def noisy(n=2000, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x0 = ORACLE.mean + ORACLE.std * torch.randn(n, 2, generator=g)
+    t = 0.02 + 0.96 * torch.rand(n, generator=g)
+    return x0, add_noise(SCHEDULE, x0, torch.randn(n, 2, generator=g), t), t
+
+
+def test_a_mix_goes_from_the_datum_to_the_teacher():
+    x0, x_t, t = noisy(50)
+    expected = ORACLE(x_t, t)
+    assert torch.equal(Mix(ORACLE, 0)(SCHEDULE, x_t, t, x0), x0) and torch.equal(Datum()(SCHEDULE, x_t, t, x0), x0)
+    assert torch.allclose(Mix(ORACLE, 1)(SCHEDULE, x_t, t, x0), expected)
+    assert torch.allclose(Mix(ORACLE, 0.25)(SCHEDULE, x_t, t, x0), 0.75 * x0 + 0.25 * expected, atol=1e-6)
+
+
+def test_the_teachers_target_has_the_datums_mean_and_none_of_its_conditional_variance():
+    """At one x_t the datum varies by sigma^2 std^2 / (alpha^2 std^2 + sigma^2), the closed form of a Gaussian."""
+    t = torch.tensor(0.5)
+    g = torch.Generator().manual_seed(1)
+    x0 = ORACLE.mean + ORACLE.std * torch.randn(200_000, 2, generator=g)
+    x_t = add_noise(SCHEDULE, x0, torch.randn(x0.shape, generator=g), t)
+    residual = x0 - Mix(ORACLE, 1)(SCHEDULE, x_t, t.expand(len(x0)), x0)
+    variance = SCHEDULE.sigma(t) ** 2 * ORACLE.std**2 / (SCHEDULE.alpha(t) ** 2 * ORACLE.std**2 + SCHEDULE.sigma(t) ** 2)
+    assert residual.mean(0).abs().max() < 0.005
+    assert torch.allclose(residual.var(0), variance, rtol=0.02)
+
+
+def test_a_part_by_noise_level_is_linear_between_its_levels_and_flat_outside():
+    levels = torch.tensor([-4.0, 0.0, 4.0])
+    mix = Mix(ORACLE, torch.tensor([1.0, 0.5, 0.0]), levels)
+    t = SCHEDULE.time(torch.tensor([-9.0, -4.0, -2.0, 0.0, 1.0, 4.0, 8.0]))
+    assert torch.allclose(mix.part(SCHEDULE, t), torch.tensor([1, 1, 0.75, 0.5, 0.375, 0, 0]), atol=1e-4)
+
+
+def test_a_part_outside_0_to_1_is_refused():
+    with pytest.raises(ValueError, match="accepted are 0 to 1"):
+        Mix(ORACLE, 1.5)
+    with pytest.raises(ValueError, match="accepted are 0 to 1"):
+        Mix(ORACLE, torch.tensor([0.0, -0.1]), torch.tensor([0.0, 1.0]))
+
+
+def test_a_teacher_of_another_schedule_is_asked_in_its_own():
+    x0, x_t, t = noisy(20)
+    elsewhere = Rescheduled(ORACLE, Flow())
+    assert torch.allclose(Mix(elsewhere, 1)(SCHEDULE, x_t, t, x0), ORACLE(x_t, t), atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), EDM()])
+def test_the_posterior_mean_of_a_batch_is_the_exact_denoiser_of_the_finite_set(schedule):
+    data = torch.randn(40, 3, 2, 2)
+    t = schedule.time(torch.linspace(-6, 6, 40))
+    x_t = add_noise(schedule, data, torch.randn_like(data), t)
+    assert torch.allclose(
+        posterior_mean(schedule, x_t, t, data), finite(schedule, data.double())(x_t.double(), t.double()).float(), atol=1e-5
+    )
+
+
+def test_the_posterior_mean_stays_within_a_label():
+    data = torch.cat([torch.zeros(10, 2), torch.ones(10, 2)]) + 0.01 * torch.randn(20, 2)
+    labels = torch.arange(20) // 10
+    t = torch.full((20,), 0.98)
+    x_t = add_noise(SCHEDULE, data, torch.randn_like(data), t)
+    within = PosteriorMean()(SCHEDULE, x_t, t, data, labels=labels)
+    assert torch.allclose(within.mean(1).round(), labels.float()) and not torch.allclose(
+        posterior_mean(SCHEDULE, x_t, t, data).mean(1).round(), labels.float()
+    )
+
+
+def test_auto_finds_the_part_that_minimises_variance_and_bias_together():
+    """A teacher off by a known constant on a finite set: the best part is Var / (Var + offset^2), and no other is better."""
+    data = torch.randn(300, 2)
+    exact = finite(SCHEDULE, data)
+
+    class Off:
+        schedule = SCHEDULE
+
+        def __call__(self, x_t, t, **cond):
+            return exact(x_t, t) + 0.2
+
+    levels = torch.linspace(-4, 4, 5)
+    found = errors(Off(), SCHEDULE, data, None, levels, torch.Generator().manual_seed(0), samples=4000)
+    assert torch.allclose(found["bias"], torch.full((5,), 0.04), rtol=1e-3)
+    assert torch.allclose(found["best"], found["variance"] / (found["variance"] + 0.04), rtol=1e-3)
+    for part in (0.0, 0.3, 0.7, 1.0):
+        of = lambda g: (1 - g) ** 2 * found["variance"] + g**2 * found["bias"]  # noqa: E731
+        assert (of(found["best"]) <= of(torch.tensor(part)) + 1e-9).all()
+    assert torch.allclose(
+        errors(exact, SCHEDULE, data, None, levels, torch.Generator().manual_seed(0))["best"][:4], torch.ones(4)
+    )
