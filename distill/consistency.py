@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.distance import DISTANCES
-from distill.grid import karras
+from distill.grid import GRIDS
 from distill.rng import Rng
 from distill.schedule import Schedule, add_noise, move, to_eps, to_x0
 from distill.target import Target
@@ -41,16 +41,18 @@ def level(schedule: Schedule, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Neighbouring times of Karras' grid of N steps, N = ``steps(progress)``; the last pair ends at the data.
+    """Neighbouring times of a grid of N steps, N = ``steps(progress)``; the last pair ends at the data.
 
-    ``density``: None for uniform over pairs, or (mean, deviation) of ln sigma (iCT, Song & Dhariwal 2023, eq. 10).
+    ``grid``: a name of `GRIDS`, Karras' in the papers. ``density``: None for uniform over pairs, or (mean, deviation) of ln sigma
+    (iCT, Song & Dhariwal 2023, eq. 10).
     """
 
     steps: Callable[[float], int]
     density: tuple[float, float] | None = None
+    grid: str = "karras"
 
     def __call__(self, schedule: Schedule, rng: Rng, progress: float) -> tuple[Tensor, Tensor]:
-        times = karras(schedule, self.steps(progress)).float()
+        times = GRIDS[self.grid](schedule, self.steps(progress)).float()
         u = rng.uniform()
         times = times.to(u.device)
         if self.density is None:

@@ -44,7 +44,7 @@ class ContinuousConsistency:
     c: float = 0.1
     jvp: str = "exact"
 
-    def __call__(self, student: Denoiser, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
+    def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         a = torch.atan(torch.exp(self.mean + self.deviation * rng.normal(x0.flatten(1)[:, 0].float()))).to(x0.device)
         cos, sin = (expand(z, x0) for z in (torch.cos(a), torch.sin(a)))
         x = cos * x0 + sin * rng.normal(x0)
@@ -71,8 +71,10 @@ def velocity(student: DenoiserLike, cond: dict) -> Callable[[Tensor, Tensor], Te
     return v
 
 
-def bare(student: Denoiser) -> Denoiser:
-    """The student around the network that DDP wraps: forward mode cannot pass through the wrapper."""
+def bare(student: DenoiserLike) -> DenoiserLike:
+    """The student around the network that DDP wraps: forward mode cannot pass through the wrapper. Others as they are."""
+    if not isinstance(student, Denoiser):
+        return student
     return dataclasses.replace(student, net=getattr(student.net, "module", student.net))
 
 

@@ -143,5 +143,7 @@ def warnings(rows: list[dict], protocol: dict, dimension: int) -> list[str]:
         if "error" in row:
             out.append(row["error"])
         elif row.get("saturated_pixels", 0) > 0.2:
-            out.append(f"{row['saturated_pixels']:.0%} of the values of {row['name']!r} leave [-1, 1]")
+            out.append(
+                f"{row['saturated_pixels']:.0%} of the values of {row['name']!r} are more than a grey level outside [-1, 1]"
+            )
     return out

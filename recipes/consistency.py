@@ -20,6 +20,7 @@ from distill.consistency import GAP_WEIGHTS, Consistency, Gap, Neighbours, ct_st
 from distill.denoise import Denoise
 from distill.denoiser import DenoiserLike
 from distill.distance import DISTANCES
+from distill.regularize import RESIDUALS, Regularized
 from distill.scm import ContinuousConsistency
 from distill.target import Datum, Mix, PosteriorMean, Target, errors
 from distill.train import Method, Optimization, Shares
@@ -64,6 +65,7 @@ class Config:
     )
     grid_steps: int = flag(18, "cd: steps of the Karras grid")
     order: int = flag(2, "cd: 1 for Euler steps of the teacher, 2 for Heun", choices=(1, 2))
+    regularize: tuple[str, ...] = flag((), f"terms to add, as name=weight: {', '.join(RESIDUALS)}")
     averaged_target: bool = flag(False, "take the other end from the EMA of the student")
     jvp: str = flag("exact", "scd, sct: exact forward-mode tangents, or finite differences", choices=("exact", "finite"))
     sampler: str = flag(
@@ -146,7 +148,24 @@ def target_of(config: Config, teacher: DenoiserLike | None, data: datasets.Data)
     return Mix(teacher, found["best"], LEVELS)
 
 
+def terms_of(config: Config) -> tuple[tuple[str, float], ...]:
+    """--regularize as names and weights. ValueError for anything else."""
+    terms = []
+    for term in config.regularize:
+        name, _, weight = term.partition("=")
+        if name not in RESIDUALS or not weight.replace(".", "", 1).isdigit():
+            raise ValueError(f"--regularize {term}: accepted is name=weight with a name of {', '.join(RESIDUALS)}")
+        terms.append((name, float(weight)))
+    return tuple(terms)
+
+
 def method_of(config: Config, teacher: DenoiserLike | None, data: datasets.Data) -> Method:
+    method = bare_method(config, teacher, data)
+    terms = terms_of(config)
+    return Regularized(method, terms) if terms else method
+
+
+def bare_method(config: Config, teacher: DenoiserLike | None, data: datasets.Data) -> Method:
     if config.method == "denoise":
         return Denoise(teacher)
     usual = METHODS[config.method]

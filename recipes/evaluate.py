@@ -19,6 +19,8 @@ import torch
 
 import teachers
 from distill.grid import GRIDS
+from distill.regularize import RESIDUALS, residuals
+from distill.rng import Rng
 from distill.search import gits, step_costs
 from distill.solver import SAMPLERS
 from eval import merge, reference, report
@@ -71,6 +73,7 @@ class Config:
     reference: str | None = flag(None, f"a stored reference instead of --data: {reference.ACCEPTED}")
     search_grid: bool = flag(False, f"also the teacher under {', '.join(SEARCHED)} on a time grid found by dynamic programming")
     verify: bool = flag(False, "write out the cheapest cell as PNG files and compare with torch_fidelity.calculate_metrics")
+    diagnostics: bool = flag(False, "print how far each model is from three properties of an exact denoiser")
     compare: tuple[str, ...] = flag((), "no measuring: the reports of these finished runs on one page")
     chunk: int = flag(256, "images generated at once in a process; part of the protocol")
     seed: int = flag(0, "seed of noise and labels")
@@ -174,12 +177,26 @@ def main(argv: list[str] | None = None) -> None:
     run.say(
         f"{len(cells)} cells of {config.images:,} images on {run.accelerator.num_processes} process(es), output {run.folder}"
     )
+    if config.diagnostics and run.main and data is not None:
+        diagnose(cells, data, run)
     with disk_errors():
         out = measurement.report(run, f"FID against step count on {config.data}", cells, {"models": ", ".join(config.model)})
     if config.verify and run.main and data is not None:
         prove(config, measurement, cells, out, data.images, run)
     run.say(f"\n{out['verdict']}\nreport: {run.folder / 'report.html'}")
     run.close()
+
+
+def diagnose(cells: list[Cell], data: datasets.Data, run: Run, images: int = 256) -> None:
+    """Prints the residuals of `distill/regularize.py` of each model, over some real images."""
+    device = run.accelerator.device
+    x0 = (data.images[:images].float() / 127.5 - 1).to(device)
+    run.say("residuals a pixel: " + ", ".join(RESIDUALS))
+    for label, model in {cell.label: cell.model for cell in cells if cell.model.codec is None}.items():
+        labels = None if data.labels is None else data.labels[:images].to(device)
+        rng = Rng(torch.Generator(device).manual_seed(0), len(x0))
+        found = residuals(model.denoiser, x0, rng, **model.condition(labels))
+        run.say(f"  {label.ljust(24)}" + "  ".join(f"{value:.3g}" for value in found.values()))
 
 
 def prove(config: Config, measurement: Measurement, cells: list[Cell], out: dict, real: torch.Tensor, run: Run) -> None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from test_consistency import LEARNED, Small
 
 from distill.denoiser import Denoiser
+from distill.regularize import Regularized
 from distill.rng import Rng
 from distill.schedule import Cosine
 
@@ -24,7 +25,9 @@ def main():
     assert world == 2
     x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)).double()
     wrong = []
-    for name, (method, _) in LEARNED.items():
+    methods = {name: method for name, (method, _) in LEARNED.items()}
+    methods["regularized"] = Regularized(methods["cd"], (("consistent", 0.1), ("fokker-planck", 0.01)))
+    for name, method in methods.items():
         alone = Denoiser(Small().double(), Cosine())
         shared = replace(alone, net=accelerator.prepare(copy.deepcopy(alone.net)))
         assert type(shared.net).__name__ == "DistributedDataParallel"

@@ -329,7 +329,7 @@ TINY = ("--preset", "smoke", "--training-images", "256", "--images", "60", "--sw
     [
         ("cd",), ("cd", "--order", "1", "--averaged-target", "--distance", "pseudo_huber"), ("ct", "--from-scratch"),
         ("ict", "--from-scratch"), ("ect",), ("ect", "--target-mix", "auto"), ("ect", "--from-scratch", "--target", "posterior-mean"),
-        ("scd",), ("sct", "--jvp", "finite"), ("denoise",),
+        ("scd",), ("sct", "--jvp", "finite"), ("denoise", "--regularize", "consistent=0.1", "fokker-planck=0.001"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -477,6 +477,7 @@ def bad(main, arguments, capsys):
         (consistency.main, ["--target-mix", "1.5"], "--target-mix 1.5: accepted are auto and numbers from 0 to 1"),
         (consistency.main, ["--target-mix", "most"], "accepted are auto and numbers"),
         (consistency.main, ["--distance", "lpips"], "choose from"),
+        (consistency.main, ["--regularize", "fokker=1"], "accepted is name=weight with a name of consistent, fokker-planck"),
         (consistency.main, ["--teacher", "oracle:digits"], "an oracle has no network"),
         (sample.main, ["--labels", "11"], "this model has 10 classes"),
         (sample.main, ["--model", "oracle:gaussian"], "are no pictures"),

@@ -87,7 +87,7 @@ def test_a_reader_is_warned_of_too_few_images_and_of_failed_cells():
     assert compare.warnings([], PROTOCOL, 64) == []
     failed = {"error": "image 3 of cell 'x' is not finite"}
     assert compare.warnings([failed], PROTOCOL, 64) == [failed["error"]]
-    assert "leave [-1, 1]" in compare.warnings([row("student", "ddim", 1, 1.0) | {"saturated_pixels": 0.5}], PROTOCOL, 64)[0]
+    assert "outside [-1, 1]" in compare.warnings([row("student", "ddim", 1, 1.0) | {"saturated_pixels": 0.5}], PROTOCOL, 64)[0]
 
 
 @pytest.fixture
