@@ -18,9 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill import checkpoint
+from eval import fidelity
 from eval.features import Extractor, fingerprint
-from eval.generate import chunks
+from eval.generate import chunks, to_uint8
 from eval.metrics import Reference
+from teachers import Teacher
 
 ACCEPTED = "a .safetensors reference of this project, or an .npz with mu [D] and sigma [D, D]"
 FOREIGN = "inception-v3-compat"  # what the .npz files of the field were made with
@@ -65,6 +67,19 @@ def of_images(
             save(cache, reference, identity)
         accelerator.wait_for_everyone()
     return reference, identity
+
+
+def decoder_floor(
+    model: Teacher, images: Tensor, extractor: Extractor, reference: Reference, accelerator: Accelerator
+) -> float:
+    """FID of the real images, encoded and decoded by a latent model's codec, against themselves as they are."""
+    assert model.codec is not None
+    parts = []
+    for part in images.split(64):
+        x = part.to(accelerator.device).float() / 127.5 - 1
+        parts.append(to_uint8(model.codec.decode(model.codec.encode(x))).cpu())
+    features = extract(torch.cat(parts), extractor, 256, accelerator)
+    return fidelity.frechet(fidelity.statistics(features), reference.statistics)
 
 
 def save(path: Path, reference: Reference, identity: Identity) -> None:

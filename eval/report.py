@@ -64,7 +64,7 @@ def _pictured(rows: list[dict]) -> list[dict]:
 
 
 def _label(row: dict) -> str:
-    return f"{row['role']} {row['steps']} steps"
+    return f"{row['role']} {row['steps']} steps{' searched' if row['times'] else ''}"
 
 
 def _csv(rows: list[dict]) -> str:

@@ -1,6 +1,6 @@
 """What measuring costs beside the bare network and the bare extractor, as ratios taken in turn in one run.
 
-    python recipes/benchmark.py --output runs/benchmark.json
+    python recipes/benchmark.py --output-dir runs/benchmark
 
 extraction: images a second of the sweep's extraction over those of the bare extractor on the same batches.
 generation: seconds of a sampler's steps over those of as many bare network calls.
@@ -43,7 +43,7 @@ class Config:
     images: int = flag(10_240, "images of the sweep on one and on two processes")
     repeats: int = flag(15, "turns; the median counts")
     processes: int = flag(2, "processes of the last figure, each on a core of its own; 1 leaves it out")
-    output: str = flag("runs/benchmark.json", "a new file")
+    output_dir: str = flag("runs/benchmark", "where benchmark.json goes; an existing file is not overwritten")
 
 
 def ratio(
@@ -121,8 +121,9 @@ def processes(config: Config) -> dict:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
-        if Path(config.output).exists():
-            fail(f"{config.output} exists: name another --output")
+        output = Path(config.output_dir) / "benchmark.json"
+        if output.exists():
+            fail(f"{output} exists: name another --output-dir")
         if not 1 <= config.processes <= cores():
             raise ValueError(f"--processes {config.processes}: accepted are 1 to the {cores()} cores of this machine")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         out["processes"] = processes(config)
     for name, figures in out.items():
         print(name.ljust(12), "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
-    checkpoint.write_json(config.output, out)
+    checkpoint.write_json(output, out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains the embedded feature extractor, a classifier of 8x8 digits whose hidden layer is what FID on digits is taken on.
 
-    python recipes/classifier.py --output eval/digits.safetensors          (20 s on two cores)
+    python recipes/classifier.py --output-dir runs/classifier              (20 s on two cores)
 
 Prints the accuracy on a fifth of the images held out, then trains on all of them, standardises the hidden layer over
 the data and writes the weights with this command in them.
@@ -20,10 +20,13 @@ from eval.digits import DigitsClassifier
 from recipes.common import fail, flag, one_line_errors, parse
 from teachers.digits import digits
 
+PRESETS: dict[str, dict] = {"default": {}, "smoke": {"epochs": 2}}
+
 
 @dataclass(frozen=True)
 class Config:
-    output: str = flag("runs/classifier/digits.safetensors", "where the weights go; an existing file is not overwritten")
+    preset: str = flag("default", "default, or smoke (a few seconds, weights of no worth)", choices=PRESETS)
+    output_dir: str = flag("runs/classifier", "where digits.safetensors goes; an existing file is not overwritten")
     epochs: int = flag(60, "passes over the data")
     batch_size: int = flag(64, "images a step")
     lr: float = flag(2e-3, "highest learning rate of the one-cycle schedule")
@@ -57,10 +60,11 @@ def accuracy(model: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, __doc__.splitlines()[0], argv=argv)
     with one_line_errors():
-        if Path(config.output).exists():
-            fail(f"{config.output} exists: name another --output, or move it away")
+        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
+        output = Path(config.output_dir) / "digits.safetensors"
+        if output.exists():
+            fail(f"{output} exists: name another --output-dir, or move it away")
         images, labels = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
     held_out, rest = order[: len(images) // 5], order[len(images) // 5 :]
@@ -71,10 +75,10 @@ def main(argv: list[str] | None = None) -> None:
         hidden = model.hidden(images)
     model.mean.copy_(hidden.mean(0))
     model.std.copy_(hidden.std(0))
-    settings = {k: v for k, v in asdict(config).items() if k != "output"}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("output_dir", "preset")}
     record = {"command": "python recipes/classifier.py", "config": settings, "held_out_accuracy": score}
-    checkpoint.save(config.output, model.state_dict(), {"classifier": record})
-    print(f"wrote {config.output}")
+    checkpoint.save(output, model.state_dict(), {"classifier": record})
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from distill.rng import Rng, seed_of
 from distill.train import Batches, Shares
+from recipes import folders
 
-ACCEPTED = "'digits' or an .npz file with images uint8 [N, H, W, C] and, where there are any, labels [N]"
+ACCEPTED = (
+    "'digits', an .npz file with images uint8 [N, H, W, C] and, where there are any, labels [N], a folder of images "
+    "(sub-folders are classes; FOLDER,size=32 resizes), mnist:ROOT, fashionmnist:ROOT or cifar10:ROOT (ROOT,download fetches them)"
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,17 @@ def load(spec: str) -> Data:
         from teachers.digits import digits
 
         return Data("digits", *digits())
-    path = Path(spec)
-    if path.suffix != ".npz" or not path.is_file():
+    name, _, rest = spec.partition(":")
+    if name in folders.TORCHVISION:
+        root, _, option = rest.partition(",")
+        if not root or option not in ("", "download"):
+            raise ValueError(f"data {spec!r}: accepted are {ACCEPTED}")
+        return Data(name, *folders.read_torchvision(name, root, option == "download"))
+    where, _, option = spec.partition(",")
+    path, size = Path(where), option.removeprefix("size=")
+    if path.is_dir() and (not option or size.isdigit()):
+        return Data(path.name, *folders.read_folder(path, int(size) if size else None))
+    if path.suffix != ".npz" or not path.is_file() or option:
         raise ValueError(f"unknown data {spec!r}: accepted are {ACCEPTED}")
     return Data(path.stem, *_read_npz(path))
 

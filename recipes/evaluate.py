@@ -27,6 +27,7 @@ from eval import merge, reference, report
 from eval.collect import COLLECTORS
 from eval.features import OWN, Extractor
 from eval.generate import start
+from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
 from recipes import data as datasets
@@ -179,12 +180,26 @@ def main(argv: list[str] | None = None) -> None:
     )
     if config.diagnostics and run.main and data is not None:
         diagnose(cells, data, run)
+    facts = {"models": ", ".join(config.model)} | decoder_floors(cells, data, measurement, run)
     with disk_errors():
-        out = measurement.report(run, f"FID against step count on {config.data}", cells, {"models": ", ".join(config.model)})
+        out = measurement.report(run, f"FID against step count on {config.data}", cells, facts)
     if config.verify and run.main and data is not None:
         prove(config, measurement, cells, out, data.images, run)
     run.say(f"\n{out['verdict']}\nreport: {run.folder / 'report.html'}")
     run.close()
+
+
+def decoder_floors(cells: list[Cell], data: datasets.Data | None, measurement: Measurement, run: Run) -> dict[str, float]:
+    """Of latent models: the FID of the real images, encoded and decoded, which nothing they generate can be expected to beat."""
+    models = {cell.label: cell.model for cell in cells if cell.model.codec is not None}
+    if data is None:
+        return {}
+    return {
+        f"decoder floor of {label}": decoder_floor(
+            model, data.images, measurement.extractor, measurement.reference, run.accelerator
+        )
+        for label, model in models.items()
+    }
 
 
 def diagnose(cells: list[Cell], data: datasets.Data, run: Run, images: int = 256) -> None:

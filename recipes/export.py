@@ -12,16 +12,19 @@ import teachers
 from recipes.common import fail, flag, one_line_errors, parse
 from teachers import export
 
+PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
+
 
 @dataclass(frozen=True)
 class Config:
+    preset: str = flag("default", "default or smoke, which is the same here", choices=PRESETS)
     model: str = flag("digits", "what is exported: " + teachers.ACCEPTED)
     output_dir: str = flag("runs/export", "a new directory")
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], argv=argv)
+        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         folder = Path(config.output_dir)
         if folder.exists():
             fail(f"{folder} exists: name another --output-dir")

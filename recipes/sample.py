@@ -23,9 +23,12 @@ from eval.verify import write_folder
 from recipes.common import fail, flag, one_line_errors, parse
 from teachers import Teacher
 
+PRESETS: dict[str, dict] = {"default": {}, "smoke": {"images": 10}}
+
 
 @dataclass(frozen=True)
 class Config:
+    preset: str = flag("default", "default, or smoke (ten images)", choices=PRESETS)
     model: str = flag("digits", "what is sampled: " + teachers.ACCEPTED)
     steps: int | None = flag(None, "step count; a student's own, else 64, where it is not given")
     sampler: str | None = flag(None, "sampler; a student's own, else ddim, where it is not given", choices=SAMPLERS)
@@ -52,7 +55,7 @@ def settings(model: Teacher, config: Config) -> tuple[str, str | None, int]:
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], argv=argv)
+        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         output = Path(config.output)
         if output.exists():
             fail(f"{output} exists: name another --output")

@@ -105,3 +105,28 @@ def test_statistics_of_a_wrong_shape_are_refused(stored, tmp_path):
     with pytest.raises(ValueError, match="mu is not a file in the archive"):
         reference.load(tmp_path / "y.npz", stored[2])
     assert isinstance(stored[3], Reference)
+
+
+def test_the_decoders_own_floor_is_0_for_a_perfect_codec_and_positive_for_a_coarse_one(teacher, stored):
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from teachers.codec import Codec
+
+    class Vae(torch.nn.Module):
+        def __init__(self, coarse):
+            super().__init__()
+            self.coarse = coarse
+
+        def encode(self, x):
+            return SimpleNamespace(latents=torch.nn.functional.avg_pool2d(x, 2) if self.coarse else x)
+
+        def decode(self, z):
+            return SimpleNamespace(sample=z.repeat_interleave(2, 2).repeat_interleave(2, 3) if self.coarse else z)
+
+    _, images, extractor, made, _ = stored
+    floors = [
+        reference.decoder_floor(replace(teacher, codec=Codec(Vae(coarse))), images, extractor, made, Accelerator(cpu=True))
+        for coarse in (False, True)
+    ]
+    assert abs(floors[0]) < 1e-3 and floors[1] > 1
