@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -103,10 +104,12 @@ def ict_steps(first: int = 10, last: int = 1280) -> Callable[[float], int]:
     return lambda progress: min(first * 2 ** math.floor(progress * doublings), last) + 1
 
 
-# name -> (sigma_t, sigma_s) -> weight of the distance
+# name -> (sigma_t, sigma_s), both over alpha -> weight of the distance
 GAP_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one": lambda t, s: torch.ones_like(t),
     "inverse_gap": lambda t, s: 1 / (t - s).clamp(min=1e-4),
+    "inverse_level": lambda t, s: 1 + 1 / t.clamp(min=1e-3),
+    "truncated_snr": lambda t, s: (1 / t.clamp(min=1e-3)).square().clamp(min=1),
 }
 
 
@@ -114,7 +117,9 @@ GAP_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Consistency:
     """w(t, s) d(f(x_t, t), sg f_target(x_s, s)) with the same dropout mask on both sides.
 
-    ``order``: 1 for an Euler step along x0_hat, 2 for a Heun step (a teacher's, which is asked again at s). ``averaged``: the
+    ``order``: 1 for an Euler step along x0_hat, 2 for a Heun step (a teacher's, which is asked again at s). ``substeps``: how
+    many of them lie between t and s; with a teacher, few long pairs of many substeps train faster than many short pairs, since
+    what is right at the data reaches pure noise over fewer of the student's own answers. ``averaged``: the
     target network is the EMA of the student, otherwise the student itself.
     """
 
@@ -123,6 +128,7 @@ class Consistency:
     weight: str = "one"
     distance: str = "l2"
     order: int = 1
+    substeps: int = 1
     averaged: bool = False
 
     def __call__(
@@ -132,14 +138,21 @@ class Consistency:
         t, s = self.pairs(schedule, rng, progress)
         x_t = add_noise(schedule, x0, rng.normal(x0), t)
         with torch.no_grad():
-            x_s = self._step(schedule, x_t, t, s, x0, **cond)
+            x_s = self._path(schedule, x_t, t, s, x0, **cond)
             with same_dropout(x0.device):
                 f_s = (average if self.averaged and average is not None else student)(x_s, s, **cond)
         weight = GAP_WEIGHTS[self.weight](level(schedule, t), level(schedule, s))
         return weight * DISTANCES[self.distance](student(x_t, t, **cond), f_s)
 
+    def _path(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
+        """x_s along the target's path, in ``substeps`` steps of equal length in t."""
+        times = [t + (s - t) * (k / self.substeps) for k in range(self.substeps)] + [s]
+        for here, there in pairwise(times):
+            x_t = self._step(schedule, x_t, here, there, x0, **cond)
+        return x_t
+
     def _step(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
-        """x_s, one Euler or Heun step (in sigma / alpha) from x_t; Heun steps that are infinite in log-SNR are Euler's."""
+        """One Euler or Heun step (in sigma / alpha); Heun steps that are infinite in log-SNR are Euler's."""
         x0_hat = self.target(schedule, x_t, t, x0, **cond)
         x_s = move(schedule, x_t, x0_hat, t, s)
         if self.order == 1:

@@ -20,6 +20,7 @@ from distill.consistency import GAP_WEIGHTS, Consistency, Gap, Neighbours, ct_st
 from distill.denoise import Denoise
 from distill.denoiser import DenoiserLike
 from distill.distance import DISTANCES
+from distill.grid import GRIDS
 from distill.regularize import RESIDUALS, Regularized
 from distill.scm import ContinuousConsistency
 from distill.target import Datum, Mix, PosteriorMean, Target, errors
@@ -34,7 +35,7 @@ from teachers.unet import untrained
 
 PRESETS: dict[str, dict] = {
     "default": {},
-    "full": {"training_images": 2_400_000, "images": 10_000},
+    "full": {"training_images": 1_200_000, "images": 10_000},
     "smoke": {"training_images": 1024, "images": 200, "sweep_steps": (1, 2), "steps": (1, 2)},
 }
 KINDS = ("cd", "ct", "ict", "ect", "scd", "sct", "denoise")
@@ -53,7 +54,7 @@ class Config:
         None, "part of the teacher in the target: a number from 0 to 1, or auto; the method's own where not given"
     )
     target: str = flag("mix", "mix of datum and teacher, or posterior-mean over the batch", choices=("mix", "posterior-mean"))
-    training_images: int = flag(400_000, "training images")
+    training_images: int = flag(256_000, "training images")
     batch_size: int = flag(128, "images a step, over all processes")
     microbatch: int | None = flag(None, "most images at once in a process; more accumulate")
     lr: float = flag(1e-3, "learning rate; it falls linearly to 0")
@@ -63,7 +64,9 @@ class Config:
     weight: str | None = flag(
         None, "weight by the gap of the two noise levels; the method's own where not given", choices=GAP_WEIGHTS
     )
-    grid_steps: int = flag(18, "cd: steps of the Karras grid")
+    grid: str = flag("uniform", "cd, ct: time grid whose neighbouring times are pairs; the papers have karras", choices=GRIDS)
+    grid_steps: int = flag(4, "cd: steps of the grid; the paper has 18")
+    substeps: int = flag(2, "cd: teacher steps within a step of the grid")
     order: int = flag(2, "cd: 1 for Euler steps of the teacher, 2 for Heun", choices=(1, 2))
     regularize: tuple[str, ...] = flag((), f"terms to add, as name=weight: {', '.join(RESIDUALS)}")
     averaged_target: bool = flag(False, "take the other end from the EMA of the student")
@@ -87,7 +90,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Usual:
-    """A method as its paper has it: built from (config, target, common options), with the teacher's part in the target."""
+    """A method with the settings that serve it best here (EXPERIMENTS.md has the papers' beside them): built from
+    (config, target, common options), with the teacher's part in the target."""
 
     build: Callable[[Config, Target, dict[str, Any]], Method]
     mix: float
@@ -96,12 +100,18 @@ class Usual:
 
 
 METHODS: dict[str, Usual] = {
-    "cd": Usual(lambda c, target, o: Consistency(target, Neighbours(lambda _: c.grid_steps), order=c.order, **o), 1.0),
-    "ct": Usual(lambda c, target, o: Consistency(target, Neighbours(ct_steps()), **o), 0.0),
+    "cd": Usual(
+        lambda c, target, o: Consistency(
+            target, Neighbours(lambda _: c.grid_steps, grid=c.grid), order=c.order, substeps=c.substeps, **o
+        ),
+        1.0,
+        "truncated_snr",
+    ),
+    "ct": Usual(lambda c, target, o: Consistency(target, Neighbours(ct_steps(), grid=c.grid), **o), 0.0, "inverse_level"),
     "ict": Usual(
         lambda c, target, o: Consistency(target, Neighbours(ict_steps(), (-1.1, 2.0)), **o), 0.0, "inverse_gap", "pseudo_huber"
     ),
-    "ect": Usual(lambda c, target, o: Consistency(target, Gap(), **o), 0.0, "inverse_gap"),
+    "ect": Usual(lambda c, target, o: Consistency(target, Gap(), **o), 0.0, "inverse_level"),
     "scd": Usual(lambda c, target, o: ContinuousConsistency(target, jvp=c.jvp), 1.0),
     "sct": Usual(lambda c, target, o: ContinuousConsistency(target, jvp=c.jvp), 0.0),
 }
