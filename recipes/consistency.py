@@ -72,7 +72,7 @@ class Config:
     averaged_target: bool = flag(False, "take the other end from the EMA of the student")
     jvp: str = flag("exact", "scd, sct: exact forward-mode tangents, or finite differences", choices=("exact", "finite"))
     sampler: str = flag(
-        "consistency", "how several steps are taken: consistency (fresh noise) or ddim", choices=("consistency", "ddim")
+        "ddim", "how several steps are taken: ddim, or consistency (fresh noise)", choices=("ddim", "consistency")
     )
     steps: tuple[int, ...] = flag((1, 2, 4), "step counts of the student")
     channels: tuple[int, ...] = flag((32, 48), "from scratch: channels of the UNet, one a resolution")
