@@ -4,7 +4,7 @@
     loss = w(t, s) d(f(x_t, t), sg f(x_s, s))
 
 With x0_hat a teacher's E[x0 | x_t] this is consistency distillation, with x0_hat the datum consistency training, between them a
-mix. f is the student itself: with eps, v, flow and edm predictions f(x, t_clean) = x holds for free.
+mix. f is the student itself, and x at the time of the data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
-from distill.distance import DISTANCES
+from distill.distance import Distance, l2
 from distill.grid import GRIDS
 from distill.rng import Rng
 from distill.schedule import Schedule, add_noise, move, to_eps, to_x0
@@ -37,7 +37,7 @@ class Pairs(Protocol):
 
 def level(schedule: Schedule, t: Tensor) -> Tensor:
     """sigma / alpha, the noise level in which the literature's formulas stand, at most `HIGHEST`."""
-    return torch.exp(-schedule.logsnr(t) / 2).clamp(max=HIGHEST)
+    return schedule.level(t).clamp(max=HIGHEST)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Neighbours:
             i = (u * (len(times) - 1)).long()
         else:
             mean, deviation = self.density
-            sigma = torch.exp(-schedule.logsnr(times.double()) / 2)  # from infinity, where alpha is 0, to 0
+            sigma = schedule.level(times.double())  # from infinity, where alpha is 0, to 0
             cumulative = torch.erf((sigma.log() - mean) / (deviation * math.sqrt(2)))
             probability = (cumulative[:-1] - cumulative[1:]).clamp(min=0)
             edges = (probability / probability.sum()).cumsum(0)
@@ -126,7 +126,7 @@ class Consistency:
     target: Target
     pairs: Pairs
     weight: str = "one"
-    distance: str = "l2"
+    distance: Distance = l2
     order: int = 1
     substeps: int = 1
     averaged: bool = False
@@ -140,13 +140,14 @@ class Consistency:
         with torch.no_grad():
             x_s = self._path(schedule, x_t, t, s, x0, **cond)
             with same_dropout(x0.device):
-                f_s = (average if self.averaged and average is not None else student)(x_s, s, **cond)
+                f_s = bounded(average if self.averaged and average is not None else student, x_s, s, **cond)
         weight = GAP_WEIGHTS[self.weight](level(schedule, t), level(schedule, s))
-        return weight * DISTANCES[self.distance](student(x_t, t, **cond), f_s)
+        return weight * self.distance(student(x_t, t, **cond), f_s)
 
     def _path(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
         """x_s along the target's path, in ``substeps`` steps of equal length in t."""
-        times = [t + (s - t) * (k / self.substeps) for k in range(self.substeps)] + [s]
+        low = s.clamp(min=schedule.t_min) if math.isinf(schedule.t_clean) else s
+        times = [t, *(t + (low - t) * (k / self.substeps) for k in range(1, self.substeps)), s]
         for here, there in pairwise(times):
             x_t = self._step(schedule, x_t, here, there, x0, **cond)
         return x_t
@@ -161,6 +162,15 @@ class Consistency:
         again = move(schedule, x_t, to_x0(schedule, x_t, eps / 2, t), t, s)
         finite = (schedule.logsnr(s) - schedule.logsnr(t)).isfinite()
         return torch.where(finite.reshape(-1, *[1] * (x_t.dim() - 1)), again, x_s)
+
+
+def bounded(f: DenoiserLike, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """f(x, t), and x itself where t is the time of the data: the boundary that an eps, v, flow or edm network meets by itself, and
+    an x0 network, or any on a schedule whose data lie at -inf, does not."""
+    schedule = f.schedule
+    clean = t <= schedule.t_clean
+    out = f(x, torch.where(clean, torch.full_like(t, schedule.t_min), t), **cond)
+    return torch.where(clean.reshape(-1, *[1] * (x.dim() - 1)), x, out)
 
 
 @contextmanager

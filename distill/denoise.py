@@ -6,23 +6,23 @@ schedule and prediction, which makes this the warm start for every other method.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.distance import DISTANCES, WEIGHTS
 from distill.rng import Rng
 from distill.schedule import add_noise
+from distill.target import Datum, Target
 
 
 @dataclass(frozen=True)
 class Denoise:
-    """w(t) d(student(x_t, t), target), t uniform in [t_min, t_max]; the target is the datum, or teacher(x_t, t)."""
+    """w(t) d(student(x_t, t), x0_hat), t uniform in [t_min, t_max]; x0_hat is the datum, a teacher's E[x0 | x_t] or between."""
 
-    teacher: DenoiserLike | None = None
+    target: Target = field(default_factory=Datum)
     weight: str = "snr_plus_one"
     distance: str = "l2"
 
@@ -30,8 +30,5 @@ class Denoise:
         schedule = student.schedule
         t = schedule.t_min + (schedule.t_max - schedule.t_min) * rng.uniform()
         x_t = add_noise(schedule, x0, rng.normal(x0), t)
-        target = x0
-        if self.teacher is not None:
-            with torch.no_grad():
-                target = self.teacher(x_t, t, **cond)
-        return WEIGHTS[self.weight](schedule, t) * DISTANCES[self.distance](student(x_t, t, **cond), target)
+        x0_hat = self.target(schedule, x_t, t, x0, **cond)
+        return WEIGHTS[self.weight](schedule, t) * DISTANCES[self.distance](student(x_t, t, **cond), x0_hat)

@@ -54,6 +54,8 @@ TIMES: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
 class Denoiser:
     """E[x0 | x_t] from a network F: x0 = c_skip x_t + c_out F(c_in x_t, c_noise(t), **cond).
 
+    A network of two times is also given ``to``, the time of the jump's end, in the same convention as t.
+
     ``net``: any module called as (x [B, ...], c_noise [B], **cond) -> [B, ...]; ``prediction``: a row of `PREDICTIONS`;
     ``time``: a row of `TIMES`; ``sigma_data``: used by "edm" alone. Raises ValueError for unknown names and for a
     prediction that divides by alpha on a schedule whose alpha reaches 0.
@@ -82,6 +84,8 @@ class Denoiser:
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         c_in, c_skip, c_out = PREDICTIONS[self.prediction](self.schedule.alpha(t), self.schedule.sigma(t), self.sigma_data)
         c_noise = TIMES[self.time](self.schedule, t).to(x_t).expand(x_t.shape[0])
+        if "to" in cond:
+            cond["to"] = TIMES[self.time](self.schedule, cond["to"]).to(x_t).expand(x_t.shape[0])
         output = self.net(expand(c_in, x_t) * x_t, c_noise, **cond)
         return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * output
 
@@ -106,7 +110,7 @@ class Guided:
         if self.scale == 1:
             return conditional
         null = {k: v.to(x_t.device).expand(x_t.shape[0], *v.shape[1:]) for k, v in self.null.items()}
-        unconditional = self.denoiser(x_t, t, **null)
+        unconditional = self.denoiser(x_t, t, **cond | null)
         return unconditional + self.scale * (conditional - unconditional)
 
 
@@ -125,6 +129,8 @@ class Rescheduled:
         inner = self.denoiser.schedule
         u = inner.time(self.schedule.logsnr(t))
         scale = torch.hypot(inner.alpha(u), inner.sigma(u)) / torch.hypot(self.schedule.alpha(t), self.schedule.sigma(t))
+        if "to" in cond:
+            cond["to"] = inner.time(self.schedule.logsnr(cond["to"]))
         return self.denoiser(expand(scale, x_t) * x_t, u, **cond)
 
 

@@ -29,7 +29,8 @@ class PseudoHuber:
         return (error.square().sum(1) + c * c).sqrt() - c
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": l2, "pseudo_huber": PseudoHuber()}
+Distance = Callable[[Tensor, Tensor], Tensor]
+DISTANCES: dict[str, Distance] = {"l2": l2, "pseudo_huber": PseudoHuber()}
 
 
 def _snr(schedule: Schedule, t: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ def _from_noise_levels(schedule: Schedule, steps: int, level: Callable[[float, f
     """
     first, clean = _ends(schedule)
     low = torch.tensor(max(schedule.t_min, schedule.t_clean), dtype=torch.float64)
-    lowest = float(torch.exp(-schedule.logsnr(low) / 2))
-    highest = min(80.0, float(torch.exp(-schedule.logsnr(first) / 2)))
+    lowest = float(schedule.level(low))
+    highest = min(80.0, float(schedule.level(first)))
     u = torch.linspace(0, 1, steps, dtype=torch.float64)[1:]
     return torch.cat([first, schedule.time(-2 * level(highest, lowest, u).log()), clean])
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.denoiser import DenoiserLike, ask_in
 from distill.rng import Rng
-from distill.schedule import EDM, Schedule, add_noise, expand, move, to_eps
+from distill.schedule import EDM, Schedule, add_noise, expand, move, posterior, to_eps
 from distill.scm import bare
 from distill.train import Method
 
@@ -37,19 +37,11 @@ def martingale(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, by: floa
     s = _step(schedule, t, by)
     here = student(x_t, t, **cond)
     with torch.no_grad():
-        kept, fresh = _posterior(schedule, t, s)
+        kept, fresh = posterior(schedule, t, s)
         mean = expand(schedule.alpha(s), x_t) * here + expand(kept, x_t) * to_eps(schedule, x_t, here, t)
         draws = [mean + expand(fresh, x_t) * rng.normal(x_t) for _ in range(2)]
     one, two = (here - student(x_s, s, **cond) for x_s in draws)
     return (one * two).flatten(1).mean(1)
-
-
-def _posterior(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x_s given x_t and x0: the weight of eps that is kept and of fresh noise (Ho et al. 2020, eq. 7)."""
-    sigma_s, sigma_t = schedule.sigma(s), schedule.sigma(t)
-    ratio = (schedule.alpha(t) * sigma_s / (schedule.alpha(s) * sigma_t)).square()
-    fresh = sigma_s * (1 - ratio).clamp(min=0).sqrt()
-    return sigma_s * ratio.sqrt(), fresh
 
 
 def consistency(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, by: float = 0.5, **cond: Any) -> Tensor:
@@ -70,7 +62,7 @@ def fokker_planck(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, **con
     """
     schedule = student.schedule
     inner = ask_in(bare(student), EDM())
-    sigma = torch.exp(-schedule.logsnr(t) / 2)
+    sigma = schedule.level(t)
     x = x_t / expand(schedule.alpha(t), x_t)
     v = torch.where(rng.normal(x) > 0, 1.0, -1.0).to(x)
 

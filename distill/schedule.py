@@ -41,6 +41,10 @@ class Schedule:
         """log(alpha^2 / sigma^2): +inf at t_clean, -inf where alpha is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
+    def level(self, t: Tensor) -> Tensor:
+        """sigma / alpha, the sigma of the variance-exploding literature: 0 at t_clean, inf where alpha is 0."""
+        return torch.exp(-self.logsnr(t) / 2)
+
 
 @dataclass(frozen=True)
 class Flow(Schedule):
@@ -254,6 +258,12 @@ def move(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> T
     """Go from t to s as if x0 were true: alpha_s x0 + (sigma_s / sigma_t) (x_t - alpha_t x0). One DDIM step."""
     ratio = expand(schedule.sigma(s) / schedule.sigma(t), x_t)
     return expand(schedule.alpha(s), x_t) * x0 + ratio * (x_t - expand(schedule.alpha(t), x_t) * x0)
+
+
+def posterior(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x_s given x_t and x0, s with less noise: the weights of eps that is kept and of fresh noise (Ho et al. 2020, eq. 7)."""
+    ratio = schedule.alpha(t) * schedule.sigma(s) / (schedule.alpha(s) * schedule.sigma(t))
+    return schedule.sigma(s) * ratio, schedule.sigma(s) * (1 - ratio.square()).clamp(min=0).sqrt()
 
 
 def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:

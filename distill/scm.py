@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill.consistency import same_dropout
 from distill.denoiser import Denoiser, DenoiserLike, ask_in
 from distill.rng import Rng
-from distill.schedule import Trig, expand
+from distill.schedule import Trig, add_noise, expand, to_eps
 from distill.target import Target
 
 TRIG = Trig(sigma_data=1.0)
@@ -47,11 +47,11 @@ class ContinuousConsistency:
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         a = torch.atan(torch.exp(self.mean + self.deviation * rng.normal(x0.flatten(1)[:, 0].float()))).to(x0.device)
         cos, sin = (expand(z, x0) for z in (torch.cos(a), torch.sin(a)))
-        x = cos * x0 + sin * rng.normal(x0)
+        x = add_noise(TRIG, x0, rng.normal(x0), a)
         r = 1.0 if self.warmup == 0 else min(1.0, progress / self.warmup)
         with torch.no_grad():
             x0_hat = self.target(TRIG, x, a, x0, **cond)
-            dx = cos * (x - cos * x0_hat) / sin - sin * x0_hat
+            dx = rate(x, x0_hat, a)
             with same_dropout(x0.device):
                 v, dv = tangent(velocity(bare(student), cond), x, a, dx, self.jvp)
             g = -cos * cos * (v - dx) - r * cos * sin * (x + dv)
@@ -61,14 +61,14 @@ class ContinuousConsistency:
 
 
 def velocity(student: DenoiserLike, cond: dict) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, a) -> v = (cos(a) x - f(x, a)) / sin(a)."""
+    """(x, a) -> v, the rate at which x goes to what the student answers."""
     inner = ask_in(student, TRIG)
+    return lambda x, a: rate(x, inner(x, a, **cond), a)
 
-    def v(x: Tensor, a: Tensor) -> Tensor:
-        shape = (-1, *[1] * (x.dim() - 1))
-        return (torch.cos(a).reshape(shape) * x - inner(x, a, **cond)) / torch.sin(a).reshape(shape)
 
-    return v
+def rate(x: Tensor, x0: Tensor, a: Tensor) -> Tensor:
+    """dx/da = cos(a) eps - sin(a) x0 = (cos(a) x - x0) / sin(a) of the path through x that ends at x0."""
+    return expand(torch.cos(a), x) * to_eps(TRIG, x, x0, a) - expand(torch.sin(a), x) * x0
 
 
 def bare(student: DenoiserLike) -> DenoiserLike:

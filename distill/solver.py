@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
-from distill.schedule import Schedule, move, to_eps, to_x0
+from distill.schedule import Schedule, move, posterior, to_eps, to_x0
 
 Sampler = Callable[..., Tensor]
 
@@ -99,17 +100,15 @@ def ancestral(
 ) -> Tensor:
     """DDPM's posterior sampling (Ho et al. 2020; eta = 1 in Song et al. 2021, eq. 16). One NFE a step.
 
-    The move ends at the noise level sqrt(sigma_s^2 - up^2), and fresh noise of deviation
-    up = (sigma_s / sigma_t) sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2) fills it up. ``noise``: x -> noise like x.
+    ``noise``: x -> noise like x.
     """
     schedule = denoiser.schedule
     for t, s in pairwise(times):
         x0 = denoiser(x, t, **cond)
-        (a_t, s_t), (a_s, s_s) = ((float(schedule.alpha(u)), float(schedule.sigma(u))) for u in (t, s))
-        if s_s == 0:
+        if float(schedule.sigma(s)) == 0:
             return move(schedule, x, x0, t, s)
-        up = s_s / s_t * math.sqrt(s_t**2 - (a_t * s_s / a_s) ** 2)
-        x = a_s * x0 + math.sqrt(s_s**2 - up**2) * to_eps(schedule, x, x0, t) + up * noise(x)
+        kept, fresh = map(float, posterior(schedule, t, s))
+        x = float(schedule.alpha(s)) * x0 + kept * to_eps(schedule, x, x0, t) + fresh * noise(x)
     return x
 
 
@@ -132,11 +131,25 @@ def consistency(
         x0 = denoiser(x, t, **cond)
         if float(schedule.sigma(s)) == 0:
             return move(schedule, x, x0, t, s)
-        below = schedule.t_clean + (1 - gamma) * (s - schedule.t_clean)
+        below = lower(schedule, s, gamma)
         alpha, sigma = float(schedule.alpha(s)), float(schedule.sigma(s))
         kept = alpha * float(schedule.sigma(below) / schedule.alpha(below))
         x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + math.sqrt(max(0.0, sigma**2 - kept**2)) * noise(x)
     return x
+
+
+def jump(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+    """`ddim` with a student of two times, which is told where each step ends (MeanFlow, Geng et al. 2025). One NFE a step."""
+    for t, s in pairwise(times):
+        x = move(denoiser.schedule, x, denoiser(x, t, to=s, **cond), t, s)
+    return x
+
+
+def lower(schedule: Schedule, s: Tensor, gamma: float) -> Tensor:
+    """The time (1 - gamma) of the way from the data to s, from which gamma-sampling goes back to s with fresh noise. On VE, whose
+    data lie at -inf, of the way from t_min."""
+    clean = schedule.t_min if math.isinf(schedule.t_clean) and gamma < 1 else schedule.t_clean
+    return torch.full_like(s, clean) if gamma == 1 else clean + (1 - gamma) * (s - clean)
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -149,8 +162,34 @@ SAMPLERS: dict[str, Sampler] = {
     "deis": deis,
     "ancestral": ancestral,
     "consistency": consistency,
+    "jump": jump,
 }
 STOCHASTIC = ("ancestral", "consistency")  # these take ``noise``
+ACCEPTED = f"{', '.join(SAMPLERS)} and consistency:GAMMA with GAMMA from 0 to 1"
+
+
+def named(name: str) -> Sampler:
+    """The sampler of this name; ``consistency:0.3`` is `consistency` with gamma 0.3. ValueError for any other name."""
+    base = name.partition(":")[0]
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    try:
+        if base == "consistency" and 0 <= gamma_of(name) <= 1:
+            return partial(consistency, gamma=gamma_of(name))
+    except ValueError:
+        pass
+    raise ValueError(f"unknown sampler {name!r}: accepted are {ACCEPTED}")
+
+
+def gamma_of(name: str) -> float:
+    """The gamma of a sampler's name: 0 for the deterministic ones."""
+    base, _, gamma = name.partition(":")
+    return (float(gamma) if gamma else 1.0) if base == "consistency" else 0.0
+
+
+def stochastic(name: str) -> bool:
+    """Whether the sampler of this name draws noise between its steps, and so takes ``noise``."""
+    return name.partition(":")[0] in STOCHASTIC
 
 
 def nfe(sampler: str, steps: int) -> int:

@@ -138,6 +138,8 @@ def train(
         restore_state(tensors, module, optimizer.optimizer, average)
 
     net.train()
+    if average is not None:
+        average.train(getattr(method, "averaged", False))  # as a target it drops the units that the student drops
     stream = iter(batches(first))
     for step in range(first, o.steps):
         torch.manual_seed(seed_of(seed, phase, step, "dropout", accelerator.process_index))

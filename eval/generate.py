@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.denoiser import DenoiserLike
 from distill.rng import seed_of
 from distill.schedule import Schedule, expand
-from distill.solver import SAMPLERS, STOCHASTIC
+from distill.solver import named, stochastic
 
 LABEL_RULE = "uniform over the classes, drawn from the generator of the index after its noise"
 
@@ -68,9 +68,9 @@ def generate(
     noise = begin.noise.to(device)
     x = expand(denoiser.schedule.sigma(times[0]), noise) * noise
     cond = condition(None if begin.labels is None else begin.labels.to(device))
-    extra = {"noise": begin.fresh} if sampler in STOCHASTIC else {}
+    extra = {"noise": begin.fresh} if stochastic(sampler) else {}
     with torch.inference_mode():
-        return SAMPLERS[sampler](denoiser, x, times, **extra, **cond)
+        return named(sampler)(denoiser, x, times, **extra, **cond)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import ClassVar
 import torch
 
 import teachers
+from distill import solver
 from distill.grid import GRIDS
 from distill.regularize import RESIDUALS, residuals
 from distill.rng import Rng
 from distill.search import gits, step_costs
-from distill.solver import SAMPLERS
 from eval import merge, reference, report
 from eval.collect import COLLECTORS
 from eval.features import OWN, Extractor
@@ -32,7 +32,17 @@ from eval.sweep import Cell
 from eval.verify import verify
 from recipes import data as datasets
 from recipes.common import Run, disk_errors, flag, one_line_errors, parse
-from recipes.measure import OPPONENTS, Measurement, best_grid, check_match, check_steps, opponents, own_cells, training_seconds
+from recipes.measure import (
+    OPPONENTS,
+    Measurement,
+    best_grid,
+    check_match,
+    check_sampler,
+    check_steps,
+    opponents,
+    own_cells,
+    training_seconds,
+)
 from teachers import Teacher
 
 SEARCHED = ("ddim", "dpm++2m", "ipndm")  # samplers that are also measured on a searched grid
@@ -65,7 +75,7 @@ class Config:
     )
     steps: tuple[int, ...] = flag((1, 2, 4, 8), "step counts")
     baseline_steps: int = flag(64, "DDIM steps of the teacher that ratios are taken against; 0 for none")
-    samplers: tuple[str, ...] = flag(OPPONENTS, "samplers of models that were not distilled", choices=SAMPLERS)
+    samplers: tuple[str, ...] = flag(OPPONENTS, "of models that were not distilled: " + solver.ACCEPTED)
     guidance: float = flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none")
     images: int = flag(10_000, "generated images a cell")
     metrics: str = flag("all", "all, or fid alone in memory that does not grow with --images", choices=COLLECTORS)
@@ -119,6 +129,8 @@ def teacher_cells(config: Config, model: Teacher, label: str, device: torch.devi
     """A model that takes any step count, under all samplers, and under DDIM at the step count ratios are against."""
     baseline = (config.baseline_steps,) if config.baseline_steps else ()
     check_steps(model, (*config.steps, *baseline))
+    for name in config.samplers:
+        check_sampler(model, name)
     cells = opponents(model, label, config.steps, config.samplers, config.guidance)
     cells += opponents(model, label, baseline, ("ddim",), config.guidance)
     if config.search_grid:

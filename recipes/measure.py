@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from distill import solver
 from distill.schedule import EDM, VE, Schedule, Table
 from eval import reference, report
 from eval.features import Extractor
@@ -43,6 +44,14 @@ def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
     most = schedule.steps if isinstance(schedule, Table) else 100_000
     if wrong := [n for n in steps if not 1 <= n <= most]:
         raise ValueError(f"{wrong[0]} steps on a grid of {most:,}: accepted are 1 to {most}")
+
+
+def check_sampler(teacher: Teacher, name: str) -> None:
+    """ValueError for an unknown sampler, and for jumps by a network that cannot be told where they end."""
+    solver.named(name)
+    net = getattr(teacher.denoiser, "net", None)
+    if name == "jump" and not getattr(net, "two_times", True):
+        raise ValueError("sampler 'jump' needs a network of two times (--method meanflow makes them): this one knows one")
 
 
 def best_grid(schedule: Schedule, sampler: str, steps: int) -> str:

@@ -17,6 +17,7 @@ from distill.denoise import Denoise
 from distill.distance import DISTANCES, WEIGHTS
 from distill.grid import uniform
 from distill.progressive import Progressive
+from distill.target import Mix
 from distill.train import Optimization, Shares
 from eval.features import Extractor
 from recipes import data as datasets
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if model.parametric.prediction in ("eps", "score"):
         warm_start = optimization(config, config.start_steps)
         model, seconds = stage(
-            run, "v", as_v(model), Denoise(target), data, warm_start, sampler={}, record=record, seed=config.seed
+            run, "v", as_v(model), Denoise(Mix(target)), data, warm_start, sampler={}, record=record, seed=config.seed
         )
         target = model.denoiser
     for n, how in zip(steps, stages, strict=True):

@@ -15,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 import teachers
+from distill import solver
 from distill.grid import GRIDS
-from distill.solver import SAMPLERS
 from eval.generate import chunks, generate, start, to_uint8
 from eval.plots import contact_sheet
 from eval.verify import write_folder
 from recipes.common import fail, flag, one_line_errors, parse
+from recipes.measure import check_sampler
 from teachers import Teacher
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"images": 10}}
@@ -31,7 +32,7 @@ class Config:
     preset: str = flag("default", "default, or smoke (ten images)", choices=PRESETS)
     model: str = flag("digits", "what is sampled: " + teachers.ACCEPTED)
     steps: int | None = flag(None, "step count; a student's own, else 64, where it is not given")
-    sampler: str | None = flag(None, "sampler; a student's own, else ddim, where it is not given", choices=SAMPLERS)
+    sampler: str | None = flag(None, f"{solver.ACCEPTED}; a student's own, else ddim, where it is not given")
     grid: str | None = flag(None, "time grid; a student's own, else uniform, where it is not given", choices=GRIDS)
     guidance: float = flag(1.0, "classifier-free guidance; 1 is none")
     labels: tuple[int, ...] | None = flag(None, "classes, repeated as often as there are images; drawn where not given")
@@ -50,7 +51,9 @@ def settings(model: Teacher, config: Config) -> tuple[str, str | None, int]:
         raise ValueError(f"--steps {steps}: accepted are 1 and more")
     if made and steps not in made["steps"]:
         raise ValueError(f"this student was made for {made['steps']} steps, not {steps}")
-    return config.sampler or made.get("name", "ddim"), config.grid, steps
+    name = config.sampler or made.get("name", "ddim")
+    check_sampler(model, name)
+    return name, config.grid, steps
 
 
 def main(argv: list[str] | None = None) -> None:

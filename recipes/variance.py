@@ -137,7 +137,7 @@ def curve(
     """Training from one seed: [images, error against the exact E[x0 | x_t]] about thirty times on the way."""
     name = "datum" if teacher is None else "teacher"
     student = replace(model.parametric, net=copy.deepcopy(model.parametric.net).requires_grad_(True))
-    method = Denoise(None if teacher is None else teacher.denoiser)
+    method = Denoise(Datum() if teacher is None else Mix(teacher.denoiser))
     how = Optimization(config.training_images, config.batch_size, warmup_images=4_000)
     batches = data.batches(Shares(config.batch_size), config.seed, "variance", run.accelerator.device)
     states = train(method, student, batches, run.accelerator, how, seed=config.seed, phase="variance")

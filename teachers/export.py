@@ -4,8 +4,8 @@ A class-conditional or unconditional UNet2DModel goes into `ConsistencyModelPipe
 `DDIMScheduler` on "trailing" timesteps: on a table of T entries that visits T, T (1 - 1/N), ..., the uniform grid of the ladders.
 Any other step times are baked in: the network's time embedding becomes a learned one with an entry for each of them, and the
 scheduler's table has these entries alone, so that the pipeline, asked for that many steps, can take no others. Consistency
-sampling of several steps, which adds fresh noise, is baked the same way with an `LCMScheduler`, whose boundary scaling is set so
-that it vanishes.
+sampling, which adds noise between its steps, is baked the same way with a `TCDScheduler`, whose own gamma is 0.3: any other is
+reached by what the table says of the levels it passes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import Tensor
 from distill.denoiser import TIMES
 from distill.grid import uniform
 from distill.schedule import Table
-from distill.solver import SAMPLERS, STOCHASTIC
+from distill.solver import gamma_of, lower, named, stochastic
 from teachers.load import Teacher
 from teachers.unet import PREDICTIONS, UNet
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]
+EXPORTED = ("ddim", "consistency", "jump")
 
 # What a user runs: nothing of this project. Writes the images of one generator an image, and the count of steps, as .npy.
 STOCK = """
@@ -52,9 +53,9 @@ def check_exportable(model: Teacher) -> None:
     d = model.parametric
     if not isinstance(d.net, UNet):
         raise ValueError("only a UNet2DModel can be exported as a diffusers pipeline so far")
-    if model.sampler.get("name", "ddim") not in ("ddim", "consistency"):
+    if model.sampler.get("name", "ddim").partition(":")[0] not in EXPORTED:
         raise ValueError(
-            f"no stock scheduler takes the steps of {model.sampler['name']!r}: ddim and consistency can be exported"
+            f"no stock scheduler takes the steps of {model.sampler['name']!r}: {', '.join(EXPORTED)} can be exported"
         )
     if not isinstance(d.schedule, Table) or d.time != "index" or d.prediction not in PREDICTIONS.values():
         raise ValueError(
@@ -70,7 +71,7 @@ def needs_baking(model: Teacher, steps: int) -> bool:
     """Whether this step count takes other times or another scheduler than DDIM on the model's own table."""
     schedule = model.parametric.schedule
     assert isinstance(schedule, Table)
-    if steps > 1 and model.sampler.get("name") == "consistency":
+    if model.parametric.net.two_times or (steps > 1 and gamma_of(model.sampler.get("name", "ddim"))):
         return True
     return bool(schedule.steps % steps) or not torch.equal(model.times(steps), uniform(schedule, steps))
 
@@ -99,40 +100,65 @@ def scheduler_of(schedule: Table, prediction: str):
             candidate: Any = DDIMScheduler(beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr, **fixed)
             if torch.allclose(candidate.alphas_cumprod.double(), table, rtol=0, atol=1e-9):
                 return candidate
-    return DDIMScheduler(trained_betas=betas(schedule), **fixed)
+    return DDIMScheduler(trained_betas=betas(table), **fixed)
 
 
+@torch.no_grad()
 def baked(model: Teacher, steps: int) -> tuple[Any, Any]:
-    """The network and the scheduler of exactly these steps; entry k of the table, counted from the data, is the k-th time from
-    the end. An `LCMScheduler` takes every second entry of a table, never the first: the others are never visited."""
-    d, times = model.parametric, model.times(steps)[:-1].flip(0)
-    consistency = model.sampler.get("name") == "consistency" and steps > 1
-    noise = TIMES[d.time](d.schedule, times).float()
+    """The network and the scheduler of exactly these steps: an entry of a new table, and of a learned time embedding, for each."""
+    d, grid, name = model.parametric, model.times(steps).flip(0), model.sampler.get("name", "ddim")
+    net: Any = d.net
+    unet: Any = net.unet
+    told = TIMES[d.time](d.schedule, grid).float().to(unet.device)
+    times, embedding = grid[1:], net.embedding(told[1:], told[:-1] if name == "jump" else None)
     table = d.schedule.alpha(times).square()
-    if consistency:
-        above = torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
-        table, noise = torch.stack([(above + table) / 2, table], 1).flatten(), noise.repeat_interleave(2)
-    unet: Any = d.net.unet
-    twin = type(unet)(**{**unet.config, "time_embedding_type": "learned", "num_train_timesteps": len(noise)})
-    twin.load_state_dict(unet.state_dict() | {"time_proj.weight": unet.time_proj(noise.to(unet.device))})
-    entries = Table(tuple(table.tolist()))
-    return twin.eval(), lcm_of(entries, d.prediction) if consistency else scheduler_of(entries, d.prediction)
+    gamma = gamma_of(name) if steps > 1 else 0.0
+    if gamma:
+        below = d.schedule.alpha(lower(d.schedule, times[:-1], gamma)).square()
+        table, place = tcd_table(table, below)
+        scheduler = tcd_of(table, steps, d.prediction)
+        embedding = embedding[place]
+    else:
+        scheduler = scheduler_of(Table(tuple(table.tolist())), d.prediction)
+    twin = type(unet)(**{**unet.config, "time_embedding_type": "learned", "num_train_timesteps": len(embedding)})
+    weights = {k: v for k, v in unet.state_dict().items() if not k.startswith("time_proj.")}
+    twin.load_state_dict(weights | {"time_proj.weight": embedding})
+    return twin.eval(), scheduler
 
 
-def lcm_of(table: Table, prediction: str) -> Any:
-    from diffusers import LCMScheduler
+def tcd_table(visited: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of alphas_cumprod [n k] in which a `TCDScheduler` of n steps goes from entry to entry of ``visited`` [n], from the
+    data on, by way of ``below`` [n - 1]; and which visited one each entry belongs to.
+
+    It visits the entries k - 1, 2 k - 1, ..., n k - 1, passes floor((1 - eta) entry) with the eta of 0.3 that no stock pipeline
+    can change, and ends at entry 0, the data. k is the smallest that keeps all these apart.
+    """
+    n = len(visited)
+    for k in range(2, 100):
+        stops = torch.arange(1, n + 1) * k - 1
+        passed = torch.floor(0.7 * stops[:-1]).long()
+        if len({0, *stops.tolist(), *passed.tolist()}) == 2 * n:
+            break
+    place = ((torch.arange(n * k) + 1) // k - 1).clamp(min=0)  # of entries never visited: the last visited one below
+    table = visited[place].clone()
+    table[passed] = below
+    table[0] = 1.0
+    return table, place
+
+
+def tcd_of(table: Tensor, steps: int, prediction: str) -> Any:
+    from diffusers import TCDScheduler
 
     name = {v: k for k, v in PREDICTIONS.items()}[prediction]
-    return LCMScheduler(
-        num_train_timesteps=table.steps, trained_betas=betas(table), prediction_type=name, clip_sample=False,
-        original_inference_steps=table.steps // 2, timestep_scaling=1e9,
+    return TCDScheduler(
+        num_train_timesteps=len(table), trained_betas=betas(table), prediction_type=name, clip_sample=False,
+        original_inference_steps=steps,
     )  # fmt: skip
 
 
-def betas(table: Table) -> list[float]:
+def betas(table: Tensor) -> list[float]:
     """1 - alphas_cumprod[k] / alphas_cumprod[k - 1]."""
-    entries = torch.tensor(table.alphas_cumprod, dtype=torch.float64)
-    return (1 - entries / torch.cat([torch.ones(1, dtype=torch.float64), entries[:-1]])).tolist()
+    return (1 - table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])).tolist()
 
 
 def pipeline(model: Teacher, folder: Path, steps: int | None = None) -> None:
@@ -160,8 +186,9 @@ def pipeline(model: Teacher, folder: Path, steps: int | None = None) -> None:
 
 
 def deliver(model: Teacher, folder: Path) -> dict[str, float]:
-    """``folder``/pipeline, or ``folder``/pipeline-<steps> for each step count whose times have to be baked in, each compared with
-    our sampler: {name: largest difference of a pixel}. ValueError where no stock class carries the model."""
+    """``folder``/pipeline, and ``folder``/pipeline-<steps> for each step count whose times have to be baked in (where all have, the
+    lowest is in pipeline), each compared with our sampler: {name: largest difference of a pixel}. ValueError where no stock class
+    carries the model."""
     check_exportable(model)
     made = model.sampler.get("steps") or exact_steps(model)
     baking = [n for n in made if needs_baking(model, n)]
@@ -171,7 +198,7 @@ def deliver(model: Teacher, folder: Path) -> dict[str, float]:
         pipeline(model, folder / "pipeline")
         out["pipeline"] = verify(model, folder / "pipeline", plain)
     for n in baking:
-        name = "pipeline" if made == [n] else f"pipeline-{n}"
+        name = f"pipeline-{n}" if plain or n > min(baking) else "pipeline"
         pipeline(model, folder / name, n)
         out[name] = verify(model, folder / name, [n])
     return out
@@ -186,9 +213,9 @@ def own_pixels(model: Teacher, steps: int, labels: list[int] | None, seeds: list
         return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
     name = model.sampler.get("name", "ddim")
-    extra = {"noise": lambda x: fresh(x.shape[1:])} if name in STOCHASTIC else {}
+    extra = {"noise": lambda x: fresh(x.shape[1:])} if stochastic(name) else {}
     cond = model.condition(None if labels is None else torch.tensor(labels))
-    x0 = SAMPLERS[name](model.denoiser, fresh(model.shape), model.times(steps), **extra, **cond)
+    x0 = named(name)(model.denoiser, fresh(model.shape), model.times(steps), **extra, **cond)
     return (x0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,26 +18,78 @@ COSINE_ZERO_SNR = {"num_train_timesteps": 1024, "beta_schedule": "squaredcos_cap
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 
 
-class UNet(nn.Module):
-    """A UNet2DModel called as (x [B, C, H, W], t [B], labels [B] or nothing) -> [B, C, H, W]."""
+class TwoTimes(nn.Module):
+    """In place of a UNet's time projection P: P(t) + A P(t - s), where ``length`` is t - s. A starts at 0."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, projection: nn.Module, width: int):
         super().__init__()
-        self.unet = unet
+        self.projection = projection
+        self.length_linear = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.length_linear.weight)
+        self.length: Tensor | None = None
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor) -> Tensor:
+        length, self.length = self.length, None
+        assert length is not None
+        return self.projection(t) + self.length_linear(self.projection(length))
+
+
+class UNet(nn.Module):
+    """A UNet2DModel called as (x [B, C, H, W], t [B], labels [B] or nothing) -> [B, C, H, W].
+
+    With ``two_times`` it also takes ``to`` [B], the end of a jump that starts at t; t itself where it is not given.
+    """
+
+    def __init__(self, unet: nn.Module, two_times: bool = False):
+        super().__init__()
+        self.unet, self.two_times = unet, two_times
+        if two_times:
+            unet.time_proj = TwoTimes(unet.time_proj, unet.config["block_out_channels"][0])  # type: ignore
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, to: Tensor | None = None) -> Tensor:
+        self._aim(t, to)
         return self.unet(x, t, class_labels=labels, return_dict=False)[0]
+
+    def embedding(self, t: Tensor, to: Tensor | None = None) -> Tensor:
+        """What the time projection hands to the rest of the network, [B, width]."""
+        self._aim(t, to)
+        return self.unet.time_proj(t)  # type: ignore[operator]
+
+    def _aim(self, t: Tensor, to: Tensor | None) -> None:
+        if self.two_times:
+            self.unet.time_proj.length = t - (t if to is None else to)  # type: ignore[union-attr]
+        elif to is not None:
+            raise ValueError("this network knows one time and cannot be told where a step ends")
 
 
 def build(config: dict) -> UNet:
     from diffusers import UNet2DModel
 
-    return UNet(UNet2DModel(**config))  # type: ignore[arg-type]
+    config = dict(config)
+    two_times = config.pop("two_times", False)
+    return UNet(UNet2DModel(**config), two_times)  # type: ignore[arg-type]
 
 
 def network(unet: nn.Module) -> dict:
     """What rebuilds a UNet2DModel, as JSON."""
     return {"family": "unet2d", "config": {k: v for k, v in unet.config.items() if not k.startswith("_")}}  # type: ignore
+
+
+def with_two_times(model: Teacher) -> Teacher:
+    """The same weights in a network that can be told where a jump ends, and so far does not heed it. ValueError where the
+    network is no UNet2DModel with a positional time embedding."""
+    net = model.parametric.net
+    if not isinstance(net, UNet) or net.unet.config["time_embedding_type"] != "positional":  # type: ignore[index]
+        raise ValueError("only a UNet2DModel with a positional time embedding can be given a second time")
+    if net.two_times:
+        return model
+    assert model.network is not None
+    config = model.network["config"] | {"two_times": True}
+    twin = build(config)
+    weights = net.state_dict() | {k: v for k, v in twin.state_dict().items() if "length_linear" in k}
+    twin.load_state_dict(weights)
+    twin.train(net.training)
+    return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
 
 
 def table_of(scheduler_config: dict) -> Table:

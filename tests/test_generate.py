@@ -9,6 +9,7 @@ from distill.denoiser import Guided
 from distill.solver import SAMPLERS
 from eval.generate import chunks, counted, generate, start, to_uint8
 from teachers.codec import Codec
+from teachers.unet import with_two_times
 
 
 @pytest.mark.parametrize("images, size, world", [(100, 32, 1), (100, 32, 3), (7, 10, 4), (64, 8, 5)])
@@ -59,7 +60,8 @@ def test_pixels_are_rounded_to_the_nearest_and_clamped():
 
 def test_every_sampler_is_reachable_by_name(teacher):
     begin = start(range(2), teacher.shape, 10, 0)
-    for name in SAMPLERS:
+    teacher = with_two_times(teacher)
+    for name in [*SAMPLERS, "consistency:0.3"]:
         times = grid.uniform(teacher.denoiser.schedule, 3)
         out = generate(teacher.denoiser, name, times, begin, teacher.condition, torch.device("cpu"))
         assert out.shape == (2, 1, 8, 8) and torch.isfinite(out).all()

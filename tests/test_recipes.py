@@ -16,6 +16,7 @@ from conftest import ROOT, succeed
 from distill import checkpoint
 from recipes import benchmark, classifier, consistency, evaluate, export, progressive, sample, search, variance
 from recipes import teacher as teacher_recipe
+from recipes.methods import METHODS
 
 SMALL = (
     "--threads",
@@ -321,17 +322,21 @@ TINY = ("--preset", "smoke", "--training-images", "256", "--images", "60", "--sw
     [
         ("cd",), ("cd", "--order", "1", "--averaged-target", "--distance", "pseudo_huber"), ("ct", "--from-scratch"),
         ("ict", "--from-scratch"), ("ect",), ("ect", "--target-mix", "auto"), ("ect", "--from-scratch", "--target", "posterior-mean"),
-        ("scd",), ("sct", "--jvp", "finite"), ("denoise", "--regularize", "consistent=0.1", "fokker-planck=0.001"),
+        ("scd",), ("sct", "--jvp", "finite"), ("meanflow",), ("meanflow", "--from-scratch", "--sampler", "jump"),
+        ("cd", "--student", "new", "--sampler", "ddim"),
+        ("denoise", "--student", "new", "--regularize", "consistent=0.1", "fokker-planck=0.001"),
     ],
     ids=" ".join,
 )  # fmt: skip
 def test_every_consistency_method_writes_what_progressive_writes(tmp_path, arguments, monkeypatch):
     monkeypatch.setattr("recipes.stage.export.verify", lambda *a: 0.0)  # tested with the pipelines themselves
     consistency.main(["--method", *arguments, *TINY, "--output-dir", str(tmp_path / "r")])
-    assert {p.name for p in (tmp_path / "r").iterdir()} == WRITTEN
     method = arguments[0]
+    sampler = "ddim" if "ddim" in arguments else METHODS[method].sampler
+    baked = set() if sampler == "ddim" else {"pipeline-2"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} == WRITTEN | baked
     found = rows(tmp_path / "r")
-    assert {f"{method} ddim 1", f"{method} ddim 2"} <= found.keys()
+    assert {f"{method} {sampler} 1", f"{method} {sampler} 2"} <= found.keys()
     assert ("teacher ddim 1" in found) != ("--from-scratch" in arguments)
 
 
@@ -441,7 +446,7 @@ def bad(main, arguments, capsys):
         (progressive.main, ["--batch-size", "100", "--microbatch", "7"], "choose a multiple of 15"),
         (progressive.main, ["--features", "incption"], "unknown features"),
         (progressive.main, ["--preset", "fast"], "choose from"),
-        (evaluate.main, ["--samplers", "dpm"], "choose from"),
+        (evaluate.main, ["--samplers", "dpm"], "unknown sampler 'dpm': accepted are ddim"),
         (evaluate.main, ["--steps", "0"], "--steps are 1 or more"),
         (evaluate.main, ["--images", "3"], "--images 40 or more"),
         (evaluate.main, ["--steps", "2000"], "2000 steps on a grid of 1,024: accepted are 1 to 1024"),
@@ -456,7 +461,21 @@ def bad(main, arguments, capsys):
         ),
         (consistency.main, ["--target-mix", "1.5"], "--target-mix 1.5: accepted are auto and numbers from 0 to 1"),
         (consistency.main, ["--target-mix", "most"], "accepted are auto and numbers"),
-        (consistency.main, ["--distance", "lpips"], "choose from"),
+        (consistency.main, ["--distance", "lpips"], "--distance lpips is defined for 3 channels, these images have 1"),
+        (
+            consistency.main,
+            ["--method", "scd", "--weight", "one"],
+            "--weight means nothing to --method scd: accepted with cd, ct",
+        ),
+        (
+            consistency.main,
+            ["--method", "denoise", "--jvp", "finite"],
+            "--jvp means nothing to --method denoise: accepted with scd",
+        ),
+        (consistency.main, ["--target", "posterior-mean", "--target-mix", "1"], "choose it or --target-mix"),
+        (consistency.main, ["--sampler", "consistency:2"], "unknown sampler 'consistency:2': accepted are ddim"),
+        (consistency.main, ["--sampler", "jump"], "'jump' needs a network of two times"),
+        (evaluate.main, ["--samplers", "jump"], "'jump' needs a network of two times"),
         (consistency.main, ["--regularize", "fokker=1"], "accepted is name=weight with a name of consistent, fokker-planck"),
         (consistency.main, ["--teacher", "oracle:digits"], "an oracle has no network"),
         (sample.main, ["--labels", "11"], "this model has 10 classes"),

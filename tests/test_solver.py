@@ -17,13 +17,17 @@ from distill.solver import (
     SAMPLERS,
     STOCHASTIC,
     ancestral,
+    consistency,
     ddim,
     deis,
     dpm_solver_pp_2m,
     dpm_solver_pp_3m,
+    gamma_of,
     heun,
     ipndm,
+    named,
     nfe,
+    stochastic,
     unipc,
 )
 from teachers.oracle import Gaussian
@@ -197,7 +201,7 @@ def test_nfe_counts_the_calls(name):
     class Counts:
         schedule = EDM()
 
-        def __call__(self, x, t):
+        def __call__(self, x, t, **cond):
             calls[0] += 1
             return oracle(x, t)
 
@@ -205,11 +209,22 @@ def test_nfe_counts_the_calls(name):
     assert calls[0] == nfe(name, 6)
 
 
+def test_a_sampler_is_found_by_its_name_and_gamma_or_refused_with_the_names():
+    oracle, x, times = gaussian(Cosine()), torch.randn(4, 3).double(), grid.uniform(Cosine(), 4)
+    noise = {"noise": torch.ones_like}
+    assert torch.equal(named("consistency:0.3")(oracle, x, times, **noise), consistency(oracle, x, times, gamma=0.3, **noise))
+    assert stochastic("consistency:0.3") and gamma_of("consistency:0.3") == 0.3 and gamma_of("consistency") == 1
+    assert not stochastic("ddim") and gamma_of("ddim") == 0
+    for wrong in ("consistency:2", "consistency:x", "ddim:0.3", "euler"):
+        with pytest.raises(ValueError, match="accepted are ddim, heun"):
+            named(wrong)
+
+
 def test_a_constant_denoiser_is_reached_exactly_by_every_sampler():
     class Constant:
         schedule = Cosine()
 
-        def __call__(self, x, t):
+        def __call__(self, x, t, **cond):
             return torch.full_like(x, 0.7)
 
     for name in SAMPLERS:

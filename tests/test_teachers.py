@@ -7,8 +7,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from torch import nn
 
 import teachers
-from distill.schedule import Cosine, Table, add_noise
+from distill.denoiser import Rescheduled
+from distill.schedule import Cosine, Flow, Table, add_noise
 from teachers.oracle import Gaussian, Mixture, finite
+from teachers.unet import with_two_times
 
 
 def small_unet(**options):
@@ -176,16 +178,50 @@ def test_guidance_needs_a_null_class(tmp_path, teacher):
         {"name": "ddim", "grid": "uniform", "steps": [5]},
         {"name": "consistency", "grid": "uniform", "steps": [3]},
         {"name": "consistency", "grid": "searched", "steps": [2], "times": {"2": [0.99, 0.4, 0.0]}},
+        {"name": "consistency:0.5", "grid": "uniform", "steps": [4]},
+        {"name": "jump", "grid": "uniform", "steps": [3]},
+        {"name": "consistency:0.3", "grid": "uniform", "steps": [7]},
     ],
-    ids=["searched", "not a divisor", "consistency", "consistency at searched times"],
+    ids=["searched", "not a divisor", "consistency", "consistency at searched times", "gamma 0.5", "jump", "gamma 0.3"],
 )
 def test_any_step_times_are_baked_into_a_pipeline_of_stock_classes(teacher, tmp_path, sampler):
     from teachers import export
 
-    model = replace(teacher, sampler=sampler)
+    model = replace(two_timed(teacher) if sampler["name"] == "jump" else teacher, sampler=sampler)
     assert export.deliver(model, tmp_path)["pipeline"] < 1e-4
     classes = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
     assert classes["unet"] == ["diffusers", "UNet2DModel"] and classes["_class_name"] == "ConsistencyModelPipeline"
+
+
+def two_timed(teacher):
+    """The teacher in a network of two times that heeds the second."""
+    model = with_two_times(teacher)
+    torch.nn.init.normal_(model.denoiser.net.unet.time_proj.length_linear.weight, std=0.02)
+    return model
+
+
+def test_a_network_given_a_second_time_starts_as_it_was_and_survives_its_file(teacher, tmp_path):
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([1.0, 0.7, 0.3, 0.1]), torch.arange(4)
+    same = with_two_times(teacher)
+    assert torch.equal(same.denoiser(x, t, labels=labels, to=t / 2), teacher.denoiser(x, t, labels=labels))
+    told = two_timed(teacher)
+    teachers.save(tmp_path / "t.safetensors", told)
+    again = teachers.load(str(tmp_path / "t.safetensors"))
+    here, there = (m.denoiser(x, t, labels=labels, to=t / 2) for m in (told, again))
+    assert torch.equal(here, there) and not torch.allclose(here, told.denoiser(x, t, labels=labels), atol=1e-3)
+    with pytest.raises(ValueError, match="knows one time"):
+        teacher.denoiser(x, t, labels=labels, to=t / 2)
+
+
+def test_the_end_of_a_jump_is_told_in_the_networks_own_time(teacher):
+    """Asked on another schedule, the network hears of the same noise levels."""
+    told = two_timed(teacher).denoiser
+    flow, x, labels = Rescheduled(told, Flow()), torch.randn(4, 1, 8, 8), torch.arange(4)
+    t, s = torch.tensor([0.9, 0.6, 0.4, 0.2]), torch.tensor([0.5, 0.4, 0.0, 0.1])
+    schedule = told.schedule
+    u, v = schedule.time(Flow().logsnr(t)), schedule.time(Flow().logsnr(s))
+    scale = (torch.hypot(schedule.alpha(u), schedule.sigma(u)) / torch.hypot(1 - t, t))[:, None, None, None]
+    assert torch.allclose(flow(x, t, labels=labels, to=s), told(scale * x, u, labels=labels, to=v), atol=1e-5)
 
 
 def test_a_student_of_several_baked_step_counts_gets_a_pipeline_for_each(teacher, tmp_path):
