@@ -136,11 +136,11 @@ class Resumable:
 def gather_state(net: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
     """Weights, optimizer state and EMA as one flat dict of whole tensors. A collective call where weights are sharded."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
-    tensors = {f"net.{name}": _whole(value) for name, value in net.state_dict().items()}
+    tensors = {f"net.{name}": whole(value) for name, value in net.state_dict().items()}
     for parameter, values in optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}|{key}": _whole(value) for key, value in values.items()}
+        tensors |= {f"optimizer.{names[parameter]}|{key}": whole(value) for key, value in values.items()}
     if ema is not None:
-        tensors |= {f"ema.{name}": _whole(value) for name, value in ema.state_dict().items()}
+        tensors |= {f"ema.{name}": whole(value) for name, value in ema.state_dict().items()}
     return tensors
 
 
@@ -160,7 +160,8 @@ def restore_state(tensors: dict[str, Tensor], net: nn.Module, optimizer: torch.o
             optimizer.state[parameter][slot] = _like(value, parameter).clone() if shaped else value.clone()
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor from all its shards, a collective call; any other as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.checkpoint import Resumable, gather_state, restore_state
+from distill.checkpoint import Resumable, gather_state, restore_state, whole
 from distill.denoiser import Denoiser
 from distill.rng import Rng, seed_of
 
@@ -124,10 +124,12 @@ def train(
     shares = Shares(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
     generator = torch.Generator(accelerator.device)
     adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+    average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
     net, optimizer = accelerator.prepare(student.net, adam)
     module = accelerator.unwrap_model(net)
     student = dataclasses.replace(student, net=net)
-    average = copy.deepcopy(module).requires_grad_(False) if o.ema_halflife_images else None
+    if average is not None:
+        average = average.to(accelerator.device)  # whole in every process, also where FSDP2 shards the student
     ema = dataclasses.replace(student, net=average if average is not None else module)
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
@@ -178,6 +180,6 @@ def _crossed(done: int, batch_size: int, every: int) -> bool:
 
 @torch.no_grad()
 def _average(average: nn.Module, module: nn.Module, beta: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in module.parameters()], 1 - beta)
+    torch._foreach_lerp_(list(average.parameters()), [whole(p.detach()) for p in module.parameters()], 1 - beta)
     for old, new in zip(average.buffers(), module.buffers(), strict=True):
-        old.copy_(new)
+        old.copy_(whole(new))

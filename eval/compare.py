@@ -142,8 +142,6 @@ def warnings(rows: list[dict], protocol: dict, dimension: int) -> list[str]:
     for row in rows:
         if "error" in row:
             out.append(row["error"])
-        elif row.get("saturated_pixels", 0) > 0.2:
-            out.append(
-                f"{row['saturated_pixels']:.0%} of the values of {row['name']!r} are more than a grey level outside [-1, 1]"
-            )
+        elif row.get("saturated_pixels", 0) > 0.05:
+            out.append(f"{row['saturated_pixels']:.0%} of the values of {row['name']!r} are more than 0.1 outside [-1, 1]")
     return out

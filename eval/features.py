@@ -42,6 +42,17 @@ class Extractor:
                 raise ValueError(f"--features-weights is for torch-fidelity's extractors; {name!r} brings its own")
             return cls(name, _own(name), registered=False)
 
+    def fits(self, shape: tuple[int, ...]) -> Extractor:
+        """Itself, after a trial on two images of this shape. ValueError where it cannot take them or gives no features."""
+        try:
+            self(torch.zeros(2, *shape, dtype=torch.uint8))
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(
+                f"features {self.name!r} cannot take images of shape {shape} ({line}): accepted are {OWN}"
+            ) from None
+        return self
+
     def to(self, device: torch.device) -> Extractor:
         self.module.to(device)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ class Lpips(nn.Module):
         except ImportError:
             raise ValueError("--distance lpips needs the lpips package: pip install 'fewstep[lpips]'") from None
         try:
-            self.inner: Any = lpips.LPIPS(net="vgg", pnet_rand=not weights, verbose=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torchvision, about how lpips calls it
+                self.inner: Any = lpips.LPIPS(net="vgg", pnet_rand=not weights, verbose=False)
         except OSError as error:
             raise ValueError(f"--distance lpips: the VGG weights cannot be had ({error}); is there a network?") from None
         self.inner.requires_grad_(False).eval()
@@ -36,4 +39,4 @@ class Lpips(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = (nn.functional.interpolate(z.float(), self.size, mode="bilinear", antialias=True) for z in (x, y))
         with torch.autocast(x.device.type, enabled=False):
-            return self.inner(x, y).flatten()
+            return self.inner.to(x.device)(x, y).flatten()

@@ -7,7 +7,7 @@ guided-diffusion and clean-fid ("mu" and "sigma", Inception) are read too; they 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,8 @@ class Identity:
     features: str
     features_sha256: str
     data: str
-    data_sha256: str
     images: int
+    data_sha256: str
     resize: str = "none"
 
 
@@ -56,7 +56,7 @@ def of_images(
     images: Tensor, name: str, extractor: Extractor, chunk: int, accelerator: Accelerator, cache: Path | None = None
 ) -> tuple[Reference, Identity]:
     """The reference of a data set; taken from ``cache`` where that holds this very one, and written there otherwise."""
-    identity = Identity(extractor.name, extractor.fingerprint, name, fingerprint(images), len(images))
+    identity = Identity(extractor.name, extractor.fingerprint, name, len(images), fingerprint(images))
     if cache is not None and cache.is_file():
         reference, theirs = load(cache, extractor)
         _same(theirs, identity, cache)
@@ -87,9 +87,8 @@ def save(path: Path, reference: Reference, identity: Identity) -> None:
     checkpoint.save(path, {"features": reference.features}, {"reference": asdict(identity)})
 
 
-def load(path: Path, extractor: Extractor, images: int | None = None) -> tuple[Reference, Identity]:
-    """A stored reference. ValueError, in one line that says what differs, where it was made with another extractor or number
-    of images than ``extractor`` and ``images``, or is no reference."""
+def load(path: Path, extractor: Extractor) -> tuple[Reference, Identity]:
+    """A stored reference. ValueError, in one line that says what differs, where it was made with another extractor, or is none."""
     if path.suffix == ".npz":
         reference, identity = _foreign(path, extractor)
     else:
@@ -101,14 +100,8 @@ def load(path: Path, extractor: Extractor, images: int | None = None) -> tuple[R
         if tensors["features"].dtype != torch.float32:
             raise ValueError(f"{path}: features are {tensors['features'].dtype}, torch.float32 is accepted")
         reference, identity = Reference(tensors["features"]), Identity(**description["reference"])
-    wanted = Identity(
-        extractor.name,
-        extractor.fingerprint if identity.features_sha256 else "",
-        identity.data,
-        identity.data_sha256,
-        identity.images if images is None else images,
-        identity.resize,
-    )
+    sha256 = extractor.fingerprint if identity.features_sha256 else ""
+    wanted = replace(identity, features=extractor.name, features_sha256=sha256)
     _same(identity, wanted, path)
     return reference, identity
 
@@ -134,4 +127,4 @@ def _foreign(path: Path, extractor: Extractor) -> tuple[Reference, Identity]:
         raise ValueError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}: accepted is {ACCEPTED}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     given["mu"] = mu.astype(np.float32)  # as torch-fidelity has it, which refuses to mix types
-    return Reference(None, given), Identity(FOREIGN, "", path.stem, digest, 0, "as the file was made, unknown")
+    return Reference(None, given), Identity(FOREIGN, "", path.stem, 0, digest, "as the file was made, unknown")

@@ -196,7 +196,7 @@ def _generate_cell(
             bad = int(index[~finite][0])
             break
         made += len(images)
-        saturated += int((images.abs() > 1 + 1 / 127.5).sum()) / images[0].numel()  # by more than one grey level
+        saturated += int((images.abs() > 1.1).sum()) / images[0].numel()  # by more than a slight overshoot
         pixels = to_uint8(images)
         first = pixels[: _kept(pixels)].cpu() if indices.start == 0 else first
         features, labels = extractor(pixels), None if begin.labels is None else begin.labels[: len(index)]

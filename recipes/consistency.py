@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         check_sampler(model, sampler_name)
         model.parametric  # an oracle has no network  # noqa: B018
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
-        extractor = Extractor.create(config.features)
+        extractor = Extractor.create(config.features).fits(data.shape)
         method = method_of(config, None if teacher is None else teacher.denoiser, data)
         run = Run.open(config, config.mixed_precision)
     for loaded in (model, teacher):

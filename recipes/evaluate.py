@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 import teachers
 from distill import solver
@@ -148,11 +149,9 @@ def searched(
     begin = start(range(config.images, config.images + SEARCH_IMAGES), model.shape, model.classes, config.seed)
     cond = model.condition(None if begin.labels is None else begin.labels.to(device))
     costs = step_costs(denoiser, (denoiser.schedule.sigma(fine[0]) * begin.noise).float().to(device), fine, **cond)
-    return [
-        Cell(label, "teacher", model, name, n, "searched", config.guidance, tuple(gits(costs, fine, n).tolist()))
-        for name in samplers
-        for n in steps
-    ]
+    found = [{n: tuple(gits(costs, fine, n).tolist()) for n in steps}]
+    (times,) = broadcast_object_list(found)  # on GPUs the last digits of the costs may differ between processes
+    return [Cell(label, "teacher", model, name, n, "searched", config.guidance, times[n]) for name in samplers for n in steps]
 
 
 def compare(config: Config) -> None:
@@ -175,15 +174,18 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--steps are 1 or more, --images 40 or more")
         data = None if config.reference else datasets.load(config.data)
         extractor = Extractor.create(config.features, config.features_weights)
+        stored = reference.load(Path(config.reference), extractor) if config.reference else None
         if config.verify and (data is None or not extractor.registered or config.metrics != "all"):
             raise ValueError("--verify needs --data, one of torch-fidelity's extractors and --metrics all")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cells = cells_of(config, data, device)
+        extractor.fits(cells[0].model.image_shape)
         run = Run.open(config)
         device = run.accelerator.device
         for cell in cells:
             cell.model.to(device)
-        real = Path(config.reference or "") if data is None else data
+        real = stored or data
+        assert real is not None
         measurement = Measurement.of(
             extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed, metrics=config.metrics
         )

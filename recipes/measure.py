@@ -117,7 +117,7 @@ class Measurement:
     def of(
         cls,
         extractor: Extractor,
-        data: Data | Path,
+        data: Data | tuple[Reference, Identity],
         run: Run,
         *,
         images: int,
@@ -125,12 +125,11 @@ class Measurement:
         seed: int,
         metrics: str = "all",
     ) -> Measurement:
-        """Extracts the features of all images of ``data``, or reads the reference file it names."""
+        """Extracts the features of all images of ``data``, where it is not a reference already."""
         accelerator: Accelerator = run.accelerator
         extractor = extractor.to(accelerator.device)
-        known: Identity
-        if isinstance(data, Path):
-            real, known = reference.load(data, extractor)
+        if isinstance(data, tuple):
+            real, known = data
         else:
             cache = run.folder / "reference.safetensors"
             real, known = reference.of_images(data.images, data.name, extractor, chunk, accelerator, cache)

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher.parametric  # an oracle has no network  # noqa: B018
         target = teacher.guided(config.guidance)
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
-        extractor = Extractor.create(config.features)
+        extractor = Extractor.create(config.features).fits(data.shape)
         run = Run.open(config, config.mixed_precision)
     device = run.accelerator.device
     measurement = Measurement.of(extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed)

@@ -8,6 +8,7 @@ Image i of a seed is the same in every grid, folder and evaluation.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     if output.suffix == ".png":
         contact_sheet(images, output, config.columns)
     else:
-        write_folder(images, output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        write_folder(images, aside)
+        aside.chmod(0o755)
+        aside.rename(output)
     print(f"{len(images)} images, {sampler} with {steps} steps: {output}")
 
 

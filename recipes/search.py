@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import teachers
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"--steps {max(config.steps)} on --nodes {config.nodes}: accepted are at most as many steps as nodes"
             )
-        extractor = Extractor.create(config.features)
+        extractor = Extractor.create(config.features).fits(data.shape)
         run = Run.open(config)
         device = run.accelerator.device
         measurement = Measurement.of(extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed)
@@ -89,8 +90,13 @@ def main(argv: list[str] | None = None) -> None:
     cells = []
     for n in config.steps:
         begin = [round(i * config.nodes / n) for i in range(n + 1)]
-        found, value = coordinate_descent(merit, begin, config.nodes + 1)
-        run.say(f"{n} steps: KID x1000 {1000 * merit(begin):.2f} -> {1000 * value:.2f}, times {fine[found].tolist()}")
+        out: list = [None]
+        if run.main:
+            out = [coordinate_descent(merit, begin, config.nodes + 1)]
+            run.say(
+                f"{n} steps: KID x1000 {1000 * merit(begin):.2f} -> {1000 * out[0][1]:.2f}, times {fine[out[0][0]].tolist()}"
+            )
+        found, _ = broadcast_object_list(out)[0]
         label = f"student@{n}"
         cells.append(Cell(label, "student", model, sampler, n, "uniform"))
         cells.append(Cell(label, "student", model, sampler, n, "searched", times=tuple(fine[found].tolist())))

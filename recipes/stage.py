@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import teachers
-from distill.checkpoint import Resumable, write_json
+from distill.checkpoint import Resumable, whole, write_json
 from distill.train import Method, Optimization, Shares, train
 from eval.generate import peak_memory_gb
 from recipes.common import Run, duration, rehearse
@@ -81,9 +81,11 @@ def stage(
         )
         for state in run.watch(states, name, optimization.images, f"stage {name}"):
             trained = state.ema
+        weights = {k: whole(v) for k, v in accelerator.unwrap_model(trained.net).state_dict().items()}
         if run.main:
             write_json(folder / "cost.json", {"training_seconds": spent + run.seconds(name, optimization.images)})
-            net = accelerator.unwrap_model(trained.net)
+            net = model.student().net
+            net.load_state_dict(weights)
             teachers.save(file, replace(model, denoiser=replace(trained, net=net), sampler=sampler, record=record))
             Resumable(folder).clear()
         accelerator.free_memory()

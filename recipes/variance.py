@@ -73,11 +73,11 @@ def gradient_snr(student: Denoiser, target: Target, facts: Facts, level: Tensor,
     """
     schedule, generator = student.schedule, torch.Generator().manual_seed(config.seed)
     weights = [p for p in student.net.parameters() if p.requires_grad]
-    total, squares = torch.zeros(sum(p.numel() for p in weights)), 0.0
+    total, squares = torch.zeros(sum(p.numel() for p in weights), device=facts.x0.device), 0.0
     for _ in range(config.gradients):
         x0, cond = facts.batch(config.batch_size, generator)
-        t = schedule.time(level).expand(len(x0)).float()
-        x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=generator), t)
+        t = schedule.time(level).expand(len(x0)).to(x0)
+        x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=generator).to(x0), t)
         x0_hat = target(schedule, x_t, t, x0, **cond)
         weight = 1 / schedule.sigma(t).square()  # of x0's error in that of v
         loss = (weight * (student(x_t, t, **cond) - x0_hat).square().flatten(1).mean(1)).mean()
@@ -124,8 +124,8 @@ def error_of(target: Target, facts: Facts, schedule, level: Tensor, config: Conf
     values = []
     for _ in range(max(1, config.samples // config.batch_size)):
         x0, cond = facts.batch(config.batch_size, generator)
-        t = schedule.time(level).expand(len(x0)).float()
-        x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=generator), t)
+        t = schedule.time(level).expand(len(x0)).to(x0)
+        x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=generator).to(x0), t)
         mean = posterior_mean(schedule, x_t, t, facts.x0, cond.get("labels"), facts.labels)
         values.append((target(schedule, x_t, t, x0, **cond) - mean).square().mean())
     return float(torch.stack(values).mean())
@@ -155,7 +155,7 @@ def held_out_error(student: Denoiser, facts: Facts, config: Config) -> float:
     schedule = student.schedule
     rng = Rng(torch.Generator().manual_seed(config.seed + 2), 512)
     x0, cond = facts.batch(512, rng.generator)
-    t = 0.02 + 0.96 * rng.uniform()
+    t = 0.02 + 0.96 * rng.uniform().to(x0)
     x_t = add_noise(schedule, x0, rng.normal(x0), t)
     mean = posterior_mean(schedule, x_t, t, facts.x0, cond.get("labels"), facts.labels)
     error = (student(x_t, t, **cond) - mean).square().flatten(1).mean(1)
@@ -169,9 +169,12 @@ def main(argv: list[str] | None = None) -> None:
         check_match(teacher, data)
         fresh = untrained(data.shape, data.classes, (32, 48), 1, config.seed)
         run = Run.open(config)
+    device = run.accelerator.device
+    for model in (teacher, fresh):
+        model.to(device)
     some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))[: config.references]
-    labels = None if data.labels is None or teacher.classes is None else data.labels[some]
-    facts = Facts(data.images[some].float() / 127.5 - 1, labels)
+    labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
+    facts = Facts((data.images[some].float() / 127.5 - 1).to(device), labels)
     nn.Module.train(fresh.parametric.net)
     out = measured(config, teacher, facts, fresh.parametric)
     out["curves"] = {

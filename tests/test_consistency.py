@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, free_port
 from torch import nn
 
-from distill import grid
+from distill import checkpoint, grid
 from distill.consistency import Consistency, Gap, Neighbours, bounded, ct_steps, ict_steps, same_dropout
 from distill.denoiser import Denoiser
 from distill.distance import PseudoHuber
@@ -334,3 +334,21 @@ def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch():
     command.append(str(ROOT / "tests" / "ddp_gradients.py"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_sharded_weights_train_like_whole_ones(tmp_path):
+    """FSDP2 of Accelerate over two processes against one: students, tangents and averages."""
+    script, env = str(ROOT / "tests" / "fsdp_training.py"), os.environ | {"OMP_NUM_THREADS": "1"}
+    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    found = []
+    for launcher in ([], two):
+        path = tmp_path / f"{len(found)}.safetensors"
+        done = subprocess.run(
+            [sys.executable, *launcher, script, str(path)], capture_output=True, text=True, timeout=300, env=env
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+        found.append(checkpoint.load(path)[0])
+    one, other = found
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.allclose(one[key], other[key], atol=2e-5), key

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, succeed
@@ -494,6 +495,28 @@ def test_files_that_are_no_models_are_refused_by_what_they_are(small, tmp_path, 
     assert "pickle" in bad(progressive.main, ["--teacher", tmp_path / "model.pt"], capsys)
     (tmp_path / "cut.safetensors").write_bytes((small / "student.safetensors").read_bytes()[:1000])
     assert "not a whole safetensors file" in bad(progressive.main, ["--teacher", tmp_path / "cut.safetensors"], capsys)
+
+
+class OneSize(torch.nn.Module):
+    """Features of 16 x 16 images only."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3 * 256, 8)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1).float())
+
+
+def test_an_extractor_or_reference_that_does_not_fit_leaves_nothing_behind(small, tmp_path, capsys, monkeypatch):
+    """So that the corrected command finds no run of another configuration in its way."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    out = tmp_path / "e"
+    line = bad(evaluate.main, ["--features", "test_recipes:OneSize", "--output-dir", str(out)], capsys)
+    assert "cannot take images of shape (1, 8, 8)" in line and not out.exists()
+    np.savez(tmp_path / "r.npz", mu=np.zeros(4), sigma=np.eye(4))
+    line = bad(evaluate.main, ["--reference", str(tmp_path / "r.npz"), "--output-dir", str(out)], capsys)
+    assert "has features 'inception-v3-compat', here it is 'digits'" in line and not out.exists()
 
 
 def test_data_of_another_shape_are_refused(tmp_path, capsys):
