@@ -31,13 +31,14 @@ FLOW = Flow()
 class MeanFlow:
     """|u - sg(u_target)|^2 / sg(|u - u_target|^2 a pixel + c)^power, with the datum's rate or a teacher's in the target.
 
-    ``mean``, ``deviation``: of the logit of both times (their order is put right); ``apart``: part of the samples in which they
-    differ. ``jvp``: "exact" (forward mode) or "finite".
+    ``mean``, ``deviation``: of the logit of both times (their order is put right), wide enough for t = 1, where sampling starts;
+    ``apart``: part of the samples in which they differ. ``power``: 1 in the paper, for targets of data. On a teacher's, where s = t
+    has no error at all, it would give all weight to those: 0. ``jvp``: "exact" (forward mode) or "finite".
     """
 
     target: Target
-    mean: float = -0.4
-    deviation: float = 1.0
+    mean: float = 0.0
+    deviation: float = 1.5
     apart: float = 0.75
     power: float = 1.0
     c: float = 1e-3

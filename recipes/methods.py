@@ -65,7 +65,7 @@ def scm(config: Config, target: Target, options: dict[str, Any]) -> Method:
 
 
 def meanflow(config: Config, target: Target, options: dict[str, Any]) -> Method:
-    return MeanFlow(target, jvp=config.jvp)
+    return MeanFlow(target, power=0.0 if part_of(config) else 1.0, jvp=config.jvp)
 
 
 def denoise(config: Config, target: Target, options: dict[str, Any]) -> Method:
@@ -133,7 +133,7 @@ def target_of(config: Config, teacher: DenoiserLike | None, data: Data) -> Targe
         return Mix(teacher, float(part))
     some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))[:4096]
     labels = None if data.labels is None else data.labels[some]
-    x0 = data.images[some].float() / 127.5 - 1
+    x0 = data.x0(some)
     found = errors(teacher, teacher.schedule, x0, labels, LEVELS, torch.Generator().manual_seed(config.seed))
     return Mix(teacher, found["best"], LEVELS)
 

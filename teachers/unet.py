@@ -1,54 +1,55 @@
-"""diffusers' UNet2DModel: as a network family of our own files, and from DDPM and DDIM pipelines."""
+"""diffusers' UNet2DModel as a network family of our own files: built anew, rebuilt, and given a second time."""
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from distill.denoiser import Denoiser
-from distill.schedule import Table
+from distill.denoiser import TIMES, Denoiser
 from teachers.load import Teacher, frozen
+from teachers.scheduler import table_of
 
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 COSINE_ZERO_SNR = {"num_train_timesteps": 1024, "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 
 
 class TwoTimes(nn.Module):
-    """In place of a UNet's time projection P: P(t) + A P(t - s), where ``length`` is t - s. A starts at 0."""
+    """In place of a UNet's time projection P: P(t) + A (cos, sin)(k pi (t - s) / reach), k = 1..4, where ``length`` is t - s.
 
-    def __init__(self, projection: nn.Module, width: int):
+    ``reach``: the longest jump, in the network's time. Only slow waves, since MeanFlow differentiates along t. A starts at 0.
+    """
+
+    def __init__(self, projection: nn.Module, width: int, reach: float):
         super().__init__()
-        self.projection = projection
-        self.length_linear = nn.Linear(width, width, bias=False)
+        self.projection, self.reach = projection, reach
+        self.length_linear = nn.Linear(8, width, bias=False)
         nn.init.zeros_(self.length_linear.weight)
         self.length: Tensor | None = None
 
     def forward(self, t: Tensor) -> Tensor:
         length, self.length = self.length, None
         assert length is not None
-        return self.projection(t) + self.length_linear(self.projection(length))
+        angles = torch.arange(1, 5, device=t.device) * (math.pi / self.reach) * length[:, None]
+        return self.projection(t) + self.length_linear(torch.cat([angles.cos(), angles.sin()], 1))
 
 
 class UNet(nn.Module):
-    """A UNet2DModel called as (x [B, C, H, W], t [B], labels [B] or nothing) -> [B, C, H, W].
+    """A UNet2DModel called as (x [B, C, H, W], t [B], labels [B] or nothing) -> [B, C, H, W], without a learned variance.
 
-    With ``two_times`` it also takes ``to`` [B], the end of a jump that starts at t; t itself where it is not given.
+    With ``reach``, the longest jump in the network's time, it also takes ``to`` [B], the end of a jump from t; t where not given.
     """
 
-    def __init__(self, unet: nn.Module, two_times: bool = False):
+    def __init__(self, unet: nn.Module, reach: float | None = None):
         super().__init__()
-        self.unet, self.two_times = unet, two_times
-        if two_times:
-            unet.time_proj = TwoTimes(unet.time_proj, unet.config["block_out_channels"][0])  # type: ignore
+        self.unet, self.two_times = unet, reach is not None
+        if reach is not None:
+            unet.time_proj = TwoTimes(unet.time_proj, unet.config["block_out_channels"][0], reach)  # type: ignore
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, to: Tensor | None = None) -> Tensor:
         self._aim(t, to)
-        return self.unet(x, t, class_labels=labels, return_dict=False)[0]
+        return self.unet(x, t, class_labels=labels, return_dict=False)[0][:, : x.shape[1]]
 
     def embedding(self, t: Tensor, to: Tensor | None = None) -> Tensor:
         """What the time projection hands to the rest of the network, [B, width]."""
@@ -66,8 +67,8 @@ def build(config: dict) -> UNet:
     from diffusers import UNet2DModel
 
     config = dict(config)
-    two_times = config.pop("two_times", False)
-    return UNet(UNet2DModel(**config), two_times)  # type: ignore[arg-type]
+    reach = config.pop("reach", None)
+    return UNet(UNet2DModel(**config), reach)  # type: ignore[arg-type]
 
 
 def network(unet: nn.Module) -> dict:
@@ -84,20 +85,14 @@ def with_two_times(model: Teacher) -> Teacher:
     if net.two_times:
         return model
     assert model.network is not None
-    config = model.network["config"] | {"two_times": True}
+    ends = torch.tensor([model.denoiser.schedule.t_max, model.denoiser.schedule.t_clean])
+    first, last = TIMES[model.parametric.time](model.denoiser.schedule, ends).tolist()
+    config = model.network["config"] | {"reach": abs(first - last)}
     twin = build(config)
     weights = net.state_dict() | {k: v for k, v in twin.state_dict().items() if "length_linear" in k}
     twin.load_state_dict(weights)
     twin.train(net.training)
     return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
-
-
-def table_of(scheduler_config: dict) -> Table:
-    """The schedule of a diffusers scheduler configuration, through diffusers' own table."""
-    from diffusers import DDIMScheduler, DDPMScheduler
-
-    cls = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}[scheduler_config.get("_class_name", "DDIMScheduler")]
-    return Table(tuple(cls.from_config(scheduler_config).alphas_cumprod.double().tolist()))
 
 
 def untrained(shape: tuple[int, ...], classes: int | None, channels: tuple[int, ...], layers: int, seed: int) -> Teacher:
@@ -123,46 +118,3 @@ def untrained(shape: tuple[int, ...], classes: int | None, channels: tuple[int, 
         "num_class_embeds": None if classes is None else classes + 1,
     })  # fmt: skip
     return Teacher(Denoiser(net, table_of(COSINE_ZERO_SNR), "v", "index"), shape, network(net.unet), classes, classes)
-
-
-def load(spec: str) -> Teacher:
-    """A DDPM or DDIM pipeline with a UNet2DModel, from a folder or, where there is none of that name, from the hub."""
-    from diffusers import DiffusionPipeline, UNet2DModel
-
-    folder = Path(spec)
-    if not folder.is_dir():
-        try:
-            folder = Path(DiffusionPipeline.download(spec, trust_remote_code=False))
-        except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
-            raise ValueError(
-                f"cannot fetch {spec!r} from the hub ({type(error).__name__}): is it spelt right, is there a network?"
-            ) from None
-    index = _read(folder / "model_index.json", "no diffusers pipeline")
-    if "unet" not in index or "scheduler" not in index or index["unet"][1] != "UNet2DModel":
-        raise ValueError(f"{spec}: holds a {index.get('_class_name')}; accepted are pipelines of a UNet2DModel and a scheduler")
-    scheduler = _read(folder / "scheduler" / "scheduler_config.json", "the pipeline lacks its scheduler")
-    name, prediction = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
-    if name not in SCHEDULERS:
-        raise ValueError(f"{spec}: scheduler {name}; accepted are {', '.join(SCHEDULERS)}")
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"{spec}: prediction_type {prediction!r}; accepted are {', '.join(PREDICTIONS)}")
-    try:
-        unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
-    except OSError as error:
-        raise ValueError(f"{spec}: the pipeline lacks its weights as safetensors ({str(error).splitlines()[0]})") from None
-    c = unet.config
-    size = (c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else tuple(c.sample_size)
-    return Teacher(
-        Denoiser(frozen(UNet(unet)), table_of(scheduler), PREDICTIONS[prediction], "index"),
-        (c.in_channels, *size),
-        network(unet),
-        classes=c.num_class_embeds,
-        record={"source": spec},
-    )
-
-
-def _read(path: Path, otherwise: str) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        raise ValueError(f"{path}: {otherwise}") from None
