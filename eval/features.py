@@ -141,5 +141,8 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def fingerprint(images: Tensor) -> str:
-    """sha256 of uint8 images."""
-    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+    """sha256 of uint8 images, which may be mapped from a file larger than the memory."""
+    digest = hashlib.sha256()
+    for part in images.split(4096):
+        digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()

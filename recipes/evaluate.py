@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         if min(config.steps) < 1 or config.images < 40:
             raise ValueError("--steps are 1 or more, --images 40 or more")
         data = None if config.reference else datasets.load(config.data)
+        if data is not None:
+            data.pixels  # latents cannot be measured against  # noqa: B018
         extractor = Extractor.create(config.features, config.features_weights)
         stored = reference.load(Path(config.reference), extractor) if config.reference else None
         if config.verify and (data is None or not extractor.registered or config.metrics != "all"):
@@ -219,7 +221,7 @@ def decoder_floors(cells: list[Cell], data: datasets.Data | None, measurement: M
 def diagnose(cells: list[Cell], data: datasets.Data, run: Run, images: int = 256) -> None:
     """Prints the residuals of `distill/regularize.py` of each model, over some real images."""
     device = run.accelerator.device
-    x0 = (data.images[:images].float() / 127.5 - 1).to(device)
+    x0 = data.x0(slice(images), device)
     run.say("residuals a pixel: " + ", ".join(RESIDUALS))
     for label, model in {cell.label: cell.model for cell in cells if cell.model.codec is None}.items():
         labels = None if data.labels is None else data.labels[:images].to(device)

@@ -21,14 +21,19 @@ from eval.reference import Identity
 from eval.sweep import Cell, Protocol, sweep
 from recipes.common import Run, device_name, versions
 from recipes.data import Data
+from recipes.stored import codec_sha256
 from teachers import Teacher
 
 OPPONENTS = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis")
 
 
-def check_match(teacher: Teacher, data: Data) -> None:
-    """ValueError where the teacher cannot be distilled or measured on these data."""
-    if teacher.image_shape != data.shape:
+def check_match(teacher: Teacher, data: Data, training: bool = False) -> None:
+    """ValueError where the teacher cannot be measured on these data or, ``training``, distilled on them."""
+    if data.latents is not None:
+        _check_latents(teacher, data)
+    elif training and teacher.codec is not None:
+        raise ValueError(f"the teacher works on latents, {data.name} holds images: recipes/latents.py makes latents of them")
+    elif teacher.image_shape != data.shape:
         raise ValueError(
             f"the teacher makes images of shape {teacher.image_shape}, {data.name} holds {data.shape}: they must agree"
         )
@@ -36,6 +41,30 @@ def check_match(teacher: Teacher, data: Data) -> None:
         raise ValueError(f"the teacher is conditional on {teacher.classes} classes, {data.name} has no labels")
     if teacher.classes is not None and data.classes is not None and data.classes > teacher.classes:
         raise ValueError(f"{data.name} has {data.classes} classes, the teacher knows {teacher.classes}")
+
+
+def _check_latents(teacher: Teacher, data: Data) -> None:
+    index, codec = data.latents or {}, teacher.codec
+    if codec is None or teacher.shape != data.shape:
+        works = "images" if codec is None else "latents"
+        raise ValueError(
+            f"{data.name} holds latents of {index['model']} and shape {data.shape}, the teacher works on {works} of"
+            f" {teacher.shape}: they must agree"
+        )
+    here = {"scale": codec.scale, "shift": codec.shift, "codec_sha256": codec_sha256(codec)}
+    if wrong := [key for key, value in here.items() if index[key] != value]:
+        key = wrong[0]
+        raise ValueError(
+            f"{data.name}: latents with {key} {index[key]!r:.14}, the teacher's has {here[key]!r:.14}: make them with its own"
+        )
+
+
+def measured_against(path: str | None, data: Data, extractor: Extractor) -> Data | tuple[Reference, Identity]:
+    """The stored reference at ``path``, or the data where none is named. ValueError for latents, which cannot be one."""
+    if path is not None:
+        return reference.load(Path(path), extractor)
+    data.pixels  # noqa: B018
+    return data
 
 
 def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
@@ -132,7 +161,7 @@ class Measurement:
             real, known = data
         else:
             cache = run.folder / "reference.safetensors"
-            real, known = reference.of_images(data.images, data.name, extractor, chunk, accelerator, cache)
+            real, known = reference.of_images(data.pixels, data.name, extractor, chunk, accelerator, cache)
         protocol = Protocol(
             images=images,
             seed=seed,

@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         model, data = teachers.load(config.model), datasets.load(config.data)
+        data.pixels  # latents cannot be measured against  # noqa: B018
         check_match(model, data)
         check_steps(model, (*config.steps, config.nodes))
         if max(config.steps) > config.nodes:

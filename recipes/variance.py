@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         teacher, data = teachers.load(config.teacher), datasets.load(config.data)
-        check_match(teacher, data)
+        check_match(teacher, data, training=True)
         fresh = untrained(data.shape, data.classes, (32, 48), 1, config.seed)
         run = Run.open(config)
     device = run.accelerator.device
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         model.to(device)
     some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))[: config.references]
     labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
-    facts = Facts((data.images[some].float() / 127.5 - 1).to(device), labels)
+    facts = Facts(data.x0(some, device), labels)
     nn.Module.train(fresh.parametric.net)
     out = measured(config, teacher, facts, fresh.parametric)
     out["curves"] = {
