@@ -45,6 +45,7 @@ TIMES: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "time": lambda schedule, t: t,
     "thousand_time": lambda schedule, t: 1000 * t,
     "index": lambda schedule, t: t * getattr(schedule, "steps", 1000) - 1,  # entry of a discrete table
+    "level": lambda schedule, t: schedule.level(t),  # sigma / alpha
     "log_sigma": lambda schedule, t: -schedule.logsnr(t) / 8,  # ln(sigma / alpha) / 4 (Karras et al. 2022)
     "thousand_log_sigma": lambda schedule, t: -schedule.logsnr(t) * 125,  # 1000 ln(sigma / alpha) / 4
 }

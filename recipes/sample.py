@@ -71,8 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         denoiser = model.guided(config.guidance)
         if config.labels is not None and (model.classes is None or not all(0 <= c < model.classes for c in config.labels)):
             raise ValueError(f"--labels: this model has {model.classes or 'no'} classes")
-        if len(model.shape) != 3 or model.shape[0] not in (1, 3):
-            raise ValueError(f"samples of shape {model.shape} are no pictures: accepted are models of 1 or 3 channels")
+        shape = model.image_shape
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise ValueError(f"samples of shape {shape} are no pictures: accepted are models of 1 or 3 channels")
     times = GRIDS[grid](denoiser.schedule, steps) if grid else model.times(steps)
     parts = []
     for indices in tqdm(
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         begin = start(indices, model.shape, model.classes, config.seed)
         if config.labels is not None:
             begin.labels = torch.tensor([config.labels[i % len(config.labels)] for i in indices])
-        parts.append(to_uint8(generate(denoiser, sampler, times, begin, model.condition, device)).cpu())
+        x0 = generate(denoiser, sampler, times, begin, model.condition, device)
+        parts.append(to_uint8(model.decode(x0)).cpu())
     images = torch.cat(parts)[: config.images]
     if output.suffix == ".png":
         contact_sheet(images, output, config.columns)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import teachers
 from distill.checkpoint import Resumable, whole, write_json
-from distill.train import Method, Optimization, Shares, train
+from distill.train import Batches, Method, Optimization, Shares, train
 from eval.generate import peak_memory_gb
 from recipes.common import Run, duration, rehearse
 from recipes.data import Data
@@ -30,7 +30,7 @@ def plan(
     """
     world, some = run.accelerator.num_processes, stages[0]
     shares = Shares(some.batch_size, world, run.accelerator.process_index, some.microbatch)
-    batches = data.batches(shares, 0, "rehearsal", run.accelerator.device, conditional=model.classes is not None)
+    batches = conditioned(data.batches(shares, 0, "rehearsal", run.accelerator.device, model.classes is not None), model)
     x0, cond = next(iter(batches(0)))
     training, call = rehearse(method, model.student(), x0, cond)
     images = sum(o.images for o in stages)
@@ -71,7 +71,7 @@ def stage(
         states = train(
             method,
             student,
-            data.batches(shares, seed, name, accelerator.device, conditional=model.classes is not None),
+            conditioned(data.batches(shares, seed, name, accelerator.device, model.classes is not None), model),
             accelerator,
             optimization,
             seed=seed,
@@ -91,6 +91,13 @@ def stage(
         accelerator.free_memory()
         accelerator.wait_for_everyone()
     return teachers.load_file(file).to(run.accelerator.device), training_seconds(file) or spent
+
+
+def conditioned(batches: Batches, model: Teacher) -> Batches:
+    """The batches with what the model's network is told in place of their labels: of a text model, the rows of its prompts."""
+    if model.table is None:
+        return batches
+    return lambda step: ((x0, model.condition(cond.get("labels"))) for x0, cond in batches(step))
 
 
 def deliver(run: Run, model: Teacher) -> None:

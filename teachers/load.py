@@ -23,11 +23,19 @@ from teachers.codec import Codec
 
 ACCEPTED = (
     "'digits', a .safetensors file of this project, a diffusers pipeline folder or hub id (owner/name), "
-    "'package.module:factory,schedule=...,prediction=...', 'oracle:gaussian', 'oracle:mixture' or 'oracle:digits'"
+    "'PIPELINE,prompts=FILE' for one that takes text, "
+    "'package.module:factory,schedule=...,prediction=...', 'experts:SPEC|SPEC,logsnr=NUMBER', "
+    "'oracle:gaussian', 'oracle:mixture' or 'oracle:digits'"
 )
 
 # network family -> module with build(config) -> nn.Module called as (x, c_noise, **cond)
-FAMILIES = {"unet2d": "teachers.unet", "module": "teachers.module"}
+FAMILIES = {
+    "unet2d": "teachers.unet",
+    "stock": "teachers.stock",
+    "adapter": "teachers.adapter",
+    "module": "teachers.module",
+}
+TABLE = "table."  # before the names of a prompts' table in a file, beside the network's weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Teacher:
     ``network``: what rebuilds the network ({"family": ..., "config": ...}), None for oracles. ``classes``: class labels
     0..classes-1, None without labels; ``null``: the label that stands for none. ``sampler``: what a distilled student was made
     for ({"name", "grid", "steps"} and perhaps "times", those of each step count), empty for a model that takes any. ``record``:
-    method and provenance, as saved. ``codec``: what turns the latents of a latent model into images.
+    method and provenance, as saved. ``codec``: what turns the latents of a latent model into images. ``table``: what the network
+    of a text model is told for each of its classes, which are prompts, and for none: {name: [classes + 1, ...]}.
     """
 
     denoiser: DenoiserLike
@@ -48,6 +57,7 @@ class Teacher:
     sampler: dict = field(default_factory=dict)
     record: dict = field(default_factory=dict)
     codec: Codec | None = None
+    table: dict[str, Tensor] | None = None
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -70,15 +80,25 @@ class Teacher:
         """sha256 of what the model computes with: weights and description, or an oracle's definition."""
         if not isinstance(self.denoiser, Denoiser):
             return hashlib.sha256(repr((self.record, self.denoiser)).encode()).hexdigest()
-        facts = {k: v for k, v in self.describe().items() if k != "record"}
+        facts = {k: v for k, v in self.describe().items() if k not in ("record", "codec")}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, value in sorted(self.denoiser.net.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode() + _bytes(value))
+        for name, value in sorted((self.table or {}).items()):
+            digest.update(name.encode() + _bytes(value))
+        if self.codec is not None:
+            digest.update(repr((self.codec.scale, self.codec.shift)).encode())
+            for name, value in sorted(self.codec.network.state_dict().items()):
+                digest.update(name.encode() + _bytes(value))
         return digest.hexdigest()
 
     def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
         """What the denoiser takes beside x and t for these labels [B]."""
-        return {} if self.classes is None or labels is None else {"labels": labels}
+        if self.classes is None or labels is None:
+            return {}
+        if self.table is None:
+            return {"labels": labels}
+        return {name: rows[labels.to(rows.device)].to(labels.device) for name, rows in self.table.items()}
 
     def guided(self, scale: float) -> DenoiserLike:
         """The denoiser under classifier-free guidance. ValueError for a model that knows no "none" label."""
@@ -86,13 +106,15 @@ class Teacher:
             return self.denoiser
         if self.null is None:
             raise ValueError("guidance needs a teacher trained with a null class; this one has none: use --guidance 1")
-        return Guided(self.denoiser, {"labels": torch.tensor([self.null])}, scale)
+        return Guided(self.denoiser, self.condition(torch.tensor([self.null])), scale)
 
     def to(self, device: torch.device) -> Teacher:
         if isinstance(self.denoiser, Denoiser):
             self.denoiser.net.to(device)
         if self.codec is not None:
             self.codec.to(device)
+        if self.table is not None:
+            self.table.update({name: rows.to(device) for name, rows in self.table.items()})
         return self
 
     def times(self, steps: int) -> Tensor:
@@ -119,6 +141,8 @@ class Teacher:
             "null": self.null,
             "sampler": self.sampler,
             "record": self.record,
+            **({} if self.table is None else {"table": sorted(self.table)}),
+            **({} if self.codec is None else {"codec": self.codec.describe()}),
         }
 
 
@@ -127,8 +151,11 @@ def frozen(net: nn.Module) -> nn.Module:
 
 
 def save(path: Path | str, model: Teacher) -> None:
-    """One safetensors file from which `load_file` rebuilds the model."""
-    checkpoint.save(path, model.parametric.net.state_dict(), model.describe())
+    """One safetensors file from which `load_file` rebuilds the model; of a latent model, where its autoencoder lies."""
+    if model.codec is not None and not model.codec.source:
+        raise ValueError("a model whose codec came from no folder cannot be saved: give Codec its source")
+    table = {TABLE + name: rows for name, rows in (model.table or {}).items()}
+    checkpoint.save(path, model.parametric.net.state_dict() | table, model.describe())
 
 
 def load_file(path: Path | str) -> Teacher:
@@ -138,6 +165,8 @@ def load_file(path: Path | str) -> Teacher:
     network = description["network"]
     if network["family"] not in FAMILIES:
         raise ValueError(f"{path}: unknown network family {network['family']!r}: accepted are {', '.join(FAMILIES)}")
+    table = {name: tensors.pop(TABLE + name) for name in description.get("table", [])}
+    codec = Codec.from_description(description["codec"]) if "codec" in description else None
     net = importlib.import_module(FAMILIES[network["family"]]).build(network["config"])
     checkpoint.load_weights(net, tensors, str(path))
     denoiser = Denoiser(
@@ -155,7 +184,13 @@ def load_file(path: Path | str) -> Teacher:
         description["null"],
         description["sampler"],
         description["record"],
+        codec,
+        table or None,
     )
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _from(module: str) -> Callable[[str], Teacher]:
@@ -167,16 +202,19 @@ def load(spec: str) -> Teacher:
     path = Path(spec)
     if spec == "digits":
         return load_file(Path(__file__).parent / "digits" / "teacher.safetensors")
+    if spec.startswith("experts:"):
+        return _from("teachers.experts")(spec)
     if spec.startswith("oracle:"):
         return _from("teachers.oracle")(spec)
     if path.is_dir():
         if (path / "student.safetensors").is_file():
             return load_file(path / "student.safetensors")
-        return _from("teachers.unet")(spec)
+        return _from("teachers.pipeline")(spec)
     if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl"):
         return load_file(path)
-    if ":" in spec:
+    where = spec.partition(",")[0]
+    if ":" in where:
         return _from("teachers.module")(spec)
-    if spec.count("/") == 1 and not spec.startswith((".", "/")):
-        return _from("teachers.unet")(spec)
+    if Path(where).is_dir() or (where.count("/") == 1 and not where.startswith((".", "/"))):
+        return _from("teachers.pipeline")(spec)
     raise ValueError(f"unknown teacher {spec!r}: accepted are {ACCEPTED}")
