@@ -9,18 +9,30 @@ Writes what recipes/progressive.py writes. What each method reaches stands in EX
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import teachers
 from distill.consistency import GAP_WEIGHTS
 from distill.grid import GRIDS
 from distill.regularize import RESIDUALS
 from distill.train import Optimization, Shares
+from eval import reference
 from eval.features import Extractor
 from recipes import data as datasets
 from recipes.common import Run, disk_errors, duration, flag, one_line_errors, parse, processes
-from recipes.measure import OPPONENTS, Measurement, check_match, check_sampler, cost_in_calls, opponents, own_cells
+from recipes.measure import (
+    OPPONENTS,
+    Measurement,
+    check_match,
+    check_sampler,
+    cost_in_calls,
+    measured_against,
+    opponents,
+    own_cells,
+)
 from recipes.methods import DISTANCE_NAMES, METHODS, check, method_of
+from recipes.probing import check_denoiser
 from recipes.stage import deliver, plan, stage
 from teachers import Teacher
 from teachers.unet import untrained, with_two_times
@@ -37,6 +49,7 @@ class Config:
     preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
     method: str = flag("cd", "cd, scd, meanflow or denoise from a teacher; ct, ict, ect or sct from data", choices=METHODS)
     teacher: str = flag("digits", "what is distilled, or what training starts from: " + teachers.ACCEPTED.replace("%", "%%"))
+    force: bool = flag(False, "distil a teacher that the probe finds to be no denoiser, with a warning")
     from_scratch: bool = flag(False, "start from new weights and use no teacher at all")
     student: str | None = flag(
         None, "what training starts from: new weights ('new'), or any --teacher; the teacher itself where not given"
@@ -76,20 +89,27 @@ class Config:
     images: int = flag(2_000, "generated images a cell of the sweep")
     sweep_steps: tuple[int, ...] = flag((1, 2, 4), "steps at which the teacher's samplers are measured beside it")
     features: str = flag("digits", "feature extractor of FID")
+    reference: str | None = flag(
+        None, f"a stored reference instead of --data's images, needed by latents: {reference.ACCEPTED}"
+    )
     chunk: int = flag(256, "images generated at once in the sweep")
     seed: int = flag(0, "seed of training and sweep")
     log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
     threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
     resume: bool = flag(True, "continue a run of the same configuration in the output directory")
 
+    MAY_CHANGE: ClassVar = ("force",)
+
 
 def started(config: Config, teacher: Teacher | None, data: datasets.Data) -> Teacher:
     """What training starts from: the teacher, another model, or new weights."""
     if config.student not in (None, "new"):
         model = teachers.load(config.student)
-        check_match(model, data)
+        check_match(model, data, training=True)
     elif teacher is None or config.student == "new":
         model = untrained(data.shape, data.classes, config.channels, config.layers, config.seed)
+        if data.latents is not None:
+            model = replace(model, codec=(teacher or teachers.load(data.latents["model"])).codec)
     else:
         model = teacher
     return with_two_times(model) if METHODS[config.method].two_times else model
@@ -103,18 +123,22 @@ def main(argv: list[str] | None = None) -> None:
         data = datasets.load(config.data)
         teacher = None if config.from_scratch else teachers.load(config.teacher)
         if teacher is not None:
-            check_match(teacher, data)
+            check_match(teacher, data, training=True)
         model = started(config, teacher, data)
         check_sampler(model, sampler_name)
         model.parametric  # an oracle has no network  # noqa: B018
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
-        extractor = Extractor.create(config.features).fits(data.shape)
+        extractor = Extractor.create(config.features).fits(model.image_shape)
+        real = measured_against(config.reference, data, extractor)
         method = method_of(config, None if teacher is None else teacher.denoiser, data)
+        warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
         run = Run.open(config, config.mixed_precision)
+    if warning:
+        run.say(f"warning: {warning}")
     for loaded in (model, teacher):
         if loaded is not None:
             loaded.to(run.accelerator.device)
-    measurement = Measurement.of(extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed)
+    measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
     cells = []
     if teacher is not None:
         cells += opponents(teacher, "teacher", config.sweep_steps, OPPONENTS)

@@ -11,6 +11,7 @@ What the presets reach stands in EXPERIMENTS.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import teachers
 from distill.denoise import Denoise
@@ -19,10 +20,12 @@ from distill.grid import uniform
 from distill.progressive import Progressive
 from distill.target import Mix
 from distill.train import Optimization, Shares
+from eval import reference
 from eval.features import Extractor
 from recipes import data as datasets
 from recipes.common import Run, disk_errors, duration, flag, one_line_errors, parse, processes
-from recipes.measure import OPPONENTS, Measurement, check_match, cost_in_calls, opponents, own_cells
+from recipes.measure import OPPONENTS, Measurement, check_match, cost_in_calls, measured_against, opponents, own_cells
+from recipes.probing import check_denoiser
 from recipes.stage import deliver, plan, stage
 from teachers import Teacher
 
@@ -37,6 +40,7 @@ PRESETS: dict[str, dict] = {
 class Config:
     preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
     teacher: str = flag("digits", "what is distilled: " + teachers.ACCEPTED.replace("%", "%%"))
+    force: bool = flag(False, "distil a teacher that the probe finds to be no denoiser, with a warning")
     data: str = flag("digits", "what it is distilled on: " + datasets.ACCEPTED)
     output_dir: str = flag("runs/progressive-digits", "a new directory, or one that holds the same run, which is continued")
     start_steps: int = flag(64, "steps of the teacher's DDIM sampler")
@@ -53,11 +57,16 @@ class Config:
     images: int = flag(2_000, "generated images a cell of the sweep")
     sweep_steps: tuple[int, ...] = flag((1, 2, 4, 8), "steps at which the teacher's samplers are measured beside it")
     features: str = flag("digits", "feature extractor of FID")
+    reference: str | None = flag(
+        None, f"a stored reference instead of --data's images, needed by latents: {reference.ACCEPTED}"
+    )
     chunk: int = flag(256, "images generated at once in the sweep")
     seed: int = flag(0, "seed of training and sweep")
     log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
     threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
     resume: bool = flag(True, "continue a run of the same configuration in the output directory")
+
+    MAY_CHANGE: ClassVar = ("force",)
 
 
 def ladder(start: int, end: int) -> list[int]:
@@ -78,14 +87,18 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         steps = ladder(config.start_steps, config.end_steps)
         teacher, data = teachers.load(config.teacher), datasets.load(config.data)
-        check_match(teacher, data)
+        check_match(teacher, data, training=True)
         teacher.parametric  # an oracle has no network  # noqa: B018
         target = teacher.guided(config.guidance)
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
-        extractor = Extractor.create(config.features).fits(data.shape)
+        extractor = Extractor.create(config.features).fits(teacher.image_shape)
+        real = measured_against(config.reference, data, extractor)
+        warning = check_denoiser(teacher, data, config.seed, config.force)
         run = Run.open(config, config.mixed_precision)
+    if warning:
+        run.say(f"warning: {warning}")
     device = run.accelerator.device
-    measurement = Measurement.of(extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed)
+    measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
     cells = opponents(teacher.to(device), "teacher", config.sweep_steps, OPPONENTS, config.guidance)
     cells += opponents(teacher, "teacher", (config.start_steps,), ("ddim",), config.guidance)
     title = f"progressive distillation of {config.teacher}: {' -> '.join(map(str, [config.start_steps, *steps]))} steps"

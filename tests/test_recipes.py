@@ -577,6 +577,7 @@ def test_an_eps_teacher_is_turned_to_v_before_its_ladder(tmp_path):
     progressive.main(
         [
             *SMALL,
+            "--force",
             "--teacher",
             str(tmp_path / "ddpm"),
             "--start-steps",

@@ -1,0 +1,147 @@
+"""What a denoiser says of the probability of data: a variational bound, and the density of its probability flow. In nats a sample.
+
+Both stand on one axis, u = ln tan(phi / 2) with tan(phi) = sigma / alpha, from t_min to t_max. On it z = x_t / hypot(alpha, sigma) is
+
+    z = cos(phi) x0 + sin(phi) eps        dz/du = cos(phi) z - D        (the probability flow)
+
+whatever the schedule, and finite at both ends, zero terminal SNR among them. What samplers start from, N(0, sigma(t_max)^2), is the
+prior; alpha(t_max) E|x0| ought to be small against sigma(t_max).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import DenoiserLike
+from distill.schedule import Schedule, add_noise, expand
+
+LOWEST = -20.0  # log-SNR below which nothing of x0 is left: a bound ends here where alpha reaches 0
+
+
+@dataclass(frozen=True)
+class Bound:
+    """-log p(x0) <= prior + diffusion + decoder, each [B] in nats."""
+
+    prior: Tensor
+    diffusion: Tensor
+    decoder: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.prior + self.diffusion + self.decoder
+
+
+@torch.no_grad()
+def bound(
+    denoiser: DenoiserLike, x0: Tensor, rng: torch.Generator, *, levels: int = 64, values: int | None = None, **cond: Any
+) -> Bound:
+    """The continuous-time variational bound (Kingma et al. 2021, eq. 14), L = log-SNR, of x0 [B, ...], d dimensions each:
+
+        prior      KL[N(alpha x0, sigma^2) | N(0, sigma^2)] at t_max = |x0|^2 exp(L(t_max)) / 2
+        diffusion  1/2 int exp(L) E|x0 - D|^2 dL from t_max to t_min, Monte Carlo at ``levels`` stratified L a sample
+        decoder    -log p(x0 | x_t) at t_min
+
+    The decoder of data of so many equidistant ``values`` in [-1, 1] is p proportional to N(x_t; alpha x0, sigma^2) over the values, a
+    probability; of continuous data (None) it is N(x0; x_t / alpha, (sigma / alpha)^2), a density. An exact denoiser's bound of
+    continuous data is loose by the smoothing of t_min alone, for a Gaussian ln(1 + level(t_min)^2 / std^2) / 2 a dimension.
+    """
+    schedule, axis = denoiser.schedule, tuple(range(1, x0.dim()))
+    low, high = (float(v) for v in schedule.logsnr(_ends(schedule)))
+    low = max(low, LOWEST)
+    total = torch.zeros(len(x0), dtype=torch.float64)
+    for k in range(levels):
+        share = (k + torch.rand(len(x0), generator=rng, dtype=torch.float64)) / levels
+        logsnr = low + (high - low) * share
+        t = schedule.time(logsnr).clamp(*sorted((schedule.t_min, schedule.t_max))).to(x0)
+        x_t = add_noise(schedule, x0, _normal(x0, rng), t)
+        error = (denoiser(x_t, t, **cond) - x0).square().sum(axis).double().cpu()
+        total += logsnr.exp() * error * ((high - low) / (2 * levels))
+    prior = x0.square().sum(axis).double().cpu() * (math.exp(low) / 2)
+    return Bound(prior, total, _decoder(x0, _normal(x0, rng), math.exp(-high / 2), values).cpu())
+
+
+def _decoder(x0: Tensor, eps: Tensor, level: float, values: int | None) -> Tensor:
+    axis = tuple(range(1, x0.dim()))
+    if values is None:
+        return (0.5 * eps.double().square() + 0.5 * math.log(2 * math.pi * level**2)).sum(axis)
+    grid = torch.linspace(-1, 1, values, dtype=torch.float64, device=x0.device)
+    y = x0.double() + level * eps.double()
+    scores = -(y[..., None] - grid).square() / (2 * level**2)
+    own = ((x0.double() + 1) * (values - 1) / 2).round().long().clamp(0, values - 1)
+    return -scores.log_softmax(-1).gather(-1, own[..., None])[..., 0].sum(axis)
+
+
+def flow(
+    denoiser: DenoiserLike, x: Tensor, rng: torch.Generator, *, steps: int = 32, probes: int | None = 1, **cond: Any
+) -> Tensor:
+    """log p(x) [B] of the probability flow (Song et al. 2021, eq. 39): the density of x_t / alpha at t_min, at x [B, ...].
+
+    ``steps`` of Runge and Kutta's method of order 4, equal in u, 4 evaluations each with their derivatives. ``probes``: random signs
+    that estimate the trace of dD/dx (Hutchinson), the same along a path; None is exact, one derivative a dimension.
+    """
+    schedule = denoiser.schedule
+    angles = torch.atan(schedule.level(_ends(schedule)))
+    u = torch.tan(angles.flip(0) / 2).log()  # from the data to noise
+    d, h = x[0].numel(), float(u[1] - u[0]) / steps
+    signs = None if probes is None else [_signs(x, rng) for _ in range(probes)]
+
+    def slope(z: Tensor, at: float) -> tuple[Tensor, Tensor]:
+        return _slope(denoiser, z, at, signs, cond)
+
+    z, change = x * math.cos(float(angles[1])), torch.zeros(len(x), dtype=torch.float64)
+    for k in range(steps):
+        at = float(u[0]) + k * h
+        a, da = slope(z, at)
+        b, db = slope(z + h / 2 * a, at + h / 2)
+        c, dc = slope(z + h / 2 * b, at + h / 2)
+        e, de = slope(z + h * c, min(at + h, float(u[1])))
+        z = z + h / 6 * (a + 2 * b + 2 * c + e)
+        change += h / 6 * (da + 2 * db + 2 * dc + de)
+    scale = math.sin(float(angles[0]))  # z of pure noise
+    prior = -0.5 * (z.double() / scale).square().flatten(1).sum(1).cpu() - d * math.log(scale * math.sqrt(2 * math.pi))
+    return prior + change + d * math.log(math.cos(float(angles[1])))
+
+
+def _slope(denoiser: DenoiserLike, z: Tensor, u: float, signs: list[Tensor] | None, cond: dict) -> tuple[Tensor, Tensor]:
+    """dz/du [B, ...] and its divergence [B]."""
+    schedule = denoiser.schedule
+    phi = 2 * math.atan(math.exp(u))
+    logsnr = torch.tensor(-2 * math.log(math.tan(phi)) if phi < math.pi / 2 else -math.inf, dtype=torch.float64)
+    t = schedule.time(logsnr).clamp(schedule.t_min, schedule.t_max)
+    norm = expand(torch.hypot(schedule.alpha(t), schedule.sigma(t)), z)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_(True)
+        x0 = denoiser(norm * z, t, **cond)
+        if signs is None:
+            flat = x0.flatten(1)
+            rows = [
+                torch.autograd.grad(flat[:, i].sum(), z, retain_graph=True)[0].flatten(1)[:, i] for i in range(flat.shape[1])
+            ]
+            trace = torch.stack(rows).double().sum(0)
+        else:
+            pulled = [(torch.autograd.grad((x0 * v).sum(), z, retain_graph=True)[0] * v).flatten(1).sum(1) for v in signs]
+            trace = torch.stack(pulled).double().mean(0)
+    cosine = math.cos(phi)
+    return (cosine * z - x0).detach(), cosine * z[0].numel() - trace.cpu()
+
+
+def bits(nats: Tensor, dimensions: int, width: float = 1.0) -> Tensor:
+    """Bits a dimension of -log p in nats, a density of data in bins of ``width``."""
+    return (nats / dimensions - math.log(width)) / math.log(2)
+
+
+def _ends(schedule: Schedule) -> Tensor:
+    return torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+
+
+def _normal(x: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=rng).to(x)
+
+
+def _signs(x: Tensor, rng: torch.Generator) -> Tensor:
+    return (torch.randint(2, x.shape, generator=rng) * 2 - 1).to(x)

@@ -1,0 +1,262 @@
+"""The probe: every wrong label of a good denoiser is caught and the right one named, and no right one is accused."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distill.denoiser import PREDICTIONS, TIMES, Denoiser, ask_in
+from distill.schedule import EDM, Cosine, Flow, LinearVP, Schedule, expand
+from recipes import progressive
+from recipes import teacher as teacher_recipe
+from recipes.data import Data
+from recipes.probing import check_denoiser
+from teachers import Teacher, load, save
+from teachers.codec import Codec
+from teachers.digits import digits
+from teachers.oracle import Gaussian
+from teachers.probe import probe
+from teachers.reading import STATED
+from teachers.unet import untrained
+
+INVERSE = {
+    "time": lambda schedule, told: told,
+    "thousand_time": lambda schedule, told: told / 1000,
+    "index": lambda schedule, told: (told + 1) / schedule.steps,
+    "log_sigma": lambda schedule, told: schedule.time(-8 * told),
+    "thousand_log_sigma": lambda schedule, told: schedule.time(-told / 125),
+}
+
+
+class Reexpressed(nn.Module):
+    """A denoiser as a network of another schedule, prediction and time, which remembers what it was asked."""
+
+    def __init__(
+        self, denoiser, schedule: Schedule, prediction: str, time: str, sigma_data=0.5, reverse=False, scale=1.0, shift=0.0
+    ):
+        super().__init__()
+        self.denoiser, self.schedule, self.told = ask_in(denoiser, schedule), schedule, INVERSE[time]
+        self.coefficients, self.sigma_data, self.reverse = PREDICTIONS[prediction], sigma_data, reverse
+        self.scale, self.shift = scale, shift
+        self.known: dict = {}
+
+    def forward(self, x, told, labels=None):
+        key = (len(x), float(told[0]), x.double().sum().item(), x.double().square().sum().item())
+        if key not in self.known:
+            self.known[key] = self.answer(x, told, labels)
+        return self.known[key]
+
+    def answer(self, x, told, labels):
+        schedule = self.schedule
+        t = self.told(schedule, told).clamp(schedule.t_min, schedule.t_max)
+        t = schedule.t_max + schedule.t_min - t if self.reverse else t
+        a, s = schedule.alpha(t), schedule.sigma(t)
+        c_in, c_skip, c_out = (expand(c, x) for c in self.coefficients(a, s, self.sigma_data))
+        x_t = x / c_in
+        plain = (x_t - expand(a, x) * self.shift) / self.scale  # of data that were not scaled, at the noise sigma / scale
+        u = schedule.time(schedule.logsnr(t) + 2 * torch.tensor(self.scale).log())
+        ratio = expand(schedule.alpha(u) / a, x)
+        x0 = self.scale * self.denoiser(ratio * plain, u, labels=labels) + self.shift
+        return (x0 - c_skip * x_t) / c_out
+
+
+SMALL: dict[str, Any] = {"levels": 4, "samples": 6}
+
+
+@dataclass(frozen=True)
+class Real:
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def real():
+    images, labels = digits()
+    return Real(images.float() / 127.5 - 1, labels)
+
+
+def table(teacher):
+    return teacher.denoiser.schedule
+
+
+TRUTHS = {
+    "v on the table": (table, "v", "index"),
+    "eps": (lambda _: LinearVP(), "eps", "thousand_time"),
+    "score": (lambda _: LinearVP(), "score", "time"),
+    "x0": (lambda _: Cosine(), "x0", "log_sigma"),
+    "flow": (lambda _: Flow(), "flow", "thousand_time"),
+    "edm": (lambda _: EDM(), "edm", "thousand_log_sigma"),
+}
+
+
+def of(teacher, net, schedule, prediction, time, **kwargs):
+    return Teacher(Denoiser(net, schedule, prediction, time, **kwargs), teacher.shape, classes=10)
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_every_wrong_label_is_caught_and_the_right_one_named(teacher, real, name):
+    """Wrong predictions, times, and directions of time of one network, and the right ones, which are not accused."""
+    where, prediction, time = TRUTHS[name]
+    schedule = where(teacher)
+    net = Reexpressed(teacher.denoiser, schedule, prediction, time)
+
+    def found(net, prediction, time):
+        return probe(of(teacher, net, schedule, prediction, time), real.images, real.labels, **SMALL)
+
+    right = found(net, prediction, time)
+    assert right.ok and right.best == STATED and right.verdict.startswith("a denoiser"), right.lines()
+    wrong = {(p, time) for p in PREDICTIONS if p != prediction and not (p in ("eps", "score") and name == "v on the table")}
+    wrong = {k for k in wrong if schedule.alpha(torch.tensor(schedule.t_max)) > 1e-6 or k[0] not in ("eps", "score")}
+    wrong |= {(prediction, t) for t in TIMES if t != time and (t != "index" or name == "v on the table")} - {
+        ("v", "thousand_time")
+    }
+    for p, t in sorted(wrong):
+        probed = found(net, p, t)
+        named = f"prediction {prediction}" if p != prediction else f"time {time}"
+        assert not probed.ok and probed.best == named and "misread" in probed.verdict, (p, t, probed.lines())
+    backward = found(Reexpressed(teacher.denoiser, schedule, prediction, time, reverse=True), prediction, time)
+    assert not backward.ok and backward.best == "time axis reversed", backward.lines()
+
+
+def test_an_index_is_told_from_a_thousandfold_time_of_a_table_of_1024(teacher, real):
+    """2 % apart, and so are their errors to 0.4 %: paired differences find it."""
+    twin = replace(teacher, denoiser=replace(teacher.denoiser, time="thousand_time"))
+    probed = probe(twin, real.images, real.labels, levels=8)
+    assert not probed.ok and probed.best == "time index", probed.lines()
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_wrong_sigma_data_is_caught(teacher, real, factor):
+    net = Reexpressed(teacher.denoiser, EDM(), "edm", "log_sigma", sigma_data=0.6)
+    stated = of(teacher, net, EDM(), "edm", "log_sigma", sigma_data=0.6 * factor)
+    probed = probe(stated, real.images, real.labels, **SMALL)
+    assert not probed.ok and probed.best == "sigma_data 0.6", probed.lines()
+
+
+@pytest.mark.parametrize("scale,shift,named", [(0.5, 0.5, "network made for data in [0, 1]")])
+def test_a_network_made_for_other_data_is_caught(teacher, real, scale, shift, named):
+    net = Reexpressed(teacher.denoiser, Cosine(), "v", "time", scale=scale, shift=shift)
+    probed = probe(of(teacher, net, Cosine(), "v", "time"), real.images, real.labels, **SMALL)
+    assert not probed.ok and probed.best == named, probed.lines()
+
+
+def test_data_handed_in_as_0_to_1_are_caught(teacher, real):
+    probed = probe(teacher, real.images / 2 + 0.5, real.labels, **SMALL)
+    assert not probed.ok and probed.best == "data handed in as [0, 1]", probed.lines()
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Latents z = x / 0.18215, which a latent model takes times 0.18215."""
+
+    config = None
+
+    def encode(self, images):
+        @dataclass
+        class Out:
+            @cached_property
+            def latents(self):
+                return images / 0.18215
+
+        return Out()
+
+
+def test_a_missing_latent_scale_is_caught(teacher, real):
+    right = replace(teacher, codec=Codec(Vae(), 0.18215))
+    assert probe(right, real.images, real.labels, **SMALL).ok
+    probed = probe(replace(teacher, codec=Codec(Vae(), 1.0)), real.images, real.labels, **SMALL)
+    assert not probed.ok and probed.best == "latents times 0.18215", probed.lines()
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), LinearVP(), EDM()])
+def test_an_oracle_meets_the_bound_and_one_of_another_mean_or_deviation_does_not(real, schedule):
+    """The exact denoiser of Gaussian data of these pixels' means and deviations is the bound itself."""
+    mean, std = real.images.mean(0), real.images.std(0)
+    data = mean + std * torch.randn(1024, *mean.shape)
+
+    def found(mean, std):
+        return probe(Teacher(Gaussian(schedule, mean, std), tuple(mean.shape)), data)
+
+    exact = found(mean, std)
+    assert exact.ok and not exact.readings
+    ratio = torch.tensor(exact.error) / torch.tensor(exact.bound)
+    assert (ratio - 1).abs().max() < 0.1 and max(map(abs, exact.slope)) < 0.05
+    assert not found(mean + 0.5, std).ok and not found(mean, 3 * std).ok
+
+
+def test_the_bound_is_below_the_mean_and_the_input(teacher, real):
+    probed = probe(teacher, real.images, real.labels, **SMALL)
+    bound, variance = torch.tensor(probed.bound), real.images.var(0).mean()
+    assert (bound <= variance * 1.01).all() and (bound <= torch.exp(-torch.tensor(probed.logsnr))).all()
+    assert probed.bias[-1] < 0.02 and abs(probed.slope[-1]) < 0.01 and abs(probed.spread[-1] - 1) < 0.02
+
+
+def test_a_network_without_training_is_no_denoiser_under_any_reading(real):
+    new = untrained((1, 8, 8), 10, (8, 16), 1, 0)
+    net = nn.Module()
+    net.forward = lambda x, t, labels=None: new.denoiser.net(x, t, labels) * 100 + torch.randn(x.shape)
+    probed = probe(replace(new, denoiser=replace(new.denoiser, net=net)), real.images, real.labels, **SMALL)
+    assert not probed.ok and "no denoiser: at log-SNR" in probed.verdict, probed.lines()
+
+
+@pytest.fixture(scope="module")
+def mislabelled(tmp_path_factory, teacher):
+    path = tmp_path_factory.mktemp("probe") / "x0.safetensors"
+    save(path, replace(teacher, denoiser=replace(teacher.denoiser, prediction="x0")))
+    return path
+
+
+def test_recipes_refuse_a_mislabelled_teacher_in_one_line_and_write_nothing(mislabelled, tmp_path, capsys):
+    arguments = ["--teacher", str(mislabelled), "--threads", "1", "--output-dir", str(tmp_path / "run")]
+    for main in (progressive.main, teacher_recipe.main):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2 and said.count("\n") == 1 and "prediction v" in said and "--force" in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_force_and_students_pass_with_a_warning(mislabelled, teacher, real):
+    data = Data("digits", *digits())
+    wrong = load(str(mislabelled))
+    assert check_denoiser(teacher, data, 0, False) is None
+    assert "misread" in str(check_denoiser(wrong, data, 0, True))
+    student = replace(wrong, sampler={"name": "ddim", "grid": "uniform", "steps": [4]})
+    assert "student of ddim" in str(check_denoiser(student, data, 0, False))
+
+
+def test_the_probe_and_the_likelihood_are_printed_and_no_denoiser_ends_in_one_line(mislabelled, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        teacher_recipe.main(["--nll", "oracle:digits", "--probe", str(mislabelled), "--threads", "1"])
+    said = capsys.readouterr()
+    assert exit_.value.code == 2 and said.err.count("\n") == 1 and "misread: with prediction v" in said.err
+    assert said.out.splitlines()[0].startswith("log-SNR") and len(said.out.splitlines()) == 18
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prediction", "edm", "--schedule", "edm"],
+        ["--prediction", "flow", "--schedule", "flow", "--teacher", "digits", "--weight", "p2"],
+        ["--prediction", "x0", "--schedule", "cosine", "--teacher", "oracle:digits", "--times", "lognormal"],
+    ],
+)
+def test_the_teacher_recipe_trains_every_prediction_on_its_schedule(arguments, tmp_path, capsys):
+    small = ["--preset", "smoke", "--images", "256", "--channels", "8", "16", "--threads", "1", "--output-dir", str(tmp_path)]
+    teacher_recipe.main([*small, *arguments])
+    made = load(str(tmp_path / "teacher.safetensors"))
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert made.denoiser.prediction == options["--prediction"] and (tmp_path / "samples.png").stat().st_size > 100
+    assert type(made.denoiser.schedule).__name__.lower() == options["--schedule"].replace("_", "")
+    assert (made.classes is None) == (options.get("--teacher") == "oracle:digits")
+    if options["--prediction"] == "edm":
+        assert made.denoiser.sigma_data == pytest.approx((digits()[0].float() / 127.5).std().item(), rel=1e-5)
+
+
+def test_eps_where_alpha_reaches_0_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        teacher_recipe.main(["--prediction", "eps", "--output-dir", str(tmp_path / "r")])
+    assert exit_.value.code == 2 and "divides by alpha" in capsys.readouterr().err and not (tmp_path / "r").exists()
