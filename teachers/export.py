@@ -26,9 +26,11 @@ from distill.grid import uniform
 from distill.schedule import Table
 from distill.solver import gamma_of, lower, named, stochastic
 from teachers.load import Teacher
-from teachers.unet import PREDICTIONS, UNet
+from teachers.scheduler import PREDICTIONS
+from teachers.unet import UNet
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]
+VARIANTS = {"fp16": (torch.float16, 0.05), "bf16": (torch.bfloat16, 0.3)}  # and how far rounded weights may move a pixel
 EXPORTED = ("ddim", "consistency", "jump")
 
 # What a user runs: nothing of this project. Writes the images of one generator an image, and the count of steps, as .npy.
@@ -36,9 +38,9 @@ STOCK = """
 import json, sys
 import diffusers, numpy, torch
 from diffusers import DiffusionPipeline
-folder, out, steps, labels, seeds = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+folder, out, steps, labels, seeds, variant = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 diffusers.utils.logging.disable_progress_bar()
-pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant)
 pipeline.set_progress_bar_config(disable=True)
 for n in steps:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -185,23 +187,41 @@ def pipeline(model: Teacher, folder: Path, steps: int | None = None) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def pipelines(model: Teacher) -> dict[str, tuple[list[int], int | None]]:
+    """Which pipelines carry a model: name -> (the step counts it takes, the one whose times are baked in or None)."""
+    made = model.sampler.get("steps") or exact_steps(model)
+    baking = sorted(n for n in made if needs_baking(model, n))
+    plain = [n for n in made if n not in baking]
+    out: dict[str, tuple[list[int], int | None]] = {"pipeline": (plain, None)} if plain else {}
+    for n in baking:
+        out[f"pipeline-{n}" if out else "pipeline"] = ([n], n)
+    return out
+
+
 def deliver(model: Teacher, folder: Path) -> dict[str, float]:
     """``folder``/pipeline, and ``folder``/pipeline-<steps> for each step count whose times have to be baked in (where all have, the
     lowest is in pipeline), each compared with our sampler: {name: largest difference of a pixel}. ValueError where no stock class
     carries the model."""
     check_exportable(model)
-    made = model.sampler.get("steps") or exact_steps(model)
-    baking = [n for n in made if needs_baking(model, n)]
-    plain = [n for n in made if n not in baking]
     out = {}
-    if plain:
-        pipeline(model, folder / "pipeline")
-        out["pipeline"] = verify(model, folder / "pipeline", plain)
-    for n in baking:
-        name = f"pipeline-{n}" if plain or n > min(baking) else "pipeline"
-        pipeline(model, folder / name, n)
-        out[name] = verify(model, folder / name, [n])
+    for name, (steps, baked_in) in pipelines(model).items():
+        pipeline(model, folder / name, baked_in)
+        out[name] = verify(model, folder / name, steps)
     return out
+
+
+def add_variant(model: Teacher, folder: Path, variant: str) -> float:
+    """Adds the weights in half precision to a delivered pipeline, for ``from_pretrained(..., variant=)``; the largest difference of
+    a pixel to our sampler when they are computed with in float32. RuntimeError where that is more than the rounding can do."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype, tolerance = VARIANTS[variant]
+    stock: Any = DiffusionPipeline.from_pretrained(folder)
+    stock.to(dtype)
+    stock.save_pretrained(folder, variant=variant)
+    return verify(model, folder, pipelines(model)[folder.name][0], variant, tolerance)
 
 
 @torch.inference_mode()
@@ -219,22 +239,22 @@ def own_pixels(model: Teacher, steps: int, labels: list[int] | None, seeds: list
     return (x0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def verify(model: Teacher, folder: Path, steps: list[int]) -> float:
+def verify(model: Teacher, folder: Path, steps: list[int], variant: str | None = None, tolerance: float = TOLERANCE) -> float:
     """The largest difference of a pixel between the pipeline, run in a process that knows only diffusers, and our sampler.
 
-    RuntimeError where it is more than `TOLERANCE`.
+    RuntimeError where it is more than ``tolerance``.
     """
     import numpy as np
 
     seeds = list(range(8))
     labels = None if model.classes is None else [i % model.classes for i in seeds]
     with tempfile.TemporaryDirectory() as out:
-        arguments = [str(folder.resolve()), out, json.dumps(steps), json.dumps(labels), json.dumps(seeds)]
+        arguments = [str(folder.resolve()), out, json.dumps(steps), json.dumps(labels), json.dumps(seeds), json.dumps(variant)]
         subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=out)
         worst = max(
             float((torch.from_numpy(np.load(f"{out}/{n}.npy")) - own_pixels(model, n, labels, seeds)).abs().max())
             for n in steps
         )
-    if not worst <= TOLERANCE:
-        raise RuntimeError(f"the pipeline in {folder} differs from our sampler by {worst:.2g}, more than {TOLERANCE:g}")
+    if not worst <= tolerance:
+        raise RuntimeError(f"the pipeline in {folder} differs from our sampler by {worst:.2g}, more than {tolerance:g}")
     return worst

@@ -1,0 +1,114 @@
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import teachers
+from distill.grid import uniform
+from distill.solver import jump
+from recipes import export
+from teachers import portable
+from teachers.card import card, measured
+from teachers.unet import with_two_times
+
+
+def one_step(teacher):
+    record = {"method": "progressive", "of": "digits", "data": "digits"}
+    return replace(teacher, sampler={"name": "ddim", "grid": "uniform", "steps": [1]}, record=record)
+
+
+@pytest.fixture()
+def student(teacher, tmp_path):
+    path = tmp_path / "run" / "student.safetensors"
+    teachers.save(path, one_step(teacher))
+    return path
+
+
+def test_an_export_holds_everything_that_was_asked_for_and_loads_again_as_a_teacher(student, tmp_path, capsys):
+    folder = tmp_path / "out"
+    arguments = ["--variants", "fp16", "bf16", "--torch-export", "--onnx", "--license", "apache-2.0"]
+    export.main(["--model", str(student), "--output-dir", str(folder), *arguments])
+    files = {"student.safetensors", "pipeline", "README.md", "samples.png", "one-step.pt2", "one-step.onnx"}
+    assert {p.name for p in folder.iterdir()} == files and [p.name for p in tmp_path.iterdir() if p.name[0] == "."] == []
+    weights = {p.name for p in (folder / "pipeline" / "unet").iterdir()}
+    assert {"diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bf16.safetensors"} < weights
+    again, x = teachers.load(str(folder)).denoiser, torch.randn(2, 1, 8, 8)
+    t, labels = torch.tensor([1.0, 0.3]), torch.tensor([3, 4])
+    assert torch.equal(again(x, t, labels=labels), teachers.load(str(student)).denoiser(x, t, labels=labels))
+    through_diffusers = teachers.load(str(folder / "pipeline")).denoiser
+    assert torch.allclose(through_diffusers(x, t, labels=labels), again(x, t, labels=labels), atol=1e-5)
+    out = capsys.readouterr().out
+    assert "pipeline, fp16: largest difference" in out and "one-step.onnx: largest difference" in out
+
+
+@pytest.mark.parametrize("write", [portable.torch_export, portable.onnx])
+def test_the_one_step_program_of_a_student_told_where_it_jumps_is_our_jump(teacher, tmp_path, write):
+    model = with_two_times(replace(teacher, sampler={"name": "jump", "grid": "uniform", "steps": [1]}))
+    torch.nn.init.normal_(model.denoiser.net.unet.time_proj.length_linear.weight, std=0.02)
+    assert write(model, tmp_path / "program") < 1e-4
+    noise, labels = portable.inputs(model, 3, 5)
+    with torch.inference_mode():
+        ours = jump(model.denoiser, noise, uniform(model.denoiser.schedule, 1), labels=labels)
+        assert torch.allclose(portable.OneStep(model)(noise, labels), ours, atol=1e-5)
+
+
+def test_a_program_that_differs_from_the_sampler_is_not_left_behind(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(portable, "TOLERANCE", -1.0)
+    with pytest.raises(RuntimeError, match="differs from our sampler"):
+        portable.torch_export(one_step(teacher), tmp_path / "p.pt2")
+    assert not (tmp_path / "p.pt2").exists()
+
+
+def test_a_card_has_the_rows_of_this_very_model_and_the_settings_to_run_it(student):
+    model = teachers.load(str(student))
+    mine = {
+        "model_sha256": model.fingerprint,
+        "steps": 1,
+        "sampler": "ddim",
+        "fid": 0.5,
+        "fid_interval": [0.4, 0.6],
+        "images": 100,
+    }
+    (student.parent / "report.json").write_text(json.dumps({"rows": [mine, mine | {"model_sha256": "other", "fid": 9.0}]}))
+    rows = measured(str(student))
+    assert rows == [mine] == measured(str(student.parent))
+    text = card(model, ["pipeline", "pipeline-3"], rows, "mit", None)
+    assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n") and "| 1 | ddim | 0.5 | 0.4 - 0.6 | 100 |" in text
+    assert "num_inference_steps=1" in text and 'from_pretrained("pipeline-3")' in text and "num_inference_steps=3" in text
+    assert "| teacher | digits |" in text and "class_labels" in text
+
+
+def failing(*arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(list(arguments))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(student, tmp_path, capsys, monkeypatch):
+    out = ["--output-dir", str(tmp_path / "out")]
+    line = failing("--model", "digits", "--onnx", *out, capsys=capsys)
+    assert "needs a student of one step; this model was made for any number of steps" in line
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install 'fewstep[onnx]'" in failing("--model", str(student), "--onnx", *out, capsys=capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_export_stays(student, tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+
+    out, pushed = tmp_path / "out", []
+
+    class Hub:
+        def create_repo(self, repository, private, exist_ok):
+            pushed.append((repository, private))
+
+        def upload_folder(self, folder_path, repo_id, commit_message):
+            raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    line = failing("--model", str(student), "--output-dir", str(out), "--push-to-hub", "me/it", "--private", capsys=capsys)
+    assert "--push-to-hub me/it: no route to the hub; the export stays in" in line
+    assert (out / "README.md").is_file() and pushed == [("me/it", True)]
