@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never use the network
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def teacher():
     return teachers.load("digits")
 
 
-def launch(recipe: str, *arguments: object, processes: int = 0, threads: int = 2, **kwargs) -> subprocess.CompletedProcess:
+def launch(recipe: str, *arguments: object, processes: int = 0, threads: int = 1, **kwargs) -> subprocess.CompletedProcess:
     """Runs recipes/<recipe>.py: with python, or with torchrun on several CPU processes. Output is captured as text."""
     head = [sys.executable]
     if processes:

@@ -70,7 +70,7 @@ def test_measure_returns_every_metric_of_the_report():
 
 
 def test_the_interval_covers_the_true_distance_as_often_as_it_promises():
-    """200 repeats: 95 % of them leave between 180 and 198 inside with a probability of 0.996."""
+    """200 repeats: 95 % of them leave between 180 and 198 inside with a probability of 0.998."""
     shift, reference = 0.1, Reference(gaussian_features(400_000, seed=11))
     truth = reference.frechet(np.full(8, shift), np.diag(np.linspace(0.5, 2, 8) ** 2))
     low_high = [
