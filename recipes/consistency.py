@@ -49,7 +49,6 @@ class Config:
     preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
     method: str = flag("cd", "cd, scd, meanflow or denoise from a teacher; ct, ict, ect or sct from data", choices=METHODS)
     teacher: str = flag("digits", "what is distilled, or what training starts from: " + teachers.ACCEPTED.replace("%", "%%"))
-    force: bool = flag(False, "distil a teacher that the probe finds to be no denoiser, with a warning")
     from_scratch: bool = flag(False, "start from new weights and use no teacher at all")
     student: str | None = flag(
         None, "what training starts from: new weights ('new'), or any --teacher; the teacher itself where not given"
@@ -97,6 +96,7 @@ class Config:
     log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
     threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
     resume: bool = flag(True, "continue a run of the same configuration in the output directory")
+    force: bool = flag(False, "distil a teacher that the probe finds to be no denoiser, with a warning")
 
     MAY_CHANGE: ClassVar = ("force",)
 

@@ -40,7 +40,6 @@ PRESETS: dict[str, dict] = {
 class Config:
     preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
     teacher: str = flag("digits", "what is distilled: " + teachers.ACCEPTED.replace("%", "%%"))
-    force: bool = flag(False, "distil a teacher that the probe finds to be no denoiser, with a warning")
     data: str = flag("digits", "what it is distilled on: " + datasets.ACCEPTED)
     output_dir: str = flag("runs/progressive-digits", "a new directory, or one that holds the same run, which is continued")
     start_steps: int = flag(64, "steps of the teacher's DDIM sampler")
@@ -65,6 +64,7 @@ class Config:
     log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
     threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
     resume: bool = flag(True, "continue a run of the same configuration in the output directory")
+    force: bool = flag(False, "distil a teacher that the probe finds to be no denoiser, with a warning")
 
     MAY_CHANGE: ClassVar = ("force",)
 

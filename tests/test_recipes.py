@@ -443,7 +443,7 @@ def bad(main, arguments, capsys):
         (progressive.main, ["--start-steps", "64", "--end-steps", "3"], "accepted are [32, 16, 8, 4, 2, 1]"),
         (progressive.main, ["--start-steps", "7"], "none: start is odd"),
         (progressive.main, ["--start-steps", "many"], "invalid int value: 'many'"),
-        (progressive.main, ["--weight", "min_snr"], "choose from"),
+        (progressive.main, ["--weight", "sqrt"], "choose from"),
         (progressive.main, ["--batch-size", "100", "--microbatch", "7"], "choose a multiple of 15"),
         (progressive.main, ["--features", "incption"], "unknown features"),
         (progressive.main, ["--preset", "fast"], "choose from"),
