@@ -31,9 +31,9 @@ from recipes.measure import (
     opponents,
     own_cells,
 )
-from recipes.methods import DISTANCE_NAMES, METHODS, check, method_of
+from recipes.methods import DISTANCE_NAMES, METHODS, check, check_levels, method_of
 from recipes.probing import check_denoiser
-from recipes.stage import deliver, plan, stage
+from recipes.stage import deliver, plan, stage, trial
 from teachers import Teacher
 from teachers.unet import untrained, with_two_times
 
@@ -126,12 +126,15 @@ def main(argv: list[str] | None = None) -> None:
             check_match(teacher, data, training=True)
         model = started(config, teacher, data)
         check_sampler(model, sampler_name)
+        if teacher is not None:
+            check_levels(teacher, model)
         model.parametric  # an oracle has no network  # noqa: B018
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
         extractor = Extractor.create(config.features).fits(model.image_shape)
         real = measured_against(config.reference, data, extractor)
         method = method_of(config, None if teacher is None else teacher.denoiser, data)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
+        trial(method, model, data)
         run = Run.open(config, config.mixed_precision)
     if warning:
         run.say(f"warning: {warning}")

@@ -3,6 +3,7 @@ and what its flags mean."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from distill.target import Datum, Mix, PosteriorMean, Target, errors
 from distill.train import Method
 from eval.perceptual import Lpips
 from recipes.data import Data
+from teachers import Teacher
 
 if TYPE_CHECKING:
     from recipes.consistency import Config
@@ -105,6 +107,16 @@ def check(config: Config) -> None:
         )
     if config.target_mix not in (None, "0"):
         raise ValueError(f"--target-mix {config.target_mix} needs a teacher and --from-scratch has none")
+
+
+def check_levels(teacher: Teacher, student: Teacher) -> None:
+    """ValueError where the student would be trained below the noise levels that the teacher knows, or end above them."""
+    low = [float(m.denoiser.schedule.level(torch.tensor(m.denoiser.schedule.t_min).double())) for m in (teacher, student)]
+    if abs(math.log(low[0] / low[1])) > 0.7:
+        raise ValueError(
+            f"at t_min the teacher has sigma/alpha {low[0]:.3g} and the student's schedule {low[1]:.3g}: they must agree within a"
+            " factor of 2"
+        )
 
 
 def part_of(config: Config) -> float | str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 import teachers
 from distill.checkpoint import Resumable, whole, write_json
+from distill.rng import Rng
 from distill.train import Batches, Method, Optimization, Shares, train
 from eval.generate import peak_memory_gb
 from recipes.common import Run, duration, rehearse
@@ -91,6 +94,14 @@ def stage(
         accelerator.free_memory()
         accelerator.wait_for_everyone()
     return teachers.load_file(file).to(run.accelerator.device), training_seconds(file) or spent
+
+
+def trial(method: Method, model: Teacher, data: Data) -> None:
+    """The method once on two images, so that what this network cannot do is said before anything is written. ValueError, e.g. from a
+    tangent that an operator of the network has no rule for."""
+    batches = conditioned(data.batches(Shares(2), 0, "trial", torch.device("cpu"), model.classes is not None), model)
+    x0, cond = next(iter(batches(0)))
+    method(model.student(), x0, rng=Rng(torch.Generator().manual_seed(0), 2), progress=0.5, **cond)
 
 
 def conditioned(batches: Batches, model: Teacher) -> Batches:
