@@ -33,7 +33,7 @@ class MeanFlow:
 
     ``mean``, ``deviation``: of the logit of both times (their order is put right), wide enough for t = 1, where sampling starts;
     ``apart``: part of the samples in which they differ. ``power``: 1 in the paper, for targets of data. On a teacher's, where s = t
-    has no error at all, it would give all weight to those: 0. ``jvp``: "exact" (forward mode) or "finite".
+    has no error at all, it would give all weight to those: 0. ``jvp``: "exact" (forward mode) or "finite", over ``step``.
     """
 
     target: Target
@@ -43,6 +43,7 @@ class MeanFlow:
     power: float = 1.0
     c: float = 1e-3
     jvp: str = "exact"
+    step: float = 2e-4
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         one, two = (torch.sigmoid(self.mean + self.deviation * rng.normal(x0.flatten(1)[:, 0].float())) for _ in range(2))
@@ -52,7 +53,7 @@ class MeanFlow:
         with torch.no_grad():
             v = rate(x, self.target(FLOW, x, t, x0, **cond), t)
             with same_dropout(x0.device):
-                _, du = tangent(mean_rate(bare(student), s, cond), x, t, v, self.jvp)
+                _, du = tangent(mean_rate(bare(student), s, cond), x, t, v, self.jvp, self.step)
             u_target = v - expand(t - s, x) * du
         error = (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1)
         return error / (error.detach() + self.c) ** self.power

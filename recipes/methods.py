@@ -63,11 +63,11 @@ def ect(config: Config, target: Target, options: dict[str, Any]) -> Method:
 
 
 def scm(config: Config, target: Target, options: dict[str, Any]) -> Method:
-    return ContinuousConsistency(target, jvp=config.jvp)
+    return ContinuousConsistency(target, jvp=config.jvp or "exact", step=config.jvp_step)
 
 
 def meanflow(config: Config, target: Target, options: dict[str, Any]) -> Method:
-    return MeanFlow(target, power=0.0 if part_of(config) else 1.0, jvp=config.jvp)
+    return MeanFlow(target, power=0.0 if part_of(config) else 1.0, jvp=config.jvp or "finite", step=config.jvp_step)
 
 
 def denoise(config: Config, target: Target, options: dict[str, Any]) -> Method:
@@ -79,9 +79,9 @@ METHODS: dict[str, Usual] = {
     "ct": Usual(ct, 0.0, (*PAIRS, "grid"), "inverse_level"),
     "ict": Usual(ict, 0.0, PAIRS, "inverse_gap", "pseudo_huber"),
     "ect": Usual(ect, 0.0, PAIRS, "inverse_level"),
-    "scd": Usual(scm, 1.0, ("jvp",)),
-    "sct": Usual(scm, 0.0, ("jvp",)),
-    "meanflow": Usual(meanflow, 1.0, ("jvp",), sampler="jump", two_times=True),
+    "scd": Usual(scm, 1.0, ("jvp", "jvp_step")),
+    "sct": Usual(scm, 0.0, ("jvp", "jvp_step")),
+    "meanflow": Usual(meanflow, 1.0, ("jvp", "jvp_step"), sampler="jump", two_times=True),
     "denoise": Usual(denoise, 1.0, (), sampler="ddim"),
 }
 
