@@ -75,11 +75,7 @@ class Config:
     order: int = flag(2, "cd: 1 for Euler steps of the teacher, 2 for Heun", choices=(1, 2))
     regularize: tuple[str, ...] = flag((), f"terms to add, as name=weight: {', '.join(RESIDUALS)}")
     averaged_target: bool = flag(False, "take the other end from the EMA of the student")
-    jvp: str | None = flag(
-        None,
-        "scd, sct, meanflow: exact forward-mode tangents, or finite differences, meanflow's own",
-        choices=("exact", "finite"),
-    )
+    jvp: str = flag("finite", "scd, sct, meanflow: tangents by finite differences, or exact", choices=("finite", "exact"))
     jvp_step: float = flag(0.02, "step of finite differences in t; one like this sees past time embeddings that turn fast")
     sampler: str | None = flag(
         None, "how several steps are taken: ddim, consistency:GAMMA (part of the noise that is fresh), jump; the method's own"

@@ -63,11 +63,11 @@ def ect(config: Config, target: Target, options: dict[str, Any]) -> Method:
 
 
 def scm(config: Config, target: Target, options: dict[str, Any]) -> Method:
-    return ContinuousConsistency(target, jvp=config.jvp or "exact", step=config.jvp_step)
+    return ContinuousConsistency(target, jvp=config.jvp, step=config.jvp_step)
 
 
 def meanflow(config: Config, target: Target, options: dict[str, Any]) -> Method:
-    return MeanFlow(target, power=0.0 if part_of(config) else 1.0, jvp=config.jvp or "finite", step=config.jvp_step)
+    return MeanFlow(target, power=0.0 if part_of(config) else 1.0, jvp=config.jvp, step=config.jvp_step)
 
 
 def denoise(config: Config, target: Target, options: dict[str, Any]) -> Method:

@@ -323,7 +323,7 @@ TINY = ("--preset", "smoke", "--training-images", "256", "--images", "60", "--sw
     [
         ("cd",), ("cd", "--order", "1", "--averaged-target", "--distance", "pseudo_huber"), ("ct", "--from-scratch"),
         ("ict", "--from-scratch"), ("ect",), ("ect", "--target-mix", "auto"), ("ect", "--from-scratch", "--target", "posterior-mean"),
-        ("scd",), ("sct", "--jvp", "finite"), ("meanflow",), ("meanflow", "--from-scratch", "--sampler", "jump"),
+        ("scd",), ("sct", "--jvp", "exact"), ("meanflow",), ("meanflow", "--from-scratch", "--sampler", "jump"),
         ("cd", "--student", "new", "--sampler", "ddim"),
         ("denoise", "--student", "new", "--regularize", "consistent=0.1", "fokker-planck=0.001"),
     ],
@@ -470,7 +470,7 @@ def bad(main, arguments, capsys):
         ),
         (
             consistency.main,
-            ["--method", "denoise", "--jvp", "finite"],
+            ["--method", "denoise", "--jvp", "exact"],
             "--jvp means nothing to --method denoise: accepted with scd",
         ),
         (consistency.main, ["--target", "posterior-mean", "--target-mix", "1"], "choose it or --target-mix"),
@@ -546,7 +546,7 @@ def test_a_network_without_a_tangent_or_from_other_noise_levels_is_refused_befor
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     arguments = ["--preset", "smoke", "--force", "--output-dir", str(tmp_path / "r")]
     spec = "test_recipes:NoRule,prediction=v,shape=1x8x8,schedule="
-    line = bad(consistency.main, ["--method", "sct", "--teacher", spec + "cosine", *arguments], capsys)
+    line = bad(consistency.main, ["--method", "sct", "--jvp", "exact", "--teacher", spec + "cosine", *arguments], capsys)
     assert "no exact tangent" in line and "use --jvp finite" in line
     line = bad(consistency.main, ["--student", spec + "ve", "--teacher", spec + "edm", *arguments], capsys)
     assert "at t_min the teacher has sigma/alpha 0.002 and the student's schedule 0.02: they must agree" in line
