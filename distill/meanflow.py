@@ -53,7 +53,7 @@ class MeanFlow:
         with torch.no_grad():
             v = rate(x, self.target(FLOW, x, t, x0, **cond), t)
             with same_dropout(x0.device):
-                _, du = tangent(mean_rate(bare(student), s, cond), x, t, v, self.jvp, self.step)
+                _, du = tangent(mean_rate(bare(student), s, cond), x, t, v, self.jvp, self.step, FLOW.t_max)
             u_target = v - expand(t - s, x) * du
         error = (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1)
         return error / (error.detach() + self.c) ** self.power

@@ -80,16 +80,24 @@ def bare(student: DenoiserLike) -> DenoiserLike:
 
 
 def tangent(
-    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, a: Tensor, dx: Tensor, mode: str = "exact", h: float = 2e-4
+    function: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    a: Tensor,
+    dx: Tensor,
+    mode: str = "exact",
+    h: float = 2e-4,
+    end: float = TRIG.t_max,
 ) -> tuple[Tensor, Tensor]:
     """function(x, a) and its derivative along (dx, 1): "exact", or "finite" over steps of ``h``, which averages over what turns
     faster (the fastest time embeddings turn by a tenth of a radian in 2e-4). ValueError, naming the operator, where one has no
     forward-mode rule."""
     if mode == "finite":
-        step = expand(torch.full_like(a, h), x) * dx
+        to_ends = torch.minimum(a, end - a) / 2  # times lie between 0 and ``end``
+        by = to_ends.clamp(max=h)
+        step = expand(by, x) * dx
         with torch.no_grad():
-            ahead, behind = function(x + step, a + h), function(x - step, a - h)
-            return function(x, a), (ahead - behind) / (2 * h)
+            ahead, behind = function(x + step, a + by), function(x - step, a - by)
+            return function(x, a), (ahead - behind) / expand(2 * by, x)
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with a forward-mode rule
             value, derivative = torch.func.jvp(function, (x, a), (dx, torch.ones_like(a)))[:2]

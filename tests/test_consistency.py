@@ -200,6 +200,20 @@ def test_exact_tangents_are_finite_differences(teacher):
     assert (exact - near).norm() / exact.norm() < 0.02
 
 
+def test_coarse_finite_differences_stay_between_the_ends_of_the_time_axis():
+    seen = []
+
+    def function(x, a):
+        seen.append(a)
+        return x * a[:, None] ** 2
+
+    x, a, dx = torch.randn(4, 2).double(), torch.tensor([1e-4, 0.3, 1.2, 1.5707]).double(), torch.randn(4, 2).double()
+    _, found = tangent(function, x, a, dx, "finite", h=0.1)
+    assert all((t > 0).all() and (t < math.pi / 2).all() for t in seen)
+    exact = dx * a[:, None] ** 2 + 2 * x * a[:, None]
+    assert torch.allclose(found, exact, atol=0.05)
+
+
 def test_a_network_without_a_forward_rule_is_refused_by_the_name_of_its_operator():
     class NoRule(torch.autograd.Function):
         @staticmethod
