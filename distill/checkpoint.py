@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,15 @@ def replacing(path: Path | str) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from None  # names the file that was meant
     finally:
         aside.unlink(missing_ok=True)
+
+
+def clear_aside(folder: Path) -> None:
+    """Removes what killed processes were writing aside in a folder, files and folders."""
+    for left in folder.rglob(".*.part"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

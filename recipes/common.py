@@ -211,6 +211,7 @@ def _claim(folder: Path, config: Any) -> None:
             raise ValueError(f"{folder} holds another run ({shown}): choose another --output-dir")
         if not getattr(config, "resume", True):
             raise ValueError(f"{folder} holds this very run already: --resume continues it, or choose another --output-dir")
+        checkpoint.clear_aside(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of this recipe: choose another --output-dir")
     checkpoint.write_json(path, mine)

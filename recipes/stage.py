@@ -90,9 +90,10 @@ def stage(
             net = model.student().net
             net.load_state_dict(weights)
             teachers.save(file, replace(model, denoiser=replace(trained, net=net), sampler=sampler, record=record))
-            Resumable(folder).clear()
         accelerator.free_memory()
         accelerator.wait_for_everyone()
+    if run.main:
+        Resumable(folder).clear()  # here, since a run can be killed between the student's file and this
     return teachers.load_file(file).to(run.accelerator.device), training_seconds(file) or spent
 
 

@@ -171,9 +171,9 @@ def main(argv: list[str] | None = None) -> None:
             }
             frozen(ema.net)
             teachers.save(file, replace(model, denoiser=ema, record=record))
-            Resumable(run.folder / "resume").clear()
     run.accelerator.wait_for_everyone()
     if run.main:
+        Resumable(run.folder / "resume").clear()
         trained = teachers.load_file(file).to(device)
         begin = start(range(100), trained.shape, None, config.seed)
         begin.labels = None if classes is None else torch.arange(100) % classes

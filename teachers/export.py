@@ -175,7 +175,7 @@ def pipeline(model: Teacher, folder: Path, steps: int | None = None) -> None:
     assert isinstance(d.schedule, Table)
     unet, scheduler = baked(model, steps) if steps else (d.net.unet, scheduler_of(d.schedule, d.prediction))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         stock: Any = ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
         stock.save_pretrained(aside)

@@ -161,6 +161,21 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_bits(small, tmp_path):
     assert not list(folder.rglob("*.part")) and not list(folder.rglob("resume-*"))
 
 
+def test_what_a_run_killed_while_writing_left_behind_is_removed_when_it_continues(small, tmp_path):
+    folder = tmp_path / "left"
+    shutil.copytree(small, folder)
+    before = {str(p.relative_to(folder)) for p in folder.rglob("*")}
+    for left in (
+        "stages/2/resume-000000006.safetensors",
+        "stages/2/.resume-000000007.safetensors.1.part",
+        ".config.json.1.part",
+    ):
+        shutil.copy(folder / "student.safetensors", folder / left)
+    shutil.copytree(folder / "pipeline", folder / ".pipeline.ab.part")
+    succeed("progressive", *SMALL, "--output-dir", folder, threads=1)
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*")} == before
+
+
 def test_a_finished_run_is_reported_again_without_work(small, capsys):
     before = (small / "student.safetensors").stat().st_mtime_ns, (small / "stages/1/student.safetensors").stat().st_mtime_ns
     progressive.main([*SMALL, "--output-dir", str(small)])
