@@ -9,6 +9,7 @@ g = 0 is training from data, g = 1 distillation, and the minimiser g = Var / (Va
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,26 +96,59 @@ def posterior_mean(
     return (scores.softmax(1) @ points).to(x_t).reshape(x_t.shape[0], *data.shape[1:])
 
 
-@torch.no_grad()
-def errors(
-    teacher: DenoiserLike | None,
-    schedule: Schedule,
-    data: Tensor,
-    labels: Tensor | None,
-    logsnr: Tensor,
-    rng: torch.Generator,
-    samples: int = 512,
-) -> dict[str, Tensor]:
-    """Mean squares per pixel at each noise level [L]: ``variance`` of the datum, |x0 - m|^2, and ``bias`` of the teacher, |D - m|^2,
-    both about m = E[x0 | x_t] of the finite data, and ``best``, the g that minimises their mix."""
-    variance, bias = [], []
-    index = torch.randint(len(data), (samples,), generator=rng)
-    x0, cond = data[index], {} if labels is None else {"labels": labels[index]}
-    for level in logsnr:
-        t = schedule.time(level).expand(samples).to(x0)
+@dataclass(frozen=True)
+class Sample:
+    """Data drawn for one noise level: x_t [B, ...] with the x0 and the conditions it came from, and ``expected``, E[x0 | x_t] as well
+    as it can be told."""
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    cond: dict[str, Tensor]
+    answer: Tensor
+    expected: Tensor
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How far a teacher is from E[x0 | x_t] on ``data`` [N, ...] in random order, with ``labels`` [N].
+
+    x0 - E[x0 | x_t] is orthogonal to every function of x_t. What a linear function of 1, x_t, D(x_t) and the posterior mean of other
+    data can tell of x0 - D(x_t) is therefore an error of the teacher, and D with it is what is taken for E[x0 | x_t] here: the bias
+    found is a lower bound. x0 comes from one half of the data and the posterior mean from the other; that of all the data, x0 among
+    them, would count as an error all that the teacher generalises. ``condition``: labels -> what the teacher is told.
+    """
+
+    teacher: DenoiserLike
+    data: Tensor
+    labels: Tensor | None = None
+    condition: Callable[[Tensor | None], dict[str, Tensor]] = lambda labels: {} if labels is None else {"labels": labels}
+
+    @torch.no_grad()
+    def draw(self, schedule: Schedule, logsnr: Tensor, n: int, rng: torch.Generator) -> Sample:
+        """``n`` samples at one noise level."""
+        half = (len(self.data) + 1) // 2
+        index = torch.randint(half, (n,), generator=rng).to(self.data.device)
+        x0, labels = self.data[index], None if self.labels is None else self.labels[index]
+        others, of_others = self.data[-half:], None if self.labels is None else self.labels[-half:]
+        t = schedule.time(logsnr).expand(n).to(x0)
         x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=rng).to(x0), t)
-        mean = posterior_mean(schedule, x_t, t, data, cond.get("labels"), labels)
-        variance.append((x0 - mean).square().mean())
-        bias.append(torch.zeros(()) if teacher is None else (ask_in(teacher, schedule)(x_t, t, **cond) - mean).square().mean())
-    v, b = torch.stack(variance), torch.stack(bias).to(variance[0])
-    return {"variance": v, "bias": b, "best": v / (v + b).clamp(min=1e-12)}
+        cond = self.condition(labels)
+        answer = ask_in(self.teacher, schedule)(x_t, t, **cond)
+        elsewhere = posterior_mean(schedule, x_t, t, others, labels, of_others)
+        told = torch.stack([z.double().flatten() for z in (torch.ones_like(x_t), x_t, answer, elsewhere)], 1)
+        wrong = (x0 - answer).double().flatten()
+        # the four may all but coincide, where the normal equations are singular
+        weights = torch.linalg.pinv(told.T @ told, hermitian=True, rtol=1e-12) @ (told.T @ wrong)
+        return Sample(x_t, t, x0, cond, answer, answer + (told @ weights).to(answer).reshape(answer.shape))
+
+    def errors(self, schedule: Schedule, logsnr: Tensor, rng: torch.Generator, samples: int = 512) -> dict[str, Tensor]:
+        """Mean squares per pixel at each noise level [L]: ``variance`` of the datum and ``bias`` of the teacher about E[x0 | x_t],
+        and ``best``, the part of the teacher that minimises the error of their mix."""
+        variance, bias = [], []
+        for level in logsnr:
+            drawn = self.draw(schedule, level, samples, rng)
+            variance.append((drawn.x0 - drawn.expected).square().mean())
+            bias.append((drawn.answer - drawn.expected).square().mean())
+        v, b = torch.stack(variance), torch.stack(bias)
+        return {"variance": v, "bias": b, "best": v / (v + b).clamp(min=1e-12)}

@@ -26,7 +26,7 @@ def draw(out: dict, path: Path) -> None:
         axes[2].plot(*zip(*points, strict=True), color=COLOURS[name], label=f"trained on the {name}")
     axes[0].set(yscale="log", xlabel="log-SNR", title="error of the target: variance + bias$^2$")
     axes[1].set(yscale="log", xlabel="log-SNR", title="signal-to-noise ratio of a batch's gradient")
-    axes[2].set(yscale="log", xlabel="training images", title="error of the student about E[x0 | x_t]")
+    axes[2].set(yscale="log", xlabel="training images", title="error of the student above its teacher's, held out")
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
@@ -59,6 +59,11 @@ def verdict(out: dict) -> str:
     goal = min(error for _, error in datum)
     reached = next((images for images, error in teacher if error <= goal), None)
     if reached is None:
-        return f"The student of the data ended at an error of {goal:.3g}, which the student of the teacher did not reach."
+        return (
+            f"The student of the data came within {goal:.3g} of the teacher's error, which the student of the teacher did not."
+        )
     part = reached / datum[-1][0]
-    return f"The student of the teacher reached the error {goal:.3g} of the student of the data after {part:.0%} of its images."
+    return (
+        f"The student of the data came within {goal:.3g} of the teacher's error (in v, a pixel, on images held out); the student of the "
+        f"teacher did so after {part:.0%} of its images."
+    )

@@ -3,7 +3,6 @@ and what its flags mean."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,11 @@ import torch
 
 from distill.consistency import Consistency, Gap, Neighbours, ct_steps, ict_steps
 from distill.denoise import Denoise
-from distill.denoiser import DenoiserLike
 from distill.distance import DISTANCES, Distance
 from distill.meanflow import MeanFlow
 from distill.regularize import RESIDUALS, Regularized
 from distill.scm import ContinuousConsistency
-from distill.target import Datum, Mix, PosteriorMean, Target, errors
+from distill.target import Datum, Judge, Mix, PosteriorMean, Target
 from distill.train import Method
 from eval.perceptual import Lpips
 from recipes.data import Data
@@ -34,7 +32,8 @@ PAIRS = ("weight", "distance", "averaged_target")
 @dataclass(frozen=True)
 class Usual:
     """A method: ``build(config, target, options)``, the teacher's part in its target, the flags that it takes beside those that
-    all take, its own weight, distance and sampler, and whether its student is told where a step ends."""
+    all take, its own weight, distance and sampler, whether its student is told where a step ends, and whether there is anything to
+    learn without a teacher."""
 
     build: Callable[[Config, Target, dict[str, Any]], Method]
     mix: float
@@ -43,6 +42,7 @@ class Usual:
     distance: str = "l2"
     sampler: str = "consistency:0.5"
     two_times: bool = False
+    from_data: bool = True
 
 
 def cd(config: Config, target: Target, options: dict[str, Any]) -> Method:
@@ -75,14 +75,14 @@ def denoise(config: Config, target: Target, options: dict[str, Any]) -> Method:
 
 
 METHODS: dict[str, Usual] = {
-    "cd": Usual(cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order"), "truncated_snr"),
+    "cd": Usual(cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order"), "truncated_snr", from_data=False),
     "ct": Usual(ct, 0.0, (*PAIRS, "grid"), "inverse_level"),
     "ict": Usual(ict, 0.0, PAIRS, "inverse_gap", "pseudo_huber"),
     "ect": Usual(ect, 0.0, PAIRS, "inverse_level"),
-    "scd": Usual(scm, 1.0, ("jvp", "jvp_step")),
+    "scd": Usual(scm, 1.0, ("jvp", "jvp_step"), from_data=False),
     "sct": Usual(scm, 0.0, ("jvp", "jvp_step")),
     "meanflow": Usual(meanflow, 1.0, ("jvp", "jvp_step"), sampler="jump", two_times=True),
-    "denoise": Usual(denoise, 1.0, (), sampler="ddim"),
+    "denoise": Usual(denoise, 1.0, (), sampler="ddim", from_data=False),
 }
 
 
@@ -100,8 +100,8 @@ def check(config: Config) -> None:
     terms_of(config)
     if not config.from_scratch:
         return
-    if usual.mix and config.method != "meanflow":
-        with_data = [name for name, other in METHODS.items() if not other.mix] + ["meanflow"]
+    if not usual.from_data:
+        with_data = [name for name, other in METHODS.items() if other.from_data]
         raise ValueError(
             f"--method {config.method} distils a teacher and --from-scratch has none: choose {', '.join(with_data)}"
         )
@@ -110,12 +110,12 @@ def check(config: Config) -> None:
 
 
 def check_levels(teacher: Teacher, student: Teacher) -> None:
-    """ValueError where the student would be trained below the noise levels that the teacher knows, or end above them."""
+    """ValueError where the student would be trained well below the noise levels that the teacher knows."""
     low = [float(m.denoiser.schedule.level(torch.tensor(m.denoiser.schedule.t_min).double())) for m in (teacher, student)]
-    if abs(math.log(low[0] / low[1])) > 0.7:
+    if low[1] < low[0] / 2:
         raise ValueError(
-            f"at t_min the teacher has sigma/alpha {low[0]:.3g} and the student's schedule {low[1]:.3g}: they must agree within a"
-            " factor of 2"
+            f"the student's schedule begins at sigma/alpha {low[1]:.3g} (t_min) and the teacher knows none below {low[0]:.3g}: accepted "
+            "are schedules that begin at half of that or more"
         )
 
 
@@ -134,20 +134,27 @@ def part_of(config: Config) -> float | str:
     return part
 
 
-def target_of(config: Config, teacher: DenoiserLike | None, data: Data) -> Target:
-    """What stands for x0 in each step, as --target and --target-mix say."""
+def target_of(config: Config, teacher: Teacher | None, model: Teacher, data: Data) -> Target:
+    """What stands for x0 in each step of training ``model``, as --target and --target-mix say. ValueError for a posterior mean
+    where the condition is no label."""
     part = part_of(config)
     if config.target == "posterior-mean":
+        if model.table is not None:
+            raise ValueError("--target posterior-mean goes by labels, and this model is told a text: choose --target mix")
         return PosteriorMean()
     if teacher is None or part == 0:
         return Datum()
     if part != "auto":
-        return Mix(teacher, float(part))
-    some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))[:4096]
-    labels = None if data.labels is None else data.labels[some]
-    x0 = data.x0(some)
-    found = errors(teacher, teacher.schedule, x0, labels, LEVELS, torch.Generator().manual_seed(config.seed))
-    return Mix(teacher, found["best"], LEVELS)
+        return Mix(teacher.denoiser, float(part))
+    schedule, rng = teacher.denoiser.schedule, torch.Generator().manual_seed(config.seed)
+    return Mix(teacher.denoiser, judged(teacher, data, 4096, config.seed).errors(schedule, LEVELS, rng)["best"], LEVELS)
+
+
+def judged(teacher: Teacher, data: Data, most: int, seed: int, device: torch.device | str = "cpu") -> Judge:
+    """The teacher before ``most`` of the data, at random."""
+    some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:most]
+    labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
+    return Judge(teacher.denoiser, data.x0(some, device), labels, teacher.condition)
 
 
 def distance_of(name: str, data: Data) -> Distance:
@@ -166,10 +173,10 @@ def terms_of(config: Config) -> tuple[tuple[str, float], ...]:
     return tuple(terms)
 
 
-def method_of(config: Config, teacher: DenoiserLike | None, data: Data) -> Method:
-    """The method that the flags describe, with its regularizers."""
+def method_of(config: Config, teacher: Teacher | None, model: Teacher, data: Data) -> Method:
+    """The method that the flags describe, by which ``model`` is trained, with its regularizers."""
     usual, terms = METHODS[config.method], terms_of(config)
     options: dict[str, Any] = {"averaged": config.averaged_target, "weight": config.weight or usual.weight}
     options["distance"] = distance_of(config.distance or usual.distance, data)
-    method = usual.build(config, target_of(config, teacher, data), options)
+    method = usual.build(config, target_of(config, teacher, model, data), options)
     return Regularized(method, terms) if terms else method

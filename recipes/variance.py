@@ -2,32 +2,33 @@
 
     python recipes/variance.py --teacher digits --output-dir runs/variance-digits
 
-Of the datum, of the teacher's E[x0 | x_t], of their best mix and of the batch's posterior mean it measures, against the exact
-E[x0 | x_t] of the data: the variance of the target, its bias, and the signal-to-noise ratio of the gradient it gives an untrained
-student. Then two students of equal seed are trained for equal images, one on data and one on the teacher.
+Of the datum, of the teacher's E[x0 | x_t], of their best mix and of the batch's posterior mean it measures, against E[x0 | x_t] as
+well as the teacher and the data together tell it (`distill.target.Judge`): the error of the target, variance and squared bias, and the
+signal-to-noise ratio of the gradient it gives an untrained student. Then two students of equal seed are trained for equal images,
+one on data and one on the teacher, and tried on images that neither was trained on.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import teachers
 from distill.checkpoint import write_json, write_text
 from distill.denoise import Denoise
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, ask_in
 from distill.rng import Rng
 from distill.schedule import add_noise
-from distill.target import Datum, Mix, PosteriorMean, Target, errors, posterior_mean
+from distill.target import Datum, Judge, Mix, PosteriorMean, Target
 from distill.train import Optimization, Shares, train
 from eval.variance import draw, page, verdict
 from recipes import data as datasets
 from recipes.common import Run, flag, one_line_errors, parse
 from recipes.measure import check_match
+from recipes.methods import judged
 from teachers import Teacher
 from teachers.unet import untrained
 
@@ -48,118 +49,109 @@ class Config:
     gradients: int = flag(24, "batches whose gradients are compared")
     batch_size: int = flag(128, "images a batch")
     training_images: int = flag(64_000, "images that each of the two students is trained on")
-    references: int = flag(4096, "most images the exact E[x0 | x_t] is taken over")
+    references: int = flag(4096, "most images by which the teacher is judged")
     seed: int = flag(0, "seed of everything")
     log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
     threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Images in [-1, 1] with their labels, on which everything here is measured."""
-
-    x0: Tensor
-    labels: Tensor | None
-
-    def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        index = torch.randint(len(self.x0), (n,), generator=generator)
-        return self.x0[index], {} if self.labels is None else {"labels": self.labels[index]}
-
-
-def gradient_snr(student: Denoiser, target: Target, facts: Facts, level: Tensor, config: Config) -> tuple[float, float]:
-    """|mean gradient|^2 over the variance of one batch's gradient, and that variance, of v's squared error at one log-SNR.
+def gradients(
+    student: Denoiser, targets: dict[str, Target], judge: Judge, level: Tensor, config: Config
+) -> dict[str, list[float]]:
+    """Of each target: |mean gradient|^2 over the variance of one batch's gradient, and that variance, of v's squared error at one
+    log-SNR.
 
     The same data and noise for every target. Both mean and variance are unbiased: |mean|^2 is |sample mean|^2 - variance / n.
     """
     schedule, generator = student.schedule, torch.Generator().manual_seed(config.seed)
     weights = [p for p in student.net.parameters() if p.requires_grad]
-    total, squares = torch.zeros(sum(p.numel() for p in weights), device=facts.x0.device), 0.0
+    total, squares = {name: torch.zeros((), device=judge.data.device) for name in targets}, dict.fromkeys(targets, 0.0)
     for _ in range(config.gradients):
-        x0, cond = facts.batch(config.batch_size, generator)
-        t = schedule.time(level).expand(len(x0)).to(x0)
-        x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=generator).to(x0), t)
-        x0_hat = target(schedule, x_t, t, x0, **cond)
-        weight = 1 / schedule.sigma(t).square()  # of x0's error in that of v
-        loss = (weight * (student(x_t, t, **cond) - x0_hat).square().flatten(1).mean(1)).mean()
-        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
-        total += flat
-        squares += float(flat.square().sum())
-    n = config.gradients
-    mean = total / n
-    variance = (squares - n * float(mean.square().sum())) / (n - 1)
-    return max(0.0, float(mean.square().sum()) - variance / n) / variance, variance
-
-
-def measured(config: Config, teacher: Teacher, facts: Facts, fresh: Denoiser) -> dict:
-    """Per noise level: variance and bias of the four targets, gradient variance and signal-to-noise ratio of each."""
-    schedule = teacher.denoiser.schedule
-    logsnr = torch.linspace(-8, 8, config.levels)
-    generator = torch.Generator().manual_seed(config.seed)
-    found = errors(teacher.denoiser, schedule, facts.x0, facts.labels, logsnr, generator, config.samples)
-    best = Mix(teacher.denoiser, found["best"], logsnr)
-    targets: dict[str, Target] = {
-        "datum": Datum(),
-        "teacher": Mix(teacher.denoiser, 1.0),
-        "mix": best,
-        "posterior mean": PosteriorMean(),
-    }
-    out: dict = {"logsnr": logsnr.tolist(), "best": found["best"].tolist(), "targets": {}}
-    for name, target in targets.items():
-        rows: dict[str, list[float]] = {"error": [], "gradient_snr": [], "gradient_variance": []}
-        for level in tqdm(logsnr, desc=f"target: {name}", leave=False, disable=None):
-            rows["error"].append(error_of(target, facts, schedule, level, config))
-            snr, variance = gradient_snr(fresh, target, facts, level, config)
-            rows["gradient_snr"].append(snr)
-            rows["gradient_variance"].append(variance)
-        out["targets"][name] = rows
-    out["targets"]["datum"]["variance"] = found["variance"].tolist()
-    out["targets"]["teacher"]["bias"] = found["bias"].tolist()
+        drawn = judge.draw(schedule, level, config.batch_size, generator)
+        answer = student(drawn.x_t, drawn.t, **drawn.cond)
+        for name, target in targets.items():
+            x0_hat = target(schedule, drawn.x_t, drawn.t, drawn.x0, **drawn.cond)
+            weight = 1 / schedule.sigma(drawn.t).square()  # of x0's error in that of v
+            loss = (weight * (answer - x0_hat).square().flatten(1).mean(1)).mean()
+            flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
+            total[name] = total[name] + flat
+            squares[name] += float(flat.square().sum())
+    out, n = {}, config.gradients
+    for name in targets:
+        mean = float((total[name] / n).square().sum())
+        variance = (squares[name] - n * mean) / (n - 1)
+        out[name] = [max(0.0, mean - variance / n) / variance, variance]
     return out
 
 
-@torch.no_grad()
-def error_of(target: Target, facts: Facts, schedule, level: Tensor, config: Config) -> float:
-    """E|x0_hat - E[x0 | x_t]|^2 a pixel: variance and squared bias together."""
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    values = []
-    for _ in range(max(1, config.samples // config.batch_size)):
-        x0, cond = facts.batch(config.batch_size, generator)
-        t = schedule.time(level).expand(len(x0)).to(x0)
-        x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=generator).to(x0), t)
-        mean = posterior_mean(schedule, x_t, t, facts.x0, cond.get("labels"), facts.labels)
-        values.append((target(schedule, x_t, t, x0, **cond) - mean).square().mean())
-    return float(torch.stack(values).mean())
+def measured(config: Config, teacher: Teacher, judge: Judge, fresh: Denoiser) -> dict:
+    """Per noise level: variance and bias of the four targets, gradient variance and signal-to-noise ratio of each."""
+    schedule, logsnr = teacher.denoiser.schedule, torch.linspace(-8, 8, config.levels)
+    generator = torch.Generator().manual_seed(config.seed)
+    found = judge.errors(schedule, logsnr, generator, config.samples)
+    targets: dict[str, Target] = {
+        "datum": Datum(),
+        "teacher": Mix(teacher.denoiser, 1.0),
+        "mix": Mix(teacher.denoiser, found["best"], logsnr),
+        "posterior mean": PosteriorMean(),
+    }
+    kinds = ("error", "gradient_snr", "gradient_variance")
+    rows: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in targets}
+    for level in tqdm(logsnr, desc="noise levels", disable=None):
+        drawn = judge.draw(schedule, level, config.samples, generator)
+        of_gradients = gradients(fresh, targets, judge, level, config)
+        for name, target in targets.items():
+            batches = [slice(i, i + config.batch_size) for i in range(0, config.samples, config.batch_size)]
+            x0_hat = torch.cat(
+                [
+                    target(schedule, drawn.x_t[b], drawn.t[b], drawn.x0[b], **{k: v[b] for k, v in drawn.cond.items()})
+                    for b in batches
+                ]
+            )
+            values = float((x0_hat - drawn.expected).square().mean()), *of_gradients[name]
+            for kind, value in zip(kinds, values, strict=True):
+                rows[name][kind].append(value)
+    rows["datum"]["variance"], rows["teacher"]["bias"] = found["variance"].tolist(), found["bias"].tolist()
+    return {"logsnr": logsnr.tolist(), "best": found["best"].tolist(), "targets": rows}
 
 
-def curve(
-    run: Run, config: Config, model: Teacher, teacher: Teacher | None, data: datasets.Data, facts: Facts
-) -> list[list[float]]:
-    """Training from one seed: [images, error against the exact E[x0 | x_t]] about thirty times on the way."""
-    name = "datum" if teacher is None else "teacher"
-    student = replace(model.parametric, net=copy.deepcopy(model.parametric.net).requires_grad_(True))
-    method = Denoise(Datum() if teacher is None else Mix(teacher.denoiser))
+def curve(run: Run, config: Config, fresh: Teacher, target: Target, data: datasets.Data, held_out: Judge) -> list[list[float]]:
+    """Training from one seed: [images, `excess` on the images held out] about thirty times on the way."""
+    name = "datum" if isinstance(target, Datum) else "teacher"
     how = Optimization(config.training_images, config.batch_size, warmup_images=4_000)
-    batches = data.batches(Shares(config.batch_size), config.seed, "variance", run.accelerator.device)
-    states = train(method, student, batches, run.accelerator, how, seed=config.seed, phase="variance")
+    conditional = fresh.classes is not None
+    batches = data.batches(Shares(config.batch_size), config.seed, "variance", run.accelerator.device, conditional)
+    states = train(Denoise(target), fresh.student(), batches, run.accelerator, how, seed=config.seed, phase="variance")
     points = []
     for state in run.watch(states, name, config.training_images, f"student of the {name}"):
         if state.step % max(1, how.steps // 30) == 0:
-            points.append([state.images, held_out_error(state.student, facts, config)])
+            points.append([state.images, excess(state.student, held_out, config.seed)])
     run.accelerator.free_memory()
     return points
 
 
 @torch.no_grad()
-def held_out_error(student: Denoiser, facts: Facts, config: Config) -> float:
-    """E|student - E[x0 | x_t]|^2 / sigma^2, the error of v about the exact answer, over all noise levels."""
-    schedule = student.schedule
-    rng = Rng(torch.Generator().manual_seed(config.seed + 2), 512)
-    x0, cond = facts.batch(512, rng.generator)
+def excess(student: Denoiser, held_out: Judge, seed: int, n: int = 1024) -> float:
+    """E (|x0 - student|^2 - |x0 - teacher|^2) / sigma^2 a pixel over all noise levels, of images of which neither target came: how
+    much more the student errs in v than the teacher."""
+    schedule, rng = student.schedule, Rng(torch.Generator().manual_seed(seed + 2), n)
+    index = rng.integers(len(held_out.data)).to(held_out.data.device)
+    x0, cond = held_out.data[index], held_out.condition(None if held_out.labels is None else held_out.labels[index])
     t = 0.02 + 0.96 * rng.uniform().to(x0)
     x_t = add_noise(schedule, x0, rng.normal(x0), t)
-    mean = posterior_mean(schedule, x_t, t, facts.x0, cond.get("labels"), facts.labels)
-    error = (student(x_t, t, **cond) - mean).square().flatten(1).mean(1)
-    return float((error / schedule.sigma(t).square()).mean())
+    mine, teachers_ = ((x0 - d(x_t, t, **cond)).square() for d in (student, ask_in(held_out.teacher, schedule)))
+    return float(((mine - teachers_).flatten(1).mean(1) / schedule.sigma(t).square()).mean())
+
+
+def parted(data: datasets.Data, seed: int) -> tuple[datasets.Data, datasets.Data]:
+    """Nine tenths of the images and the rest. A stream goes on over all of its set."""
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
+    cut = max(1, len(order) // 10)
+    first, rest = (
+        replace(data, images=data.images[part], labels=None if data.labels is None else data.labels[part], captions=None)
+        for part in (order[cut:], order[:cut])
+    )
+    return first, rest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -167,20 +159,19 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         teacher, data = teachers.load(config.teacher), datasets.load(config.data)
         check_match(teacher, data, training=True)
-        fresh = untrained(data.shape, data.classes, (32, 48), 1, config.seed)
+        if teacher.table is not None:
+            raise ValueError("the students of this report are told labels or nothing, and this teacher a text")
+        fresh = untrained(data.shape, teacher.classes, (32, 48), 1, config.seed)
         run = Run.open(config)
     device = run.accelerator.device
     for model in (teacher, fresh):
         model.to(device)
-    some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(config.seed))[: config.references]
-    labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
-    facts = Facts(data.x0(some, device), labels)
-    nn.Module.train(fresh.parametric.net)
-    out = measured(config, teacher, facts, fresh.parametric)
-    out["curves"] = {
-        "datum": curve(run, config, fresh, None, data, facts),
-        "teacher": curve(run, config, fresh, teacher, data, facts),
-    }
+    fresh.parametric.net.train()
+    out = measured(config, teacher, judged(teacher, data, config.references, config.seed, device), fresh.parametric)
+    kept, rest = parted(data, config.seed)
+    held_out = judged(teacher, rest, config.references, config.seed, device)
+    targets: dict[str, Target] = {"datum": Datum(), "teacher": Mix(teacher.denoiser)}
+    out["curves"] = {name: curve(run, config, fresh, target, kept, held_out) for name, target in targets.items()}
     out["verdict"] = verdict(out)
     if run.main:
         write_json(run.folder / "variance.json", out)
