@@ -104,7 +104,9 @@ def make(config: Config, model: Teacher, folder: Path) -> None:
     if config.onnx:
         print(f"one-step.onnx: largest difference {portable.onnx(model, folder / 'one-step.onnx'):.1g}")
     shown = picture(model, folder / "samples.png")
-    text = card(model, list(delivered), measured(config.model), config.license, shown)
+    labels = None if model.classes is None else [i % model.classes for i in range(4)]
+    call = export.form_of(model).call(model, labels, 4)
+    text = card(model, list(delivered), call, measured(config.model, model.fingerprint), config.license, shown)
     write_text(folder / "README.md", text)
 
 

@@ -89,7 +89,8 @@ def stage(
             write_json(folder / "cost.json", {"training_seconds": spent + run.seconds(name, optimization.images)})
             net = model.student().net
             net.load_state_dict(weights)
-            teachers.save(file, replace(model, denoiser=replace(trained, net=net), sampler=sampler, record=record))
+            kept = {key: model.record[key] for key in ("prompts",) if key in model.record}
+            teachers.save(file, replace(model, denoiser=replace(trained, net=net), sampler=sampler, record=kept | record))
         accelerator.free_memory()
         accelerator.wait_for_everyone()
     if run.main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from teachers.load import Teacher
 
@@ -11,28 +12,27 @@ USE = """```python
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{folder}")
-images = pipeline(batch_size=4{labels}, num_inference_steps={steps}).images
+images = pipeline({call}, num_inference_steps={steps}).images
 ```
 """
 
 
-def measured(spec: str) -> list[dict]:
+def measured(spec: str, fingerprint: str) -> list[dict]:
     """The rows about this very model in the report of the run that it lies in; none where there is no report."""
-    from teachers.load import load
-
     path = Path(spec)
     for folder in (path, *path.parents):
         try:
             rows = json.loads((folder / "report.json").read_text())["rows"]
         except (OSError, json.JSONDecodeError, KeyError):
             continue
-        mine = load(spec).fingerprint
-        return [row for row in rows if row.get("model_sha256") == mine and "fid" in row]
+        return [row for row in rows if row.get("model_sha256") == fingerprint and "fid" in row]
     return []
 
 
-def card(model: Teacher, pipelines: list[str], rows: list[dict], licence: str, picture: str | None) -> str:
-    """README.md, with the front matter that the hub reads."""
+def card(
+    model: Teacher, pipelines: list[str], call: dict[str, Any], rows: list[dict], licence: str, picture: str | None
+) -> str:
+    """README.md, with the front matter that the hub reads. ``call``: what the pipelines are called with."""
     record, sampler = model.record, model.sampler
     tags = ["diffusion", "distillation", "few-step", *([record["method"]] if "method" in record else [])]
     facts = {
@@ -61,9 +61,8 @@ def card(model: Teacher, pipelines: list[str], rows: list[dict], licence: str, p
             low, high = row["fid_interval"]
             out.append(f"| {row['steps']} | {row['sampler']} | {row['fid']:.4g} | {low:.4g} - {high:.4g} | {row['images']:,} |")
         out += ["", "FID as the report beside this model's run has it; it compares within one protocol only.", ""]
-    steps = min(sampler.get("steps", [64]))
-    labels = "" if model.classes is None else ", class_labels=[0, 1, 2, 3]"
-    out += [USE.format(folder=name, labels=labels, steps=_steps(name, steps)) for name in pipelines]
+    steps, how = min(sampler.get("steps", [64])), ", ".join(f"{name}={value!r}" for name, value in call.items())
+    out += [USE.format(folder=name, call=how, steps=_steps(name, steps)) for name in pipelines]
     out += [
         "`student.safetensors` is the same model with its whole recipe inside, for fewstep's `--teacher` and `--model`.",
         "",

@@ -52,11 +52,14 @@ class Convention:
 def table_of(config: dict) -> Table:
     """The schedule of a discrete scheduler's configuration, through diffusers' own table.
 
-    Some schedulers put 2^-24 where a zero terminal SNR is asked for, so that they can divide by it: it is 0 here.
+    Some schedulers put 2^-24 where a zero terminal SNR is asked for, so that they can divide by it: it is 0 here. A first entry of 1,
+    where a `TCDScheduler` of ours has the data, is put half way to the second.
     """
     table = _instance("DDIMScheduler", config).alphas_cumprod.double().tolist()
     if config.get("rescale_betas_zero_snr") and table[-1] < 1e-6:
         table[-1] = 0.0
+    if len(table) > 1 and table[0] == 1.0:
+        table[0] = (1 + table[1]) / 2
     return Table(tuple(table))
 
 

@@ -72,12 +72,13 @@ def test_a_card_has_the_rows_of_this_very_model_and_the_settings_to_run_it(stude
         "images": 100,
     }
     (student.parent / "report.json").write_text(json.dumps({"rows": [mine, mine | {"model_sha256": "other", "fid": 9.0}]}))
-    rows = measured(str(student))
-    assert rows == [mine] == measured(str(student.parent))
-    text = card(model, ["pipeline", "pipeline-3"], rows, "mit", None)
+    rows = measured(str(student), model.fingerprint)
+    assert rows == [mine] == measured(str(student.parent), model.fingerprint)
+    call = {"batch_size": 2, "class_labels": [0, 1]}
+    text = card(model, ["pipeline", "pipeline-3"], call, rows, "mit", None)
     assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n") and "| 1 | ddim | 0.5 | 0.4 - 0.6 | 100 |" in text
     assert "num_inference_steps=1" in text and 'from_pretrained("pipeline-3")' in text and "num_inference_steps=3" in text
-    assert "| teacher | digits |" in text and "class_labels" in text
+    assert "| teacher | digits |" in text and "pipeline(batch_size=2, class_labels=[0, 1], num_inference_steps=1)" in text
 
 
 def failing(*arguments, capsys):

@@ -14,7 +14,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -22,22 +21,15 @@ from diffusers import (
     LDMPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
     ScoreSdeVePipeline,
     ScoreSdeVeScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
-from pipelines import WIDTH, clip, randomized, t5, text_unet, unet, vae, vq
+from pipelines import FAMILIES, PROMPTS, WIDTH, dit, ldm, pixart, sd, unet, vae
 
 import teachers
 import teachers.pipeline
 from distill.schedule import EDM, Flow, Table
 from teachers import scheduler as schedulers
-
-DDIM = {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "clip_sample": False}
 
 
 @pytest.mark.parametrize("name", schedulers.DISCRETE)
@@ -159,84 +151,6 @@ def test_a_consistency_network_keeps_its_boundary_and_its_classes(tmp_path):
         for model in (teacher, again(teacher, tmp_path)):
             assert torch.allclose(model.denoiser(x, sigma, labels=labels), expected, atol=1e-4, rtol=1e-4)
     assert torch.allclose(teacher.denoiser(x, torch.tensor(0.01), labels=labels), x, atol=1e-5)
-
-
-def ldm(folder, autoencoder):
-    return LDMPipeline(autoencoder, unet(in_channels=autoencoder.config.latent_channels,
-                                         out_channels=autoencoder.config.latent_channels), DDIMScheduler(**DDIM))  # fmt: skip
-
-
-def dit(folder):
-    net = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
-        num_embeds_ada_norm=1000, norm_num_groups=4,
-    )  # fmt: skip
-    return DiTPipeline(randomized(net).eval(), vae(), DDIMScheduler(**DDIM))
-
-
-def sd(folder):
-    encoder, tokenizer = clip(folder / "words")
-    return StableDiffusionPipeline(
-        vae(), encoder, tokenizer, text_unet(), DDIMScheduler(**DDIM, prediction_type="v_prediction", steps_offset=1),
-        None, None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
-def xl(folder):
-    one, tokenizer = clip(folder / "words")
-    two, _ = clip(folder / "words", projected=True)
-    net = text_unet(
-        2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=WIDTH + 24
-    )
-    return StableDiffusionXLPipeline(vae(), one, two, tokenizer, tokenizer, net, DDIMScheduler(**DDIM))
-
-
-def sd3(folder):
-    one, tokenizer = clip(folder / "words", projected=True)
-    two, _ = clip(folder / "words", projected=True)
-    three, letters = t5(2 * WIDTH)
-    net = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8,
-    )  # fmt: skip
-    autoencoder = vae(scaling_factor=1.5, shift_factor=0.06)
-    return StableDiffusion3Pipeline(
-        randomized(net).eval(),
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
-        autoencoder,
-        one,
-        tokenizer,
-        two,
-        tokenizer,
-        three,
-        letters,
-    )
-
-
-def pixart(folder, pipeline, **options):
-    encoder, tokenizer = t5()
-    small = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 16,
-        "num_layers": 1,
-        "norm_num_groups": 4,
-    }
-    net = PixArtTransformer2DModel(**small | options, in_channels=4, out_channels=8, sample_size=8, caption_channels=WIDTH)
-    return pipeline(tokenizer, encoder, vae(), randomized(net).eval(), DDIMScheduler(**DDIM))
-
-
-FAMILIES = {
-    "latent of a VQ model": lambda f: ldm(f, vq()),
-    "latent of a KL model": lambda f: ldm(f, vae(scaling_factor=0.7)),
-    "DiT": dit,
-    "Stable Diffusion": sd,
-    "SDXL": xl,
-    "SD3": sd3,
-    "PixArt Sigma": lambda f: pixart(f, PixArtSigmaPipeline, use_additional_conditions=False),
-    "PixArt Alpha": lambda f: pixart(f, PixArtAlphaPipeline, use_additional_conditions=False),
-}
-PROMPTS = ["a cat", "two dogs on a boat", "blue"]
 
 
 def stock(pipeline, guidance):

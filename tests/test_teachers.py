@@ -8,7 +8,7 @@ from torch import nn
 
 import teachers
 from distill.denoiser import Rescheduled
-from distill.schedule import Cosine, Flow, Table, add_noise
+from distill.schedule import EDM, Cosine, Flow, Table, add_noise
 from teachers.oracle import Gaussian, Mixture, finite
 from teachers.unet import with_two_times
 
@@ -181,8 +181,18 @@ def test_guidance_needs_a_null_class(tmp_path, teacher):
         {"name": "consistency:0.5", "grid": "uniform", "steps": [4]},
         {"name": "jump", "grid": "uniform", "steps": [3]},
         {"name": "consistency:0.3", "grid": "uniform", "steps": [7]},
+        {"name": "consistency:0.5", "grid": "uniform", "steps": [20]},
     ],
-    ids=["searched", "not a divisor", "consistency", "consistency at searched times", "gamma 0.5", "jump", "gamma 0.3"],
+    ids=[
+        "searched",
+        "not a divisor",
+        "consistency",
+        "consistency at searched times",
+        "gamma 0.5",
+        "jump",
+        "gamma 0.3",
+        "twenty steps",
+    ],
 )
 def test_any_step_times_are_baked_into_a_pipeline_of_stock_classes(teacher, tmp_path, sampler):
     from teachers import export
@@ -222,6 +232,12 @@ def test_the_end_of_a_jump_is_told_in_the_networks_own_time(teacher):
     u, v = schedule.time(Flow().logsnr(t)), schedule.time(Flow().logsnr(s))
     scale = (torch.hypot(schedule.alpha(u), schedule.sigma(u)) / torch.hypot(1 - t, t))[:, None, None, None]
     assert torch.allclose(flow(x, t, labels=labels, to=s), told(scale * x, u, labels=labels, to=v), atol=1e-5)
+
+
+def test_a_second_time_needs_times_that_reach_the_data(teacher):
+    endless = replace(teacher, denoiser=replace(teacher.denoiser, schedule=EDM(), prediction="edm", time="log_sigma"))
+    with pytest.raises(ValueError, match="finite up to the data"):
+        with_two_times(endless)
 
 
 def test_a_student_of_several_baked_step_counts_gets_a_pipeline_for_each(teacher, tmp_path):

@@ -1,0 +1,69 @@
+"""A student of every family of latent models leaves in the stock pipeline of its teacher, which gives the pixels of our sampler."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from pipelines import FAMILIES, PROMPTS, dit, ldm, sd, sd3, vae
+
+import teachers
+import teachers.pipeline
+from teachers import export, transplant
+
+
+def student(tmp_path, made, sampler, steps):
+    """A model of the pipeline with other weights, from its own file."""
+    made.save_pretrained(tmp_path / "origin")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    spec = str(tmp_path / "origin")
+    prompted = type(made).__name__ in teachers.pipeline.text.ENCODERS
+    teacher = teachers.load(f"{spec},prompts={tmp_path / 'prompts.txt'}" if prompted else spec)
+    with torch.no_grad():
+        for p in teacher.denoiser.net.parameters():
+            p.mul_(1.05)
+    teachers.save(tmp_path / "s.safetensors", replace(teacher, sampler={"name": sampler, "grid": "uniform", "steps": steps}))
+    return teachers.load(str(tmp_path / "s.safetensors"))
+
+
+CASES = {family: ("consistency:0.5", [1, 2, 4]) for family in FAMILIES}
+CASES |= dict.fromkeys(("DiT", "SD3", "latent of a VQ model", "latent of a KL model"), ("ddim", [1, 4]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_leaves_in_its_teachers_own_pipeline(tmp_path, family):
+    sampler, steps = CASES[family]
+    model = student(tmp_path, FAMILIES[family](tmp_path / "parts"), sampler, steps)
+    worst = export.deliver(model, tmp_path / "out")
+    assert worst and max(worst.values()) < 1e-4
+    images = export.own_pixels(model, steps[-1], None if model.classes is None else [0, 1], [0, 1])
+    assert images.std() > 0.01 and len(images.unique()) > 100
+    theirs = teachers.pipeline.read_json(tmp_path / "out" / "pipeline" / "model_index.json", "")
+    assert theirs["_class_name"] == type(FAMILIES[family](tmp_path / "parts")).__name__
+    again = (
+        f"{tmp_path / 'out' / 'pipeline'},prompts={tmp_path / 'prompts.txt'}" if model.table else str(tmp_path / "out/pipeline")
+    )
+    x, t = torch.randn(2, *model.shape), torch.tensor(0.5)
+    cond = model.condition(torch.tensor([0, 1]))
+    assert torch.allclose(teachers.load(again).denoiser(x, t, **cond), model.denoiser(x, t, **cond), atol=1e-3)
+
+
+def test_what_a_stock_pipeline_cannot_do_is_said_in_one_line(tmp_path):
+    for made, sampler, steps, message in (
+        (dit(tmp_path), "consistency:0.5", [2], "a DiTPipeline draws noise by no generator"),
+        (sd3(tmp_path / "words"), "consistency:0.5", [1, 2], "flow pipelines take no noise between their steps"),
+        (sd(tmp_path / "words"), "ddim", [3], "3 steps of ddim do not meet the 1000 entries"),
+        (sd(tmp_path / "words"), "consistency:0.5", [8], "8 steps of consistency:0.5 do not meet"),
+        (ldm(tmp_path, vae()), "jump", [1], "this network or sampler is not of it"),
+    ):
+        model = student(tmp_path, made, sampler, steps)
+        with pytest.raises(ValueError, match=message):
+            export.check_exportable(model)
+        shutil.rmtree(tmp_path / "origin")
+
+
+def test_the_scheduler_of_a_flow_goes_the_uniform_grid():
+    for n in (1, 2, 5):
+        made = transplant.flow_scheduler(n)
+        made.set_timesteps(n)
+        assert torch.allclose(made.sigmas, torch.linspace(1, 0, n + 1), atol=1e-6)
