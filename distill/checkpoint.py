@@ -5,6 +5,7 @@ A file of ours is tensors plus one JSON description in its metadata. Nothing her
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -94,6 +95,14 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     if description.get("format") != FORMAT:
         raise ValueError(f"{path}: format {description.get('format')!r}; this version reads {FORMAT!r}")
     return tensors, description
+
+
+def weights_sha256(weights: dict[str, Tensor], *before: str) -> str:
+    """sha256 of tensors by name, after some text: what says whether two models compute the same."""
+    digest = hashlib.sha256("".join(before).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(net: nn.Module, tensors: dict[str, Tensor], what: str) -> None:

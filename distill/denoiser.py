@@ -40,6 +40,13 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, T
     "edm": _edm,
 }
 
+
+def to_output(prediction: str, schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """The F of a row of `PREDICTIONS` that says x0 at x_t: (x0 - c_skip x_t) / c_out."""
+    _, c_skip, c_out = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
+    return (x0 - expand(c_skip, x_t) * x_t) / expand(c_out, x_t)
+
+
 # What the network is told about the noise level: name -> (schedule, t) -> a number a sample
 TIMES: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "time": lambda schedule, t: t,

@@ -61,8 +61,9 @@ def bound(
         x_t = add_noise(schedule, x0, _normal(x0, rng), t)
         error = (denoiser(x_t, t, **cond) - x0).square().sum(axis).double().cpu()
         total += logsnr.exp() * error * ((high - low) / (2 * levels))
+    level = float(schedule.level(_ends(schedule)[1]))
     prior = x0.square().sum(axis).double().cpu() * (math.exp(low) / 2)
-    return Bound(prior, total, _decoder(x0, _normal(x0, rng), math.exp(-high / 2), values).cpu())
+    return Bound(prior, total, _decoder(x0, _normal(x0, rng), level, values).cpu())
 
 
 def _decoder(x0: Tensor, eps: Tensor, level: float, values: int | None) -> Tensor:

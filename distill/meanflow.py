@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.consistency import same_dropout
-from distill.denoiser import DenoiserLike, ask_in
+from distill.denoiser import DenoiserLike, ask_in, to_output
 from distill.rng import Rng
 from distill.schedule import Flow, add_noise, expand
 from distill.scm import bare, tangent
@@ -60,8 +60,8 @@ class MeanFlow:
 
 
 def rate(x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """dx/dt = eps - x0 = (x - x0) / t of the straight path through x that ends at x0."""
-    return (x - x0) / expand(t, x)
+    """dx/dt = eps - x0 of the straight path through x that ends at x0: the output of a flow network."""
+    return to_output("flow", FLOW, x, x0, t)
 
 
 def mean_rate(student: DenoiserLike, s: Tensor, cond: dict) -> Callable[[Tensor, Tensor], Tensor]:

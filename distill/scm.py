@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.consistency import same_dropout
-from distill.denoiser import Denoiser, DenoiserLike, ask_in
+from distill.denoiser import Denoiser, DenoiserLike, ask_in, to_output
 from distill.rng import Rng
-from distill.schedule import Trig, add_noise, expand, to_eps
+from distill.schedule import Trig, add_noise, expand
 from distill.target import Target
 
 TRIG = Trig(sigma_data=1.0)
@@ -68,8 +68,8 @@ def velocity(student: DenoiserLike, cond: dict) -> Callable[[Tensor, Tensor], Te
 
 
 def rate(x: Tensor, x0: Tensor, a: Tensor) -> Tensor:
-    """dx/da = cos(a) eps - sin(a) x0 = (cos(a) x - x0) / sin(a) of the path through x that ends at x0."""
-    return expand(torch.cos(a), x) * to_eps(TRIG, x, x0, a) - expand(torch.sin(a), x) * x0
+    """dx/da = cos(a) eps - sin(a) x0 of the path through x that ends at x0: v, on TrigFlow."""
+    return to_output("v", TRIG, x, x0, a)
 
 
 def bare(student: DenoiserLike) -> DenoiserLike:

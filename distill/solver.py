@@ -133,7 +133,7 @@ def consistency(
             return move(schedule, x, x0, t, s)
         below = lower(schedule, s, gamma)
         alpha, sigma = float(schedule.alpha(s)), float(schedule.sigma(s))
-        kept = alpha * float(schedule.sigma(below) / schedule.alpha(below))
+        kept = alpha * float(schedule.level(below))
         x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + math.sqrt(max(0.0, sigma**2 - kept**2)) * noise(x)
     return x
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from distill.checkpoint import weights_sha256
 from eval import fidelity
 from eval.metrics import Features
 
@@ -74,10 +75,7 @@ class Extractor:
     @property
     def fingerprint(self) -> str:
         """sha256 of the extractor's weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.module.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_sha256(self.module.state_dict())
 
 
 def _registered(name: str, weights: str | None) -> nn.Module:

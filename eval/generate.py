@@ -96,6 +96,11 @@ def counted(denoiser: DenoiserLike, count: list[int]) -> DenoiserLike:
     return Counted(denoiser, count)
 
 
+def from_uint8(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """float32 in [-1, 1] of uint8 images, which may be mapped from a file."""
+    return images.contiguous().to(device).float() / 127.5 - 1
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """round((x + 1) 127.5) of images in [-1, 1], clamped to 0..255; the one rounding of this project."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

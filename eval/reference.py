@@ -20,7 +20,7 @@ from tqdm import tqdm
 from distill import checkpoint
 from eval import fidelity
 from eval.features import Extractor, fingerprint
-from eval.generate import chunks, to_uint8
+from eval.generate import chunks, from_uint8, to_uint8
 from eval.metrics import Reference
 from teachers import Teacher
 
@@ -76,7 +76,7 @@ def decoder_floor(
     assert model.codec is not None
     parts = []
     for part in images.split(64):
-        x = part.to(accelerator.device).float() / 127.5 - 1
+        x = from_uint8(part, accelerator.device)
         parts.append(to_uint8(model.codec.decode(model.codec.encode(x))).cpu())
     features = extract(torch.cat(parts), extractor, 256, accelerator)
     return fidelity.frechet(fidelity.statistics(features), reference.statistics)

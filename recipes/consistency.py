@@ -26,6 +26,7 @@ from recipes.measure import (
     Measurement,
     check_match,
     check_sampler,
+    codec_of,
     cost_in_calls,
     measured_against,
     opponents,
@@ -106,11 +107,13 @@ def started(config: Config, teacher: Teacher | None, data: datasets.Data) -> Tea
         model = teachers.load(config.student)
         check_match(model, data, training=True)
     elif teacher is None or config.student == "new":
-        model = untrained(data.shape, data.classes, config.channels, config.layers, config.seed)
-        if data.latents is not None:
-            model = replace(model, codec=(teacher or teachers.load(data.latents["model"])).codec)
+        classes = data.classes if teacher is None else teacher.classes
+        model = untrained(data.shape, classes, config.channels, config.layers, config.seed)
+        model = replace(model, codec=codec_of(data) if teacher is None else teacher.codec)
     else:
         model = teacher
+    if teacher is not None and model.conditions != teacher.conditions:
+        raise ValueError(f"the student takes {model.conditions} and the teacher {teacher.conditions}: they must agree")
     return with_two_times(model) if METHODS[config.method].two_times else model
 
 
@@ -131,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
         extractor = Extractor.create(config.features).fits(model.image_shape)
         real = measured_against(config.reference, data, extractor)
-        method = method_of(config, None if teacher is None else teacher.denoiser, data)
+        method = method_of(config, teacher, model, data)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
         trial(method, model, data)
         run = Run.open(config, config.mixed_precision)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.rng import Rng, seed_of
 from distill.train import Batches, Shares
+from eval.generate import from_uint8
 from recipes import folders, hub, shards, stored
 from recipes.decode import Source, form_of, read_all, walk
 from recipes.stream import Stream
@@ -73,8 +74,7 @@ class Data:
         return self._scaled(self.images[index], device)
 
     def _scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
-        x = images.contiguous().to(device).float()
-        return x if self.latents is not None else x / 127.5 - 1
+        return from_uint8(images, device) if self.latents is None else images.contiguous().to(device).float()
 
     def walk(self, block: int) -> Iterator[tuple[Tensor, Tensor | None, list[str] | None]]:
         """All of the set once, in order and never flipped: (images, labels, captions) of about ``block`` each."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import teachers
 from distill import checkpoint
+from eval.generate import from_uint8
 from recipes import data as datasets
 from recipes.common import disk_errors, fail, flag, one_line_errors, parse, processes
 from recipes.measure import check_match
@@ -60,7 +61,7 @@ def encoded(model: Teacher, data: datasets.Data, config: Config, device: torch.d
         left -= len(images)
         parts = []
         for part in images.split(config.batch_size):
-            x = part.contiguous().to(device).float() / 127.5 - 1
+            x = from_uint8(part, device)
             parts.append(model.codec.encode(x).to(DTYPES[config.dtype]).cpu())
         latents, n = torch.cat(parts), len(images)
         if not torch.isfinite(latents).all():

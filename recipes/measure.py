@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+import teachers
 from distill import solver
 from distill.schedule import EDM, VE, Schedule, Table
 from eval import reference, report
@@ -23,6 +24,7 @@ from recipes.common import Run, device_name, versions
 from recipes.data import Data
 from recipes.stored import codec_sha256
 from teachers import Teacher
+from teachers.codec import Codec
 
 OPPONENTS = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis")
 
@@ -57,6 +59,11 @@ def _check_latents(teacher: Teacher, data: Data) -> None:
         raise ValueError(
             f"{data.name}: latents with {key} {index[key]!r:.14}, the teacher's has {here[key]!r:.14}: make them with its own"
         )
+
+
+def codec_of(data: Data) -> Codec | None:
+    """The autoencoder of the model that the latents were made with; None for images."""
+    return None if data.latents is None else teachers.load(data.latents["model"]).codec
 
 
 def measured_against(path: str | None, data: Data, extractor: Extractor) -> Data | tuple[Reference, Identity]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 import zlib
@@ -102,7 +101,4 @@ def read_latents(folder: Path) -> tuple[Tensor, Tensor | None, list[str] | None,
 
 def codec_sha256(codec: Codec) -> str:
     """sha256 of an autoencoder's weights: latents of one are noise to another."""
-    digest = hashlib.sha256()
-    for name, value in sorted(codec.network.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return checkpoint.weights_sha256({name: value.float() for name, value in codec.network.state_dict().items()})

@@ -30,7 +30,7 @@ from eval.generate import generate, peak_memory_gb, start, to_uint8
 from eval.plots import contact_sheet
 from recipes import data as datasets
 from recipes.common import NOT_OF_THE_RUN, Run, duration, flag, one_line_errors, parse, processes, rehearse
-from recipes.measure import best_grid, check_match
+from recipes.measure import best_grid, check_match, codec_of
 from recipes.probing import check_denoiser, examine
 from teachers import Teacher
 from teachers.load import frozen
@@ -110,7 +110,8 @@ def started(config: Config, data: datasets.Data, classes: int | None) -> Teacher
         sigma_data = deviation(data) if config.sigma_data is None else config.sigma_data
         if not sigma_data > 0:
             raise ValueError(f"--sigma-data {sigma_data:g}: accepted are numbers above 0")
-    return replace(model, denoiser=Denoiser(usual.net, schedule, config.prediction, time, sigma_data))
+    denoiser = Denoiser(usual.net, schedule, config.prediction, time, sigma_data)
+    return replace(model, denoiser=denoiser, codec=codec_of(data))
 
 
 def learnt_from(config: Config, data: datasets.Data) -> Teacher | None:
@@ -179,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         begin.labels = None if classes is None else torch.arange(100) % classes
         schedule = trained.denoiser.schedule
         times = GRIDS[best_grid(schedule, "ddim", 64)](schedule, 64)
-        images = generate(trained.denoiser, "ddim", times, begin, trained.condition, device)
-        contact_sheet(to_uint8(images).cpu(), run.folder / "samples.png")
+        x0 = generate(trained.denoiser, "ddim", times, begin, trained.condition, device)
+        contact_sheet(to_uint8(trained.decode(x0)).cpu(), run.folder / "samples.png")
     run.say(f"teacher: {file}\nsamples: {run.folder / 'samples.png'}")
     run.close()
 

@@ -72,7 +72,9 @@ class Teacher:
     def parametric(self) -> Denoiser:
         """The denoiser as a network. ValueError for an oracle, which has none to copy, train or save."""
         if not isinstance(self.denoiser, Denoiser):
-            raise ValueError("an oracle has no network: a model with weights is needed here")
+            raise ValueError(
+                "an oracle has no network, and experts have several: a model of one network with weights is needed here"
+            )
         return self.denoiser
 
     @cached_property
@@ -81,16 +83,17 @@ class Teacher:
         if not isinstance(self.denoiser, Denoiser):
             return hashlib.sha256(repr((self.record, self.denoiser)).encode()).hexdigest()
         facts = {k: v for k, v in self.describe().items() if k not in ("record", "codec")}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for name, value in sorted(self.denoiser.net.state_dict().items()):
-            digest.update(name.encode() + _bytes(value))
-        for name, value in sorted((self.table or {}).items()):
-            digest.update(name.encode() + _bytes(value))
-        if self.codec is not None:
-            digest.update(repr((self.codec.scale, self.codec.shift)).encode())
-            for name, value in sorted(self.codec.network.state_dict().items()):
-                digest.update(name.encode() + _bytes(value))
-        return digest.hexdigest()
+        weights = self.denoiser.net.state_dict() | {TABLE + name: rows for name, rows in (self.table or {}).items()}
+        if self.codec is None:
+            return checkpoint.weights_sha256(weights, json.dumps(facts, sort_keys=True))
+        weights |= {"codec." + name: value for name, value in self.codec.network.state_dict().items()}
+        return checkpoint.weights_sha256(weights, json.dumps(facts, sort_keys=True), repr((self.codec.scale, self.codec.shift)))
+
+    @property
+    def conditions(self) -> str:
+        """What the denoiser is told beside x and t, in words."""
+        kind = "labels" if self.table is None else "prompts (" + ", ".join(sorted(self.table)) + ")"
+        return "no condition" if self.classes is None else f"{self.classes} {kind}"
 
     def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
         """What the denoiser takes beside x and t for these labels [B]."""
@@ -187,10 +190,6 @@ def load_file(path: Path | str) -> Teacher:
         codec,
         table or None,
     )
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _from(module: str) -> Callable[[str], Teacher]:

@@ -87,6 +87,11 @@ def with_two_times(model: Teacher) -> Teacher:
     assert model.network is not None
     ends = torch.tensor([model.denoiser.schedule.t_max, model.denoiser.schedule.t_clean])
     first, last = TIMES[model.parametric.time](model.denoiser.schedule, ends).tolist()
+    if not math.isfinite(first - last):
+        raise ValueError(
+            f"a second time needs times that are finite up to the data, and {model.parametric.time!r} on this schedule is not: "
+            "a model on a discrete table or a flow is accepted"
+        )
     config = model.network["config"] | {"reach": abs(first - last)}
     twin = build(config)
     weights = net.state_dict() | {k: v for k, v in twin.state_dict().items() if "length_linear" in k}

@@ -214,17 +214,29 @@ def test_coarse_finite_differences_stay_between_the_ends_of_the_time_axis():
     assert torch.allclose(found, exact, atol=0.05)
 
 
+class Straight(torch.autograd.Function):
+    """The identity, without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class NoRule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, labels=None):
+        return Straight.apply(self.scale * x)
+
+
 def test_a_network_without_a_forward_rule_is_refused_by_the_name_of_its_operator():
-    class NoRule(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            return g
-
-    student = Denoiser(lambda x, t: NoRule.apply(x), TRIG, "v")
+    student = Denoiser(NoRule(), TRIG, "v")
     with pytest.raises(ValueError, match=r"no exact tangent .*: use --jvp finite"):
         tangent(velocity(student, {}), torch.randn(3, 2), torch.rand(3), torch.randn(3, 2))
 

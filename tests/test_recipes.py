@@ -534,37 +534,16 @@ def test_an_extractor_or_reference_that_does_not_fit_leaves_nothing_behind(small
     assert "has features 'inception-v3-compat', here it is 'digits'" in line and not out.exists()
 
 
-class Straight(torch.autograd.Function):
-    """The identity, without a forward-mode rule."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
-class NoRule(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, x, t, labels=None):
-        return Straight.apply(self.scale * x)
-
-
 def test_a_network_without_a_tangent_or_from_other_noise_levels_is_refused_before_anything_is_written(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     arguments = ["--preset", "smoke", "--force", "--output-dir", str(tmp_path / "r")]
-    spec = "test_recipes:NoRule,prediction=v,shape=1x8x8,schedule="
+    spec = "test_consistency:NoRule,prediction=v,shape=1x8x8,schedule="
     line = bad(consistency.main, ["--method", "sct", "--jvp", "exact", "--teacher", spec + "cosine", *arguments], capsys)
     assert "no exact tangent" in line and "use --jvp finite" in line
-    line = bad(consistency.main, ["--student", spec + "ve", "--teacher", spec + "edm", *arguments], capsys)
-    assert "at t_min the teacher has sigma/alpha 0.002 and the student's schedule 0.02: they must agree" in line
+    line = bad(consistency.main, ["--student", spec + "edm", "--teacher", spec + "ve", *arguments], capsys)
+    assert "begins at sigma/alpha 0.002 (t_min) and the teacher knows none below 0.02" in line
     assert not list(tmp_path.iterdir())
 
 
