@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         data = datasets.load(config.data)
         teacher = None if config.from_scratch else teachers.load(config.teacher)
         if teacher is not None:
-            check_match(teacher, data, training=True)
+            data = check_match(teacher, data, training=True)
         model = started(config, teacher, data)
         check_sampler(model, sampler_name)
         if teacher is not None:

@@ -76,6 +76,22 @@ class Data:
     def _scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
         return from_uint8(images, device) if self.latents is None else images.contiguous().to(device).float()
 
+    def captioned(self, prompts: list[str]) -> Data:
+        """The same images, each labelled with the place of its caption among ``prompts``. ValueError for a caption that is none of
+        them, where the images have no labels to go by."""
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        stranger = next((caption for caption in self.captions or [] if caption.strip() not in place), None)
+        if stranger is not None:
+            if self.labels is None:
+                raise ValueError(
+                    f"{self.name}: the caption {stranger!r} is none of the teacher's {len(prompts)} prompts: a line of prompts=FILE "
+                    "for each caption is accepted"
+                )
+            return self
+        labels = torch.tensor([place[caption.strip()] for caption in self.captions or []])
+        stream = None if self.stream is None else self.stream.captioned(place)
+        return replace(self, labels=labels, stream=stream, known_classes=len(prompts))
+
     def walk(self, block: int) -> Iterator[tuple[Tensor, Tensor | None, list[str] | None]]:
         """All of the set once, in order and never flipped: (images, labels, captions) of about ``block`` each."""
         if self.stream is None:

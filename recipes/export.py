@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,8 +93,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make(config: Config, model: Teacher, folder: Path) -> None:
-    teachers.save(folder / "student.safetensors", model)
     delivered = export.deliver(model, folder)
+    kept = model
+    if model.codec is not None:  # the autoencoder is given away with it
+        source = model.codec.source | {"folder": f"./{next(iter(delivered))}"}
+        kept = replace(model, codec=replace(model.codec, source=source))
+    teachers.save(folder / "student.safetensors", kept)
     for name, worst in delivered.items():
         print(f"{name}: same pixels through diffusers alone (largest difference {worst:.1g})")
         for variant in config.variants:

@@ -1,6 +1,7 @@
 """Latents of a data set by a latent model's autoencoder, made once: --data DIR then trains on them and decodes no image again.
 
     python recipes/latents.py --model PIPELINE --data IMAGES,size=256 --output-dir latents/mine
+    accelerate launch --num_processes 8 recipes/latents.py --model PIPELINE --data wds:SHARDS --output-dir latents/mine
     accelerate launch recipes/progressive.py --teacher PIPELINE --data latents/mine --reference fid-reference.npz ...
 
 Writes latents-00000.safetensors, ... with latents [n, ...] in the denoiser's own space (scaled and shifted; the mean, where the
@@ -9,13 +10,17 @@ encoder gives a distribution), labels [n] and captions where there are any, and 
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +28,7 @@ import teachers
 from distill import checkpoint
 from eval.generate import from_uint8
 from recipes import data as datasets
-from recipes.common import disk_errors, fail, flag, one_line_errors, parse, processes
+from recipes.common import disk_errors, fail, flag, one_line_errors, parse
 from recipes.measure import check_match
 from recipes.stored import LATENTS, codec_sha256
 from teachers import Teacher
@@ -52,37 +57,43 @@ class Shard:
     captions: list[str] | None
 
 
-def encoded(model: Teacher, data: datasets.Data, config: Config, device: torch.device) -> Iterator[Shard]:
-    """Shards of ``shard_images``, in the order of the data. ValueError where a latent does not fit into the numbers asked for."""
+def encoded(model: Teacher, data: datasets.Data, config: Config, state: PartialState) -> Iterator[tuple[int, Shard]]:
+    """The shards of this process, every ``num_processes``-th of all in the order of the data, with their numbers. ValueError where a
+    latent does not fit into the numbers asked for."""
     assert model.codec is not None
     left = config.most or float("inf")
-    for images, labels, captions in data.walk(config.shard_images):
+    for number, (images, labels, captions) in enumerate(data.walk(config.shard_images)):
         images = images[: int(min(left, len(images)))]
         left -= len(images)
-        parts = []
-        for part in images.split(config.batch_size):
-            x = from_uint8(part, device)
-            parts.append(model.codec.encode(x).to(DTYPES[config.dtype]).cpu())
-        latents, n = torch.cat(parts), len(images)
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"latents of {data.name} are not finite in {config.dtype}: --dtype float32 is accepted too")
-        yield Shard(latents, None if labels is None else labels[:n], None if captions is None else captions[:n])
+        if number % state.num_processes == state.process_index:
+            codes = (model.codec.encode(from_uint8(part, state.device)) for part in images.split(config.batch_size))
+            latents, n = torch.cat([z.to(DTYPES[config.dtype]).cpu() for z in codes]), len(images)
+            if not torch.isfinite(latents).all():
+                raise ValueError(f"latents of {data.name} are not finite in {config.dtype}: --dtype float32 is accepted too")
+            yield number, Shard(latents, None if labels is None else labels[:n], None if captions is None else captions[:n])
         if left <= 0:
             return
 
 
-def write(folder: Path, shards: Iterator[Shard], facts: dict) -> int:
-    """Files and index of all shards; the number of latents."""
-    sizes: dict[str, int] = {}
-    shape: list[int] = []
-    for i, shard in enumerate(shards):
-        name = f"latents-{i:05d}.safetensors"
+def write(folder: Path, shards: Iterator[tuple[int, Shard]]) -> dict[str, list[int]]:
+    """The files of shards; the shape of each."""
+    shapes = {}
+    for number, shard in shards:
+        name = f"latents-{number:05d}.safetensors"
         tensors = {"latents": shard.latents} | ({} if shard.labels is None else {"labels": shard.labels})
         checkpoint.save(folder / name, tensors, {"captions": shard.captions})
-        sizes[name], shape = len(shard.latents), list(shard.latents.shape[1:])
-    count = sum(sizes.values())
-    checkpoint.write_json(folder / "index.json", {"format": LATENTS, **facts, "count": count, "shape": shape, "shards": sizes})
-    return count
+        shapes[name] = list(shard.latents.shape)
+    return shapes
+
+
+def finish(folder: Path, aside: Path, shapes: dict[str, list[int]], facts: dict) -> int:
+    """The index of all shards, and the folder's name; the number of latents."""
+    sizes = {name: shape[0] for name, shape in sorted(shapes.items())}
+    facts |= {"count": sum(sizes.values()), "shape": next(iter(shapes.values()))[1:], "shards": sizes}
+    checkpoint.write_json(aside / "index.json", {"format": LATENTS, **facts})
+    aside.chmod(0o755)
+    aside.rename(folder)
+    return facts["count"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,8 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(config.output_dir)
         if folder.exists():
             fail(f"{folder} exists: name another --output-dir")
-        if processes() > 1 or min(config.shard_images, config.batch_size) < 1:
-            raise ValueError("latents are made by one process, --shard-images and --batch-size are 1 or more")
+        if min(config.shard_images, config.batch_size) < 1:
+            raise ValueError("--shard-images and --batch-size are 1 or more")
+        state = PartialState(cpu=not torch.cuda.is_available())
         if config.threads:
             torch.set_num_threads(config.threads)
         model = teachers.load(config.model)
@@ -101,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         data = datasets.load(config.data)
         data.pixels  # latents cannot be encoded again  # noqa: B018
         check_match(model, data)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device)
+        model.to(state.device)
         facts = {
             "model": config.model,
             "codec_sha256": codec_sha256(model.codec),
@@ -111,15 +122,19 @@ def main(argv: list[str] | None = None) -> None:
         }
         facts |= {"dtype": config.dtype, "data": data.name, "classes": data.classes}
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        made = [tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent) if state.is_main_process else ""]
+        aside = Path(broadcast_object_list(made)[0])
         try:
-            shards = tqdm(encoded(model, data, config, device), desc="latents", unit="shard", disable=None)
-            count = write(aside, shards, facts)
-            aside.chmod(0o755)
-            aside.rename(folder)
+            total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
+            quiet = None if state.is_main_process else True
+            shards = tqdm(encoded(model, data, config, state), desc="latents", unit="shard", total=total, disable=quiet)
+            shapes: Any = gather_object([write(aside, shards)])
+            if state.is_main_process:
+                count = finish(folder, aside, {name: shape for part in shapes for name, shape in part.items()}, facts)
+                print(f"{count:,} latents of {data.name}: {folder}")
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    print(f"{count:,} latents of {data.name}: {folder}")
+            if state.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,11 @@ from teachers.codec import Codec
 OPPONENTS = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis")
 
 
-def check_match(teacher: Teacher, data: Data, training: bool = False) -> None:
-    """ValueError where the teacher cannot be measured on these data or, ``training``, distilled on them."""
+def check_match(teacher: Teacher, data: Data, training: bool = False) -> Data:
+    """The data, by their captions where the teacher is told prompts. ValueError where the teacher cannot be measured on them or,
+    ``training``, distilled."""
+    if teacher.table is not None and data.captions is not None:
+        data = data.captioned(teacher.record.get("prompts", []))
     if data.latents is not None:
         _check_latents(teacher, data)
     elif training and teacher.codec is not None:
@@ -43,6 +46,7 @@ def check_match(teacher: Teacher, data: Data, training: bool = False) -> None:
         raise ValueError(f"the teacher is conditional on {teacher.classes} classes, {data.name} has no labels")
     if teacher.classes is not None and data.classes is not None and data.classes > teacher.classes:
         raise ValueError(f"{data.name} has {data.classes} classes, the teacher knows {teacher.classes}")
+    return data
 
 
 def _check_latents(teacher: Teacher, data: Data) -> None:

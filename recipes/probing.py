@@ -76,7 +76,7 @@ def examine(to_probe: str | None, to_score: str | None, data: Data, seed: int, t
         torch.set_num_threads(threads)
     if to_probe:
         teacher = teachers.load(to_probe)
-        check_match(teacher, data)
+        data = check_match(teacher, data)
         found = probed(teacher, data, seed)
         print("\n".join(found.lines()[:-1]))
         if not found.ok:
@@ -84,5 +84,5 @@ def examine(to_probe: str | None, to_score: str | None, data: Data, seed: int, t
         print(f"{to_probe}: {found.verdict}")
     if to_score:
         teacher = teachers.load(to_score)
-        check_match(teacher, data)
+        data = check_match(teacher, data)
         print("\n".join(scored(teacher, data, seed)))

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         steps = ladder(config.start_steps, config.end_steps)
         teacher, data = teachers.load(config.teacher), datasets.load(config.data)
-        check_match(teacher, data, training=True)
+        data = check_match(teacher, data, training=True)
         teacher.parametric  # an oracle has no network  # noqa: B018
         target = teacher.guided(config.guidance)
         Shares(config.batch_size, processes(), microbatch=config.microbatch)

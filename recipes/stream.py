@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 
 import numpy as np
@@ -41,6 +41,15 @@ class Stream:
                 kept = [kept[i % len(kept)] for i in range(size)]
                 labels = torch.tensor([self._label(record) for record, _ in kept]) if self.labelled else None
                 yield torch.from_numpy(np.stack([pixels for _, pixels in kept])), labels
+
+    def captioned(self, place: dict[str, int]) -> Stream:
+        """The same, each image labelled with the place of its caption; -1, which is refused, where it has none."""
+
+        def records(seed: int | None, rank: int, world: int) -> Iterator[Record]:
+            for record in self.source.records(seed, rank, world):
+                yield replace(record, label=place.get((record.caption or "").strip(), -1))
+
+        return replace(self, source=replace(self.source, records=records, classes=len(place)), labelled=True)
 
     def _records(self, shares: Shares, seed: int, phase: str) -> Iterator[Record]:
         def passed(epoch: int) -> Iterator[Record]:

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         teacher, data = teachers.load(config.teacher), datasets.load(config.data)
-        check_match(teacher, data, training=True)
+        data = check_match(teacher, data, training=True)
         if teacher.table is not None:
             raise ValueError("the students of this report are told labels or nothing, and this teacher a text")
         fresh = untrained(data.shape, teacher.classes, (32, 48), 1, config.seed)

@@ -57,9 +57,12 @@ class Codec:
         return {"scale": self.scale, "shift": self.shift, **self.source}
 
     @classmethod
-    def from_description(cls, description: dict) -> Codec:
-        """ValueError where the folder of its autoencoder is gone; one of the hub is looked for when it is first needed."""
+    def from_description(cls, description: dict, beside: Path) -> Codec:
+        """ValueError where the folder of its autoencoder is gone; one of the hub is looked for when it is first needed. A folder that
+        begins with "./" lies ``beside`` the file of the model."""
         source = {k: description[k] for k in ("folder", "part", "class")}
+        if source["folder"].startswith("./"):
+            source["folder"] = str((beside / source["folder"]).resolve())
         folder = Path(source["folder"])
         if folder.is_absolute() and not (folder / source["part"]).is_dir():
             raise ValueError(f"{folder}: there is no {source['part']} in it any more, the autoencoder of this model's latents")

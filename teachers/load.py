@@ -25,7 +25,7 @@ ACCEPTED = (
     "'digits', a .safetensors file of this project, a diffusers pipeline folder or hub id (owner/name), "
     "'PIPELINE,prompts=FILE' for one that takes text, "
     "'package.module:factory,schedule=...,prediction=...', 'experts:SPEC|SPEC,logsnr=NUMBER', "
-    "'oracle:gaussian', 'oracle:mixture' or 'oracle:digits'"
+    "'guided:FILE.safetensors,size=SIDE,head_channels=WIDTH', 'oracle:gaussian', 'oracle:mixture' or 'oracle:digits'"
 )
 
 # network family -> module with build(config) -> nn.Module called as (x, c_noise, **cond)
@@ -162,6 +162,7 @@ def save(path: Path | str, model: Teacher) -> None:
 
 
 def load_file(path: Path | str) -> Teacher:
+    path = Path(path)
     tensors, description = checkpoint.load(path)
     if "network" not in description:
         raise ValueError(f"{path}: holds no model (a checkpoint of an unfinished run?)")
@@ -169,7 +170,7 @@ def load_file(path: Path | str) -> Teacher:
     if network["family"] not in FAMILIES:
         raise ValueError(f"{path}: unknown network family {network['family']!r}: accepted are {', '.join(FAMILIES)}")
     table = {name: tensors.pop(TABLE + name) for name in description.get("table", [])}
-    codec = Codec.from_description(description["codec"]) if "codec" in description else None
+    codec = Codec.from_description(description["codec"], path.parent) if "codec" in description else None
     net = importlib.import_module(FAMILIES[network["family"]]).build(network["config"])
     checkpoint.load_weights(net, tensors, str(path))
     denoiser = Denoiser(
@@ -205,6 +206,8 @@ def load(spec: str) -> Teacher:
         return _from("teachers.experts")(spec)
     if spec.startswith("oracle:"):
         return _from("teachers.oracle")(spec)
+    if spec.startswith("guided:"):
+        return _from("teachers.guided")(spec)
     if path.is_dir():
         if (path / "student.safetensors").is_file():
             return load_file(path / "student.safetensors")

@@ -75,9 +75,11 @@ def pipelines(model: Teacher) -> dict[str, tuple[list[int], int | None]]:
 def stock(model: Teacher, steps: list[int], only: int | None) -> Any:
     """The diffusers pipeline, ready to be saved. ValueError where that of its origin is gone."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
     from teachers.pipeline import fetch, read_json
 
+    logging.disable_progress_bar()
     assert model.codec is not None
     net: Any = model.parametric.net
     folder = fetch(model.codec.source["folder"])

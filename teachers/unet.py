@@ -105,8 +105,8 @@ def untrained(shape: tuple[int, ...], classes: int | None, channels: tuple[int, 
     zero terminal SNR, which every ladder of powers of two meets exactly. ValueError where ``channels`` do not fit the shape."""
     depth, height, width = shape
     levels = len(channels)
-    if any(c % 8 for c in channels):
-        raise ValueError(f"--channels {channels}: each must be a multiple of 8")
+    if any(c % 8 or c < 8 for c in channels) or channels[-1] < 16:
+        raise ValueError(f"--channels {channels}: each must be a multiple of 8, and the last at least 16")
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
         raise ValueError(f"--channels names {levels} resolutions, but {height}x{width} cannot be halved {levels - 1} times")
     torch.manual_seed(seed)
