@@ -86,7 +86,8 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
             head = file.read(2)
         if head == b"PK" or head[:1] == b"\x80":
             raise ValueError(
-                f"{path}: this is a pickle, which can run code when loaded; a .safetensors file is accepted"
+                f"{path}: this is a pickle, which can run code when loaded; a .safetensors file is accepted, and weights=FILE of "
+                "'package.module:factory,...' for one of tensors alone"
             ) from None
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if _KEY not in metadata:

@@ -22,6 +22,17 @@ class Unit(nn.Module):
         return self.net((x + 1) / 2, sigma / 2, **cond) / 2
 
 
+class Span(nn.Module):
+    """A network that is told ``span`` t, where time "thousand_time" says 1000 t."""
+
+    def __init__(self, net: nn.Module, span: float):
+        super().__init__()
+        self.net, self.factor = net, span / 1000
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.net(x, t * self.factor, **cond)
+
+
 class Negative(nn.Module):
     """-F: diffusers' "v_prediction" of a network with EDM's preconditioning."""
 
@@ -56,7 +67,7 @@ def wrap(net: nn.Module, network: dict, adapter: dict | None) -> tuple[nn.Module
     if adapter is None:
         return net, network
     options = dict(adapter)
-    made = {"unit": Unit, "negative": Negative, "boundary": Boundary}[options.pop("kind")](net, **options)
+    made = {"unit": Unit, "span": Span, "negative": Negative, "boundary": Boundary}[options.pop("kind")](net, **options)
     return made, {"family": "adapter", "config": adapter | {"network": network}}
 
 

@@ -212,11 +212,11 @@ def load(spec: str) -> Teacher:
         if (path / "student.safetensors").is_file():
             return load_file(path / "student.safetensors")
         return _from("teachers.pipeline")(spec)
+    where = spec.partition(",")[0]
+    if not path.is_file() and ":" in where:
+        return _from("teachers.module")(spec)
     if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl"):
         return load_file(path)
-    where = spec.partition(",")[0]
-    if ":" in where:
-        return _from("teachers.module")(spec)
     if Path(where).is_dir() or (where.count("/") == 1 and not where.startswith((".", "/"))):
         return _from("teachers.pipeline")(spec)
     raise ValueError(f"unknown teacher {spec!r}: accepted are {ACCEPTED}")

@@ -1,22 +1,48 @@
 """Any nn.Module: ``package.module:factory,schedule=cosine,prediction=v,shape=3x32x32`` and nothing to subclass.
 
 The factory is called without arguments (or with ``key=value`` pairs given as ``arg.key=value``) and returns a module called as
-(x, c_noise, **cond); with ``classes`` it is given ``labels``. Weights come with the module or from ``weights=FILE.safetensors``.
+(x, c_noise, **cond); with ``classes`` it is given ``labels``. Weights come with the module or from ``weights=FILE``, a state dict as
+.safetensors or as a .pt that holds nothing but tensors; ``part`` names the one that is meant where a file holds several. ``range=unit``:
+a score of images in [0, 1], as score_sde's VE networks are; ``span=999``: told 999 t, as its VP networks are.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from distill.checkpoint import load_weights
 from distill.denoiser import PREDICTIONS, TIMES, Denoiser
 from distill.schedule import SCHEDULES, schedule_from
+from teachers.adapter import wrap
 from teachers.load import Teacher, frozen
+from teachers.text import first_line
 
-FIELDS = ("schedule", "prediction", "shape", "time", "sigma_data", "classes", "null", "weights", "arg.*")
+CONVERT = (
+    "not readable without running code that is in it, which is never done here: where you trust that code, "
+    'python -c \'import torch, safetensors.torch as s; net = torch.load("IN", weights_only=False)["ema"]; '
+    's.save_file(net.state_dict(), "OUT.safetensors")\' makes a file that is accepted'
+)
+FIELDS = (
+    "schedule",
+    "prediction",
+    "shape",
+    "time",
+    "sigma_data",
+    "classes",
+    "null",
+    "weights",
+    "part",
+    "range",
+    "span",
+    "arg.*",
+)
 
 
 def build(config: dict) -> nn.Module:
@@ -45,7 +71,9 @@ def load(spec: str) -> Teacher:
     config = {"factory": factory, "arguments": arguments}
     net = build(config)
     if "weights" in fields:
-        _load_plain(net, fields["weights"])
+        load_weights(net, state_dict(fields["weights"], fields.get("part")), fields["weights"])
+    around = _around(fields)
+    net, network = wrap(net, {"family": "module", "config": config}, around)
     denoiser = Denoiser(
         frozen(net),
         schedule_from(fields["schedule"]),
@@ -55,19 +83,60 @@ def load(spec: str) -> Teacher:
     )
     classes, null = (int(fields[k]) if k in fields else None for k in ("classes", "null"))
     shape = tuple(map(int, fields["shape"].split("x")))
-    return Teacher(denoiser, shape, {"family": "module", "config": config}, classes, null, record={"source": spec})
+    return Teacher(denoiser, shape, network, classes, null, record={"source": spec})
 
 
-def _load_plain(net: nn.Module, path: str) -> None:
+def _around(fields: dict[str, str]) -> dict | None:
+    """The adapter of a network that works on images in [0, 1], or is told another multiple of t; None for any other."""
+    if "range" in fields:
+        if (fields["range"], fields["prediction"], fields.get("time")) != ("unit", "score", "level"):
+            raise ValueError(f"range={fields['range']}: accepted is unit, with prediction=score and time=level")
+        return {"kind": "unit"}
+    if "span" in fields:
+        if fields.get("time") != "thousand_time":
+            raise ValueError(f"span={fields['span']}: accepted with time=thousand_time, which it replaces")
+        return {"kind": "span", "span": float(fields["span"])}
+    return None
+
+
+def state_dict(path: str, part: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file by name, without a prefix that all names share ("module.", "model."). ValueError in one line for a file
+    that cannot be read without running code, or holds several state dicts of which none is named."""
+    tensors = _tensors(path)
+    parts = [name for name, value in tensors.items() if isinstance(value, Mapping)]
+    if part is not None or parts:
+        if part not in parts:
+            raise ValueError(
+                f"{path}: part={part} is none of the state dicts in it: accepted are part={' or '.join(parts) or '(none)'}"
+            )
+        tensors = tensors[part]
+    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if wrong or not tensors:
+        raise ValueError(f"{path}: not a state dict: {wrong[0] if wrong else 'nothing'} in it is no tensor")
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _tensors(path: str) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from distill.checkpoint import load_weights
-
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file")
+    if path.endswith((".safetensors", ".sft")):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a safetensors file ({error})") from None
     try:
-        load_weights(net, load_file(path), path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle and torch raise many kinds; all mean that plain tensors are not what it holds
+        raise ValueError(f"{path}: {CONVERT} ({first_line(error)[:80]})") from None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: holds a {type(found).__name__}; a state dict is accepted")
+    return dict(found)
 
 
 def _value(text: str) -> Any:

@@ -1,4 +1,6 @@
 import json
+import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -92,6 +94,79 @@ def test_any_module_is_a_teacher_through_its_factory(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=message):
             teachers.load(spec)
+
+
+NETS = (
+    "import torch\n"
+    "class Net(torch.nn.Module):\n"
+    "    def __init__(self):\n        super().__init__(); self.w = torch.nn.Parameter(torch.tensor(1.0))\n"
+    "    def forward(self, x, t, labels=None):\n        return self.w * torch.tanh(x) + t[:, None].log1p() / 9\n"
+)
+
+
+@pytest.fixture()
+def factory(tmp_path, monkeypatch):
+    """A module of nets.Net with the weight 3, and its state dict."""
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    return {"w": torch.tensor(3.0)}
+
+
+def test_networks_of_other_code_bases_are_read_by_their_own_conventions(factory):
+    """score_sde (Song et al. 2021): VE scores of images in [0, 1], told sigma, and VP eps, told 999 t; Karras et al. 2022: their whole
+    preconditioned network, told sigma, and its inside, told ln(sigma) / 4."""
+    from nets import Net
+
+    net, x = Net(), torch.randn(5, 2)
+    tell = lambda z, told: net(z, torch.full((5,), told)).detach()  # noqa: E731
+    ve = teachers.load("nets:Net,schedule=ve,prediction=score,time=level,range=unit,shape=2").denoiser
+    sigma = 0.6  # of images in [0, 1], half of that on [-1, 1]
+    unit = (x + 1) / 2
+    t = ve.schedule.time(-2 * torch.tensor(2 * sigma).log())
+    assert torch.allclose(ve(x, t), 2 * (unit + sigma**2 * tell(unit, sigma)) - 1, atol=1e-4)
+    vp = teachers.load("nets:Net,schedule=linear_vp,prediction=eps,time=thousand_time,span=999,shape=2").denoiser
+    t = torch.tensor(0.4)
+    alpha, s = vp.schedule.alpha(t), vp.schedule.sigma(t)
+    assert torch.allclose(vp(x, t), (x - s * tell(x, 999 * 0.4)) / alpha, atol=1e-4)
+    whole = teachers.load("nets:Net,schedule=edm,prediction=x0,time=level,shape=2").denoiser
+    assert torch.allclose(whole(x, torch.tensor(7.0)), tell(x, 7.0), atol=1e-5)
+    inside = teachers.load("nets:Net,schedule=edm,prediction=edm,time=log_sigma,sigma_data=0.7,shape=2").denoiser
+    scale = (7.0**2 + 0.7**2) ** 0.5
+    expected = 0.49 / scale**2 * x + 7 * 0.7 / scale * tell(x / scale, math.log(7.0) / 4)
+    assert torch.allclose(inside(x, torch.tensor(7.0)), expected, atol=1e-5)
+    for wrong, message in (
+        ("time=level,range=unit", "accepted is unit, with prediction=score"),
+        ("span=9", "accepted with time="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            teachers.load("nets:Net,schedule=ve,prediction=eps,shape=2," + wrong)
+
+
+def test_weights_come_from_safetensors_and_from_pickles_of_tensors_alone(factory, tmp_path):
+    from safetensors.torch import save_file
+
+    spec = "nets:Net,schedule=flow,prediction=x0,shape=2,weights="
+    save_file(factory, tmp_path / "a.safetensors")
+    torch.save(factory, tmp_path / "b.pt")
+    torch.save({f"module.{k}": v for k, v in factory.items()}, tmp_path / "c.pth")
+    torch.save({"ema": factory, "model": {"w": torch.tensor(5.0)}, "step": 3}, tmp_path / "d.pt")
+    for file in ("a.safetensors", "b.pt", "c.pth", "d.pt,part=ema"):
+        assert float(teachers.load(f"{spec}{tmp_path}/{file}").denoiser.net.w) == 3.0
+    torch.save(nn.Linear(2, 2), tmp_path / "code.pt")
+    torch.save({"v": torch.ones(1)}, tmp_path / "other.pt")
+    torch.save({"w": 3}, tmp_path / "number.pt")
+    for file, message in {
+        "code.pt": "which is never done here: where you trust that code, python -c .* makes a file that is accepted",
+        "d.pt": "part=None is none of the state dicts in it: accepted are part=ema or model",
+        "d.pt,part=best": "part=best is none",
+        "other.pt": "1 weights missing: w",
+        "number.pt": "not a state dict: w in it is no tensor",
+        "none.pt": "there is no such file",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            teachers.load(f"{spec}{tmp_path}/{file}")
+        assert "\n" not in str(error.value)
 
 
 def test_unknown_specs_say_what_is_accepted(tmp_path):
