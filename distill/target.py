@@ -4,7 +4,8 @@ All have the mean E[x0 | x_t] where the teacher is right; they differ in varianc
 
     x0_hat = (1 - g) x0 + g D(x_t, t)      E|x0_hat - E[x0 | x_t]|^2 = (1 - g)^2 Var[x0 | x_t] + g^2 |D - E[x0 | x_t]|^2
 
-g = 0 is training from data, g = 1 distillation, and the minimiser g = Var / (Var + bias^2) lies between.
+g = 0 is training from data, g = 1 distillation. A student averages its targets, by which the variance falls and the bias does not: over
+n of them the best part is g = (Var / n) / (Var / n + bias^2).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike, ask_in
 from distill.schedule import Schedule, add_noise, expand
+
+AVERAGED = 64.0  # targets that a student averages, in effect: from 1 to 64 tried in EXPERIMENTS.md
 
 
 class Target(Protocol):
@@ -142,13 +145,15 @@ class Judge:
         weights = torch.linalg.pinv(told.T @ told, hermitian=True, rtol=1e-12) @ (told.T @ wrong)
         return Sample(x_t, t, x0, cond, answer, answer + (told @ weights).to(answer).reshape(answer.shape))
 
-    def errors(self, schedule: Schedule, logsnr: Tensor, rng: torch.Generator, samples: int = 512) -> dict[str, Tensor]:
+    def errors(
+        self, schedule: Schedule, logsnr: Tensor, rng: torch.Generator, samples: int = 512, averaged: float = AVERAGED
+    ) -> dict[str, Tensor]:
         """Mean squares per pixel at each noise level [L]: ``variance`` of the datum and ``bias`` of the teacher about E[x0 | x_t],
-        and ``best``, the part of the teacher that minimises the error of their mix."""
+        and ``best``, the part of the teacher that minimises the error of ``averaged`` of their mixes' mean."""
         variance, bias = [], []
         for level in logsnr:
             drawn = self.draw(schedule, level, samples, rng)
             variance.append((drawn.x0 - drawn.expected).square().mean())
             bias.append((drawn.answer - drawn.expected).square().mean())
         v, b = torch.stack(variance), torch.stack(bias)
-        return {"variance": v, "bias": b, "best": v / (v + b).clamp(min=1e-12)}
+        return {"variance": v, "bias": b, "best": v / (v + averaged * b).clamp(min=1e-12)}

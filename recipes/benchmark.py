@@ -4,6 +4,9 @@
 
 extraction: images a second of the sweep's extraction over those of the bare extractor on the same batches.
 generation: seconds of a sampler's steps over those of as many bare network calls.
+loading: training batches of a memory-mapped .npz of 32x32 colour images, a second of CPU time.
+decoding: seconds of Pillow on one core for a folder of images over those of --data.
+starting: seconds from the start of a process to the first sample of the digits teacher.
 processes: seconds of a sweep in one process on one core over those of two processes on two cores (CPUs only).
 """
 
@@ -14,20 +17,25 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 import teachers
 from distill import checkpoint
+from distill.train import Shares
 from eval.features import Extractor
 from eval.generate import generate, start, synchronise, to_uint8
 from eval.metrics import cores
 from eval.reference import extract
+from recipes import data as datasets
 from recipes.common import fail, flag, one_line_errors, parse
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"repeats": 2, "batch_size": 64, "images": 512, "processes": 1}}
@@ -97,6 +105,45 @@ def generation(config: Config, device: torch.device) -> dict:
     return {"seconds": a, "bare_seconds": b, "ratio": r, "wanted": "<= 1.03"}
 
 
+def loading(config: Config) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (config.images, 32, 32, 3)
+        np.savez(f"{folder}/set.npz", images=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        batches = datasets.load(f"{folder}/set.npz").batches(Shares(128), 0, "benchmark", torch.device("cpu"))(0)
+        stream = iter(batches)
+        next(stream)
+        count, began = max(8, config.images // 128), time.process_time()
+        for _ in range(count):
+            next(stream)
+        return {"images_per_cpu_second": 128 * count / (time.process_time() - began), "wanted": ">= 5000"}
+
+
+def decoding(config: Config) -> dict:
+    count = min(config.images, 10_240)
+    with tempfile.TemporaryDirectory() as folder:
+        draw = np.random.default_rng(0)
+        for i in range(count):
+            Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(f"{folder}/{i:06d}.png")
+
+        def alone() -> None:
+            for path in sorted(Path(folder).iterdir()):
+                np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS))
+
+        a, b, r = ratio(alone, lambda: datasets.load(f"{folder},size=32"), 3, torch.device("cpu"))
+    return {"one_core": count / a, "images_per_second": count / b, "ratio": r, "wanted": f"about {cores()}, the cores"}
+
+
+def starting(config: Config) -> dict:
+    command = [sys.executable, str(Path(__file__).parent / "sample.py"), "--model", "digits", "--images", "1", "--steps", "4"]
+    seconds = []
+    for _ in range(min(5, config.repeats)):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            subprocess.run([*command, "--output", f"{folder}/one.png"], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - began)
+    return {"seconds": median(seconds), "wanted": "<= 5"}
+
+
 def sweep_seconds(config: Config, processes: int) -> float:
     """Wall seconds of one cell in ``processes`` processes of one thread, each pinned to a core of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -130,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         if device.type == "cpu":
             torch.set_num_threads(cores())
     out = {"extraction": extraction(config, device), "generation": generation(config, device)}
+    out |= {"loading": loading(config), "decoding": decoding(config), "starting": starting(config)}
     if device.type == "cpu" and config.processes > 1:
         out["processes"] = processes(config)
     for name, figures in out.items():

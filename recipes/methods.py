@@ -76,7 +76,7 @@ def denoise(config: Config, target: Target, options: dict[str, Any]) -> Method:
 
 METHODS: dict[str, Usual] = {
     "cd": Usual(cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order"), "truncated_snr", from_data=False),
-    "ct": Usual(ct, 0.0, (*PAIRS, "grid"), "inverse_level"),
+    "ct": Usual(ct, 0.0, (*PAIRS, "grid"), "truncated_snr"),
     "ict": Usual(ict, 0.0, PAIRS, "inverse_gap", "pseudo_huber"),
     "ect": Usual(ect, 0.0, PAIRS, "inverse_level"),
     "scd": Usual(scm, 1.0, ("jvp", "jvp_step"), from_data=False),

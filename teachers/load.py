@@ -25,7 +25,7 @@ ACCEPTED = (
     "'digits', a .safetensors file of this project, a diffusers pipeline folder or hub id (owner/name), "
     "'PIPELINE,prompts=FILE' for one that takes text, "
     "'package.module:factory,schedule=...,prediction=...', 'experts:SPEC|SPEC,logsnr=NUMBER', "
-    "'guided:FILE.safetensors,size=SIDE,head_channels=WIDTH', 'oracle:gaussian', 'oracle:mixture' or 'oracle:digits'"
+    "'guided:FILE,size=SIDE,head_channels=WIDTH', 'oracle:gaussian', 'oracle:mixture' or 'oracle:digits'"
 )
 
 # network family -> module with build(config) -> nn.Module called as (x, c_noise, **cond)

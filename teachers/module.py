@@ -29,6 +29,7 @@ CONVERT = (
     'python -c \'import torch, safetensors.torch as s; net = torch.load("IN", weights_only=False)["ema"]; '
     's.save_file(net.state_dict(), "OUT.safetensors")\' makes a file that is accepted'
 )
+PREFIXES = ("module.", "model.", "ema.")
 FIELDS = (
     "schedule",
     "prediction",
@@ -71,7 +72,8 @@ def load(spec: str) -> Teacher:
     config = {"factory": factory, "arguments": arguments}
     net = build(config)
     if "weights" in fields:
-        load_weights(net, state_dict(fields["weights"], fields.get("part")), fields["weights"])
+        tensors = state_dict(fields["weights"], fields.get("part"))
+        load_weights(net, tensors if tensors.keys() & net.state_dict().keys() else unwrapped(tensors), fields["weights"])
     around = _around(fields)
     net, network = wrap(net, {"family": "module", "config": config}, around)
     denoiser = Denoiser(
@@ -100,8 +102,8 @@ def _around(fields: dict[str, str]) -> dict | None:
 
 
 def state_dict(path: str, part: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a file by name, without a prefix that all names share ("module.", "model."). ValueError in one line for a file
-    that cannot be read without running code, or holds several state dicts of which none is named."""
+    """The tensors of a file by name. ValueError in one line for a file that cannot be read without running code, or holds several
+    state dicts of which none is named."""
     tensors = _tensors(path)
     parts = [name for name, value in tensors.items() if isinstance(value, Mapping)]
     if part is not None or parts:
@@ -113,9 +115,14 @@ def state_dict(path: str, part: str | None = None) -> dict[str, Tensor]:
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if wrong or not tensors:
         raise ValueError(f"{path}: not a state dict: {wrong[0] if wrong else 'nothing'} in it is no tensor")
-    for prefix in ("module.", "model."):
+    return dict(tensors)
+
+
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the name that something around the network put before all of theirs: "module.", "model.", "ema."."""
+    for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            return unwrapped({name.removeprefix(prefix): value for name, value in tensors.items()})
     return tensors
 
 
