@@ -19,9 +19,14 @@ def draw(out: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), dpi=120)
     for name, rows in out["targets"].items():
-        colour = COLOURS[name]
-        axes[0].plot(out["logsnr"], rows["error"], color=colour, marker=".", label=name)
-        axes[1].plot(out["logsnr"], rows["gradient_snr"], color=colour, marker=".", label=name)
+        how = {
+            "color": COLOURS[name],
+            "marker": ".",
+            "label": name,
+            "linestyle": ":" if name == "mix" else "-",
+        }  # often the teacher's
+        axes[0].plot(out["logsnr"], rows["error"], **how)
+        axes[1].plot(out["logsnr"], rows["gradient_snr"], **how)
     for name, points in out["curves"].items():
         axes[2].plot(*zip(*points, strict=True), color=COLOURS[name], label=f"trained on the {name}")
     axes[0].set(yscale="log", xlabel="log-SNR", title="error of the target: variance + bias$^2$")
@@ -42,7 +47,7 @@ def page(out: dict, folder: Path) -> str:
     rows = ""
     for i, level in enumerate(out["logsnr"]):
         cells = "".join(f"<td>{rows_['error'][i]:.2e}</td>" for rows_ in out["targets"].values())
-        rows += f"<tr><td>{level:.1f}</td>{cells}<td>{out['best'][i]:.3f}</td></tr>"
+        rows += f"<tr><td>{round(level, 1) + 0.0:.1f}</td>{cells}<td>{out['best'][i]:.3f}</td></tr>"
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Target variance</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }}

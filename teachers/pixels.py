@@ -40,7 +40,8 @@ def check_table(model: Teacher) -> None:
     if not isinstance(d.schedule, Table) or d.time != "index" or d.prediction not in PREDICTIONS.values():
         raise ValueError(
             "a diffusers pipeline needs a discrete table, the time convention 'index' and a prediction of "
-            f"{', '.join(PREDICTIONS.values())}; this model has {type(d.schedule).__name__}, {d.time!r}, {d.prediction!r}"
+            f"{', '.join(PREDICTIONS.values())}; this model has {type(d.schedule).__name__}, {d.time!r}, {d.prediction!r} "
+            "(a new student has them: recipes/consistency.py --student new)"
         )
 
 
