@@ -43,11 +43,14 @@ class Stream:
                 yield torch.from_numpy(np.stack([pixels for _, pixels in kept])), labels
 
     def captioned(self, place: dict[str, int]) -> Stream:
-        """The same, each image labelled with the place of its caption; -1, which is refused, where it has none."""
+        """The same, each image labelled with the place of its caption. ValueError, as it comes by, for a caption that has none."""
 
         def records(seed: int | None, rank: int, world: int) -> Iterator[Record]:
             for record in self.source.records(seed, rank, world):
-                yield replace(record, label=place.get((record.caption or "").strip(), -1))
+                caption = (record.caption or "").strip()
+                if caption not in place:
+                    raise ValueError(f"{record.where}: the caption {caption!r} is none of the teacher's {len(place)} prompts")
+                yield replace(record, label=place[caption])
 
         return replace(self, source=replace(self.source, records=records, classes=len(place)), labelled=True)
 

@@ -243,6 +243,18 @@ def test_a_stream_continues_from_a_step_with_the_same_bits(streamed):
         assert torch.equal(x, y) and torch.equal(cond["labels"], other["labels"])
 
 
+def test_a_stream_and_a_set_of_captions_are_labelled_by_the_line_of_each(tmp_path):
+    prompts = ["zero", "one", "two"]
+    pack(tmp_path / "s.tar", {f"{i}.{k}": v for i in range(9) for k, v in (("png", png(i)), ("txt", prompts[i % 3].encode()))})
+    for options in ("", ",stream=3"):
+        found = data.load(f"wds:{tmp_path}/s.tar{options}").captioned(["nothing", *prompts])
+        batches = some(4, found, Shares(6))
+        assert torch.cat([cond["labels"] for _, cond in batches]).tolist() == [1 + i % 3 for i in seen(batches)]
+        assert found.classes == 4
+    with pytest.raises(ValueError, match=r"s.tar/2: the caption 'two' is none of the teacher's 2 prompts"):
+        some(2, data.load(f"wds:{tmp_path}/s.tar,stream=2").captioned(prompts[:2]), Shares(6))
+
+
 def test_in_a_stream_another_image_stands_for_a_corrupt_one_and_more_than_1_percent_are_fatal(tmp_path, capsys):
     bad = {3, 300, 301}
     pack(tmp_path / "s.tar", {f"{i}.png": b"no image" if i in bad else png(i % 250) for i in range(500)})
