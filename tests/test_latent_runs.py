@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,14 @@ def test_two_processes_make_the_latents_of_one(made, tmp_path):
     subprocess.run(command, check=True, cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     files = sorted(p.name for p in (made / "plain").iterdir())
     assert len(files) == 4 and filecmp.cmpfiles(made / "plain", tmp_path / "two", files, shallow=False) == (files, [], [])
+
+
+def test_each_process_encodes_only_its_own_shards(made):
+    config = latents.Config(shard_images=40)
+    data, model = datasets.load(str(made / "plain.npz")), teachers.load(str(made / "ldm"))
+    for rank, numbers in ((0, [0, 2]), (1, [1])):
+        state = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
+        assert [number for number, _ in latents.encoded(model, data, config, state)] == numbers
 
 
 def test_captions_are_the_labels_of_a_teacher_that_is_told_prompts(made):
