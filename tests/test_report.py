@@ -10,7 +10,7 @@ from conftest import ROOT
 from jsonschema import Draft202012Validator
 
 from distill import checkpoint
-from eval import compare, merge, report
+from eval import compare, merge, report, variance
 from eval.metrics import GROUPS
 from eval.sweep import picture_path
 
@@ -164,3 +164,12 @@ def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_asks_for_n
     assert "is not finite" in page.locator("tr.error").inner_text() and page.locator("tr.front").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # wide tables scroll in their own box
     page.close()
+
+
+def test_the_variance_page_says_how_many_images_the_teachers_student_needed():
+    curves = {"datum": [[100, 0.5], [400, 0.3]], "teacher": [[100, 0.3], [400, 0.1]]}
+    assert "within 0.3 of" in variance.verdict({"curves": curves}) and "after 25% of its images" in variance.verdict(
+        {"curves": curves}
+    )
+    slower = {"datum": curves["teacher"], "teacher": curves["datum"]}
+    assert "which the student of the teacher did not" in variance.verdict({"curves": slower})
