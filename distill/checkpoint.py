@@ -49,7 +49,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 def clear_aside(folder: Path) -> None:
     """Removes what killed processes were writing aside in a folder, files and folders."""
-    for left in folder.rglob(".*.part"):
+    for left in list(folder.rglob(".*.part")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -266,6 +266,12 @@ def posterior(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]
     return schedule.sigma(s) * ratio, schedule.sigma(s) * (1 - ratio.square()).clamp(min=0).sqrt()
 
 
+def prior_std(schedule: Schedule, t: Tensor) -> float:
+    """Of the noise that sampling starts from at t: sigma(t), and 1 on a discrete table, whose models and pipelines all begin with
+    unit noise even where some signal is left at its end."""
+    return 1.0 if isinstance(schedule, Table) and float(t) == schedule.t_max else float(schedule.sigma(t))
+
+
 def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """The x0 for which `move` from t lands on x_s at s, its inverse; s must have less noise than t.
 

@@ -6,6 +6,7 @@ from which its starting noise, then its label, then the noise of each stochastic
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.rng import seed_of
-from distill.schedule import Schedule, expand
+from distill.schedule import Schedule, prior_std
 from distill.solver import named, stochastic
 
 LABEL_RULE = "uniform over the classes, drawn from the generator of the index after its noise"
@@ -64,9 +65,8 @@ def generate(
     condition: Callable[[Tensor | None], dict],
     device: torch.device,
 ) -> Tensor:
-    """Samples [n, ...] in [-1, 1] from where ``begin`` stands; x starts as sigma(times[0]) times its noise."""
-    noise = begin.noise.to(device)
-    x = expand(denoiser.schedule.sigma(times[0]), noise) * noise
+    """Samples [n, ...] in [-1, 1] from where ``begin`` stands; x starts as `prior_std` times its noise."""
+    x = prior_std(denoiser.schedule, times[0]) * begin.noise.to(device)
     cond = condition(None if begin.labels is None else begin.labels.to(device))
     extra = {"noise": begin.fresh} if stochastic(sampler) else {}
     with torch.inference_mode():
@@ -119,3 +119,8 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,6 @@ these sums, whose size does not grow with the number of images.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from eval import fidelity
+from eval.generate import cores
 from eval.neighbours import memorisation
 
 GROUPS = 20
@@ -128,11 +128,6 @@ def paired_difference(one: dict, two: dict) -> tuple[float, float]:
     differences = [a - b for a, b in zip(one["fid_left_out"], two["fid_left_out"], strict=True)]
     value = one["fid"] - two["fid"]
     return value, jackknife(value, differences)[0]
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

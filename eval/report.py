@@ -10,7 +10,8 @@ from distill.checkpoint import write_json, write_text
 from eval.compare import good, reference_row, verdict, warnings, with_comparisons
 from eval.metrics import Reference
 from eval.page import page
-from eval.plots import fid_against, label_shares, sample_grid
+from eval.plots import fid_against, label_shares
+from eval.sheet import sample_grid
 from eval.sweep import picture_path, pictures
 from eval.table import COLUMNS, NOTES, facts, text, used_columns
 

@@ -64,11 +64,9 @@ def verdict(out: dict) -> str:
     goal = min(error for _, error in datum)
     reached = next((images for images, error in teacher if error <= goal), None)
     if reached is None:
-        return (
-            f"The student of the data came within {goal:.3g} of the teacher's error, which the student of the teacher did not."
-        )
+        return f"The student of the data ended {goal:.3g} above the teacher's error, which the student of the teacher did not reach."
     part = reached / datum[-1][0]
     return (
-        f"The student of the data came within {goal:.3g} of the teacher's error (in v, a pixel, on images held out); the student of the "
-        f"teacher did so after {part:.0%} of its images."
+        f"The student of the data ended {goal:.3g} above the teacher's error (in v, a pixel, on images held out); the student of the "
+        f"teacher was there after {part:.0%} of its images."
     )

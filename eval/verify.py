@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from eval import fidelity
 from eval.features import Extractor
 from eval.generate import chunks, generate, start, to_uint8
+from eval.sheet import write_folder
 from eval.sweep import Cell, Protocol
 
 CHECKED = ("fid", "kid", "isc", "precision", "recall")
@@ -39,10 +39,3 @@ def verify(
     ours = {name: row[name] for name in CHECKED if row.get(name) is not None and name in theirs}
     worst = max(abs(theirs[name] - value) / max(abs(value), 1e-3) for name, value in ours.items())
     return worst, {name: theirs[name] for name in ours}
-
-
-def write_folder(images: Tensor, folder: Path, first: int = 0) -> None:
-    """uint8 images [n, C, H, W] as 000000.png, 000001.png, ..., numbered from ``first``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, pixels in enumerate(images, first):
-        Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:06d}.png")

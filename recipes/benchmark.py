@@ -5,8 +5,8 @@
 extraction: images a second of the sweep's extraction over those of the bare extractor on the same batches.
 generation: seconds of a sampler's steps over those of as many bare network calls.
 loading: training batches of a memory-mapped .npz of 32x32 colour images, a second of CPU time.
-decoding: seconds of Pillow on one core for a folder of images over those of --data.
-starting: seconds from the start of a process to the first sample of the digits teacher.
+decoding: seconds of Pillow on one core for a folder of 256x256 JPEGs over those of --data FOLDER,size=32.
+starting: seconds from the start of a process until the digits teacher can be sampled.
 processes: seconds of a sweep in one process on one core over those of two processes on two cores (CPUs only).
 """
 
@@ -32,8 +32,7 @@ import teachers
 from distill import checkpoint
 from distill.train import Shares
 from eval.features import Extractor
-from eval.generate import generate, start, synchronise, to_uint8
-from eval.metrics import cores
+from eval.generate import cores, generate, start, synchronise, to_uint8
 from eval.reference import extract
 from recipes import data as datasets
 from recipes.common import fail, flag, one_line_errors, parse
@@ -119,11 +118,11 @@ def loading(config: Config) -> dict:
 
 
 def decoding(config: Config) -> dict:
-    count = min(config.images, 10_240)
+    count = min(config.images, 6_000)
     with tempfile.TemporaryDirectory() as folder:
-        draw = np.random.default_rng(0)
+        wave = np.add.outer(np.arange(256), np.arange(256))[..., None] * np.array([1, 2, 3])
         for i in range(count):
-            Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(f"{folder}/{i:06d}.png")
+            Image.fromarray((127.5 + 127.5 * np.sin(wave / 40 + i)).astype(np.uint8)).save(f"{folder}/{i:06d}.jpg")
 
         def alone() -> None:
             for path in sorted(Path(folder).iterdir()):
@@ -134,13 +133,15 @@ def decoding(config: Config) -> dict:
 
 
 def starting(config: Config) -> dict:
-    command = [sys.executable, str(Path(__file__).parent / "sample.py"), "--model", "digits", "--images", "1", "--steps", "4"]
-    seconds = []
+    code, seconds = "import teachers; teachers.load('digits'); print('ready', flush=True); input()", []
     for _ in range(min(5, config.repeats)):
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            subprocess.run([*command, "--output", f"{folder}/one.png"], check=True, capture_output=True)
+        began = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
             seconds.append(time.perf_counter() - began)
+            process.kill()
     return {"seconds": median(seconds), "wanted": "<= 5"}
 
 

@@ -27,8 +27,7 @@ from distill import checkpoint
 from distill.denoiser import Denoiser
 from distill.rng import Rng
 from distill.train import Method, State
-from eval.generate import synchronise
-from eval.metrics import cores
+from eval.generate import cores, synchronise
 
 C = TypeVar("C")
 NOT_OF_THE_RUN = (

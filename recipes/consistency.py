@@ -21,18 +21,9 @@ from eval import reference
 from eval.features import Extractor
 from recipes import data as datasets
 from recipes.common import Run, disk_errors, duration, flag, one_line_errors, parse, processes
-from recipes.measure import (
-    OPPONENTS,
-    Measurement,
-    check_match,
-    check_sampler,
-    codec_of,
-    cost_in_calls,
-    measured_against,
-    opponents,
-    own_cells,
-)
-from recipes.methods import DISTANCE_NAMES, METHODS, check, check_levels, method_of
+from recipes.matching import check_match, check_sampler, codec_of
+from recipes.measure import OPPONENTS, Measurement, cost_in_calls, measured_against, opponents, own_cells
+from recipes.methods import DISTANCE_NAMES, METHODS, check, check_levels, method_of, part_of
 from recipes.probing import check_denoiser
 from recipes.stage import deliver, plan, stage, trial
 from teachers import Teacher
@@ -105,15 +96,14 @@ def started(config: Config, teacher: Teacher | None, data: datasets.Data) -> Tea
     """What training starts from: the teacher, another model, or new weights."""
     if config.student not in (None, "new"):
         model = teachers.load(config.student)
-        check_match(model, data, training=True)
     elif teacher is None or config.student == "new":
         classes = data.classes if teacher is None else teacher.classes
         model = untrained(data.shape, classes, config.channels, config.layers, config.seed)
         model = replace(model, codec=codec_of(data) if teacher is None else teacher.codec)
     else:
         model = teacher
-    if teacher is not None and model.conditions != teacher.conditions:
-        raise ValueError(f"the student takes {model.conditions} and the teacher {teacher.conditions}: they must agree")
+    if teacher is not None and not model.told_as(teacher):
+        raise ValueError(f"the student takes {model.conditions} and the teacher {teacher.conditions}: they must be the same")
     return with_two_times(model) if METHODS[config.method].two_times else model
 
 
@@ -127,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         if teacher is not None:
             data = check_match(teacher, data, training=True)
         model = started(config, teacher, data)
+        data = check_match(model, data, training=True)
         check_sampler(model, sampler_name)
         if teacher is not None:
             check_levels(teacher, model)
@@ -143,6 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     for loaded in (model, teacher):
         if loaded is not None:
             loaded.to(run.accelerator.device)
+    if part_of(config) == "auto":
+        method = method_of(config, teacher, model, data, run.accelerator.device)
     measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
     cells = []
     if teacher is not None:

@@ -77,34 +77,38 @@ class Data:
         return from_uint8(images, device) if self.latents is None else images.contiguous().to(device).float()
 
     def captioned(self, prompts: list[str]) -> Data:
-        """The same images, each labelled with the place of its caption among ``prompts``. ValueError for a caption that is none of
-        them, where the images have no labels to go by."""
+        """The same images, each labelled with the place of its caption among ``prompts``; unchanged where there are labels and no
+        caption is a prompt. ValueError for a caption that is none of them."""
         place = {prompt: i for i, prompt in enumerate(prompts)}
-        stranger = next((caption for caption in self.captions or [] if caption.strip() not in place), None)
-        if stranger is not None:
-            if self.labels is None:
-                raise ValueError(
-                    f"{self.name}: the caption {stranger!r} is none of the teacher's {len(prompts)} prompts: a line of prompts=FILE "
-                    "for each caption is accepted"
-                )
+        strangers = [caption for caption in self.captions or [] if caption.strip() not in place]
+        if strangers and self.labels is not None and len(strangers) == len(self.captions or []):
             return self
+        if strangers:
+            raise ValueError(
+                f"{self.name}: the caption {strangers[0]!r} is none of the teacher's {len(prompts)} prompts: a line of prompts=FILE "
+                "for each caption is accepted"
+            )
         labels = torch.tensor([place[caption.strip()] for caption in self.captions or []])
         stream = None if self.stream is None else self.stream.captioned(place)
         return replace(self, labels=labels, stream=stream, known_classes=len(prompts))
 
-    def walk(self, block: int) -> Iterator[tuple[Tensor, Tensor | None, list[str] | None]]:
-        """All of the set once, in order and never flipped: (images, labels, captions) of about ``block`` each."""
+    def walk(
+        self, block: int, most: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[int, Tensor, Tensor | None, list[str] | None]]:
+        """The set once, or its first ``most``, in order and never flipped: (number, images, labels, captions) of every ``world``-th
+        block of about ``block`` images, from ``rank`` on."""
         if self.stream is None:
-            for start in range(0, len(self.images), block):
-                part = slice(start, start + block)
+            count = min(len(self.images), most or len(self.images))
+            for number, start in list(enumerate(range(0, count, block)))[rank::world]:
+                part = slice(start, min(start + block, count))
                 labels, captions = (None if known is None else known[part] for known in (self.labels, self.captions))
-                yield self.images[part], labels, captions  # type: ignore[misc]
+                yield number, self.images[part], labels, captions  # type: ignore[misc]
             return
-        for kept in walk(self.stream.source, self.stream.form, block):
+        for number, kept in walk(self.stream.source, self.stream.form, block, most, rank, world):
             records = [record for record, _ in kept]
             labels = None if self.labels is None else torch.tensor([record.label for record in records])
             captions = None if self.captions is None else [record.caption or "" for record in records]
-            yield torch.from_numpy(np.stack([pixels for _, pixels in kept])), labels, captions
+            yield number, torch.from_numpy(np.stack([pixels for _, pixels in kept])), labels, captions
 
     def batches(
         self,

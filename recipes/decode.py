@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from PIL import Image, UnidentifiedImageError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MOST_CORRUPT = 0.01  # part of a set's images that may be unreadable
 PROCESSES_FROM = 4096  # images; fewer are decoded in threads, which need no start
+# a fresh interpreter would import the whole of the recipe again; a worker touches Pillow and numpy alone, as DataLoader's do
+HOW = "fork" if sys.platform == "linux" else "spawn"
 BLOCK = 4096  # encoded images held at once
 
 
@@ -103,7 +105,7 @@ def form_of(source: Source, size: int | None) -> Form:
 def read_all(source: Source, form: Form, most: int | None = None) -> Decoded:
     """All images of a set, or its first ``most``. ValueError for one smaller than asked for, and for more than 1 % unreadable."""
     images, records = [], []
-    for kept in walk(source, form, BLOCK, most):
+    for _, kept in walk(source, form, BLOCK, most):
         images.append(np.stack([image for _, image in kept]))
         records += [replace(record, image=b"") for record, _ in kept]
     if not images:
@@ -117,21 +119,25 @@ def read_all(source: Source, form: Form, most: int | None = None) -> Decoded:
     )
 
 
-def walk(source: Source, form: Form, block: int, most: int | None = None) -> Iterator[list[tuple[Record, np.ndarray]]]:
-    """One pass in order: the readable images of each ``block`` records, with a bar. ValueErrors as `read_all`."""
+def walk(
+    source: Source, form: Form, block: int, most: int | None = None, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, list[tuple[Record, np.ndarray]]]]:
+    """One pass in order, with a bar: number and readable images of every ``world``-th block of records, from ``rank`` on. ValueErrors
+    as `read_all`."""
     from tqdm import tqdm
 
     corrupt, records = Corrupt(source.name), islice(source.records(None, 0, 1), most)
     total = most if source.count is None else min(source.count, most or source.count)
-    some = list(islice(records, block))
+    blocks = iter(lambda: list(islice(records, block)), [])
     bar = tqdm(total=total, desc=f"reading {source.name}", unit="img", leave=False, disable=None)
-    with workers(total or len(some)) as pool, bar:
-        while some:
-            kept = corrupt.note(some, decode(pool, some, form))
+    first = next(blocks, [])
+    with workers(total or len(first)) as pool, bar:
+        for number, some in enumerate(chain([first] if first else [], blocks)):
+            if number % world == rank:
+                kept = corrupt.note(some, decode(pool, some, form))
+                if kept:
+                    yield number, kept
             bar.update(len(some))
-            if kept:
-                yield kept
-            some = list(islice(records, block))
     if corrupt.bad > 20:
         _warn(f"{source.name}: {corrupt.bad} of {corrupt.seen} images cannot be read and are left out")
     corrupt.check()
@@ -153,13 +159,11 @@ def shuffled(records: Iterable[Record], buffer: int, draw: np.random.Generator) 
 @contextmanager
 def workers(images: int) -> Iterator[Executor]:
     """Processes for many images, threads for few; this process's part of the cores."""
-    from eval.metrics import cores
+    from eval.generate import cores
 
     each = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     many = each > 1 and images >= PROCESSES_FROM
-    pool: Executor = (
-        ProcessPoolExecutor(each, multiprocessing.get_context("spawn")) if many else ThreadPoolExecutor(each, "decode")
-    )
+    pool: Executor = ProcessPoolExecutor(each, multiprocessing.get_context(HOW)) if many else ThreadPoolExecutor(each, "decode")
     try:
         yield pool
     finally:

@@ -23,6 +23,7 @@ from distill import solver
 from distill.grid import GRIDS
 from distill.regularize import RESIDUALS, residuals
 from distill.rng import Rng
+from distill.schedule import prior_std
 from distill.search import gits, step_costs
 from eval import merge, reference, report
 from eval.collect import COLLECTORS
@@ -33,17 +34,8 @@ from eval.sweep import Cell
 from eval.verify import verify
 from recipes import data as datasets
 from recipes.common import Run, disk_errors, flag, one_line_errors, parse
-from recipes.measure import (
-    OPPONENTS,
-    Measurement,
-    best_grid,
-    check_match,
-    check_sampler,
-    check_steps,
-    opponents,
-    own_cells,
-    training_seconds,
-)
+from recipes.matching import check_match, check_sampler, check_steps
+from recipes.measure import OPPONENTS, Measurement, best_grid, opponents, own_cells, training_seconds
 from teachers import Teacher
 
 SEARCHED = ("ddim", "dpm++2m", "ipndm")  # samplers that are also measured on a searched grid
@@ -148,7 +140,7 @@ def searched(
     fine = GRIDS[best_grid(denoiser.schedule, "ddim", FINE_STEPS)](denoiser.schedule, FINE_STEPS)
     begin = start(range(config.images, config.images + SEARCH_IMAGES), model.shape, model.classes, config.seed)
     cond = model.condition(None if begin.labels is None else begin.labels.to(device))
-    costs = step_costs(denoiser, (denoiser.schedule.sigma(fine[0]) * begin.noise).float().to(device), fine, **cond)
+    costs = step_costs(denoiser, (prior_std(denoiser.schedule, fine[0]) * begin.noise).float().to(device), fine, **cond)
     found = [{n: tuple(gits(costs, fine, n).tolist()) for n in steps}]
     (times,) = broadcast_object_list(found)  # on GPUs the last digits of the costs may differ between processes
     return [Cell(label, "teacher", model, name, n, "searched", config.guidance, times[n]) for name in samplers for n in steps]

@@ -18,7 +18,7 @@ import torch
 import teachers
 from distill.checkpoint import write_text
 from eval.generate import generate, start, to_uint8
-from eval.plots import contact_sheet
+from eval.sheet import contact_sheet
 from recipes.common import fail, flag, one_line_errors, parse
 from teachers import Teacher, export, portable
 from teachers.card import card, measured

@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ import teachers
 from distill import checkpoint
 from eval.generate import from_uint8
 from recipes import data as datasets
-from recipes.common import disk_errors, fail, flag, one_line_errors, parse
-from recipes.measure import check_match
+from recipes.common import fail, flag, one_line_errors, parse
+from recipes.matching import check_match
 from recipes.stored import LATENTS, codec_sha256
 from teachers import Teacher
 
@@ -61,21 +62,16 @@ def encoded(model: Teacher, data: datasets.Data, config: Config, state: PartialS
     """The shards of this process, every ``num_processes``-th of all in the order of the data, with their numbers. ValueError where a
     latent does not fit into the numbers asked for."""
     assert model.codec is not None
-    left = config.most or float("inf")
-    for number, (images, labels, captions) in enumerate(data.walk(config.shard_images)):
-        images = images[: int(min(left, len(images)))]
-        left -= len(images)
-        if number % state.num_processes == state.process_index:
-            codes = (model.codec.encode(from_uint8(part, state.device)) for part in images.split(config.batch_size))
-            latents, n = torch.cat([z.to(DTYPES[config.dtype]).cpu() for z in codes]), len(images)
-            if not torch.isfinite(latents).all():
-                raise ValueError(f"latents of {data.name} are not finite in {config.dtype}: --dtype float32 is accepted too")
-            yield number, Shard(latents, None if labels is None else labels[:n], None if captions is None else captions[:n])
-        if left <= 0:
-            return
+    most, mine = config.most or None, (state.process_index, state.num_processes)
+    for number, images, labels, captions in data.walk(config.shard_images, most, *mine):
+        codes = (model.codec.encode(from_uint8(part, state.device)) for part in images.split(config.batch_size))
+        latents = torch.cat([z.to(DTYPES[config.dtype]).cpu() for z in codes])
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"latents of {data.name} are not finite in {config.dtype}: --dtype float32 is accepted too")
+        yield number, Shard(latents, labels, captions)
 
 
-def write(folder: Path, shards: Iterator[tuple[int, Shard]]) -> dict[str, list[int]]:
+def write(folder: Path, shards: Iterable[tuple[int, Shard]]) -> dict[str, list[int]]:
     """The files of shards; the shape of each."""
     shapes = {}
     for number, shard in shards:
@@ -84,6 +80,14 @@ def write(folder: Path, shards: Iterator[tuple[int, Shard]]) -> dict[str, list[i
         checkpoint.save(folder / name, tensors, {"captions": shard.captions})
         shapes[name] = list(shard.latents.shape)
     return shapes
+
+
+def written(folder: Path, shards: Iterable[tuple[int, Shard]]) -> tuple[dict[str, list[int]], str | None]:
+    """`write`, or what went wrong in it, which all processes have to hear of."""
+    try:
+        return write(folder, shards), None
+    except (ValueError, OSError) as error:
+        return {}, str(error)
 
 
 def finish(folder: Path, aside: Path, shapes: dict[str, list[int]], facts: dict) -> int:
@@ -97,14 +101,15 @@ def finish(folder: Path, aside: Path, shapes: dict[str, list[int]], facts: dict)
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors(), disk_errors():
+    with one_line_errors():
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         folder = Path(config.output_dir)
         if folder.exists():
             fail(f"{folder} exists: name another --output-dir")
         if min(config.shard_images, config.batch_size) < 1:
             raise ValueError("--shard-images and --batch-size are 1 or more")
-        state = PartialState(cpu=not torch.cuda.is_available())
+        # a process without shards waits for the others
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         if config.threads:
             torch.set_num_threads(config.threads)
         model = teachers.load(config.model)
@@ -119,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             "codec_sha256": codec_sha256(model.codec),
             "scale": model.codec.scale,
             "shift": model.codec.shift,
+            "codec": model.codec.describe(),
         }
         facts |= {"dtype": config.dtype, "data": data.name, "classes": data.classes}
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,9 +134,11 @@ def main(argv: list[str] | None = None) -> None:
             total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
             quiet = None if state.is_main_process else True
             shards = tqdm(encoded(model, data, config, state), desc="latents", unit="shard", total=total, disable=quiet)
-            shapes: Any = gather_object([write(aside, shards)])
+            parts: Any = gather_object([written(aside, shards)])
+            if wrong := next((error for _, error in parts if error), None):
+                raise ValueError(wrong)
             if state.is_main_process:
-                count = finish(folder, aside, {name: shape for part in shapes for name, shape in part.items()}, facts)
+                count = finish(folder, aside, {name: shape for shapes, _ in parts for name, shape in shapes.items()}, facts)
                 print(f"{count:,} latents of {data.name}: {folder}")
         finally:
             if state.is_main_process:

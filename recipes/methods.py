@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from distill.consistency import Consistency, Gap, Neighbours, ct_steps, ict_steps
 from distill.denoise import Denoise
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from recipes.consistency import Config
 
 DISTANCE_NAMES = (*DISTANCES, "lpips")
-LEVELS = torch.linspace(-9, 13, 45)  # log-SNRs at which --target-mix auto compares datum and teacher
+LEVELS = torch.linspace(-9, 13, 23)  # log-SNRs at which --target-mix auto compares datum and teacher
 PAIRS = ("weight", "distance", "averaged_target")
 
 
@@ -134,9 +135,9 @@ def part_of(config: Config) -> float | str:
     return part
 
 
-def target_of(config: Config, teacher: Teacher | None, model: Teacher, data: Data) -> Target:
-    """What stands for x0 in each step of training ``model``, as --target and --target-mix say. ValueError for a posterior mean
-    where the condition is no label."""
+def target_of(config: Config, teacher: Teacher | None, model: Teacher, data: Data, device: torch.device | None) -> Target:
+    """What stands for x0 in each step of training ``model``, as --target and --target-mix say; without a ``device``, on which the
+    teacher is judged, auto is 1/2. ValueError for a posterior mean where the condition is no label."""
     part = part_of(config)
     if config.target == "posterior-mean":
         if model.table is not None:
@@ -144,13 +145,14 @@ def target_of(config: Config, teacher: Teacher | None, model: Teacher, data: Dat
         return PosteriorMean()
     if teacher is None or part == 0:
         return Datum()
-    if part != "auto":
-        return Mix(teacher.denoiser, float(part))
+    if part != "auto" or device is None:
+        return Mix(teacher.denoiser, 0.5 if part == "auto" else float(part))
     schedule, rng = teacher.denoiser.schedule, torch.Generator().manual_seed(config.seed)
-    return Mix(teacher.denoiser, judged(teacher, data, 4096, config.seed).errors(schedule, LEVELS, rng)["best"], LEVELS)
+    levels = tqdm(LEVELS, desc="judging the teacher", leave=False, disable=None)
+    return Mix(teacher.denoiser, judged(teacher, data, 4096, config.seed, device).errors(schedule, levels, rng)["best"], LEVELS)
 
 
-def judged(teacher: Teacher, data: Data, most: int, seed: int, device: torch.device | str = "cpu") -> Judge:
+def judged(teacher: Teacher, data: Data, most: int, seed: int, device: torch.device) -> Judge:
     """The teacher before ``most`` of the data, at random."""
     some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:most]
     labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
@@ -173,10 +175,13 @@ def terms_of(config: Config) -> tuple[tuple[str, float], ...]:
     return tuple(terms)
 
 
-def method_of(config: Config, teacher: Teacher | None, model: Teacher, data: Data) -> Method:
-    """The method that the flags describe, by which ``model`` is trained, with its regularizers."""
+def method_of(
+    config: Config, teacher: Teacher | None, model: Teacher, data: Data, device: torch.device | None = None
+) -> Method:
+    """The method that the flags describe, by which ``model`` is trained, with its regularizers; the one that is meant only with a
+    ``device``, see `target_of`."""
     usual, terms = METHODS[config.method], terms_of(config)
     options: dict[str, Any] = {"averaged": config.averaged_target, "weight": config.weight or usual.weight}
     options["distance"] = distance_of(config.distance or usual.distance, data)
-    method = usual.build(config, target_of(config, teacher, model, data), options)
+    method = usual.build(config, target_of(config, teacher, model, data, device), options)
     return Regularized(method, terms) if terms else method

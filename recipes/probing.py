@@ -9,7 +9,7 @@ import torch
 import teachers
 from distill.likelihood import bits, bound, flow
 from recipes.data import Data
-from recipes.measure import check_match
+from recipes.matching import check_match
 from teachers import Teacher
 from teachers.probe import Probe, probe
 
@@ -76,13 +76,11 @@ def examine(to_probe: str | None, to_score: str | None, data: Data, seed: int, t
         torch.set_num_threads(threads)
     if to_probe:
         teacher = teachers.load(to_probe)
-        data = check_match(teacher, data)
-        found = probed(teacher, data, seed)
+        found = probed(teacher, check_match(teacher, data), seed)
         print("\n".join(found.lines()[:-1]))
         if not found.ok:
             raise ValueError(f"{to_probe}: {found.verdict}")
         print(f"{to_probe}: {found.verdict}")
     if to_score:
         teacher = teachers.load(to_score)
-        data = check_match(teacher, data)
-        print("\n".join(scored(teacher, data, seed)))
+        print("\n".join(scored(teacher, check_match(teacher, data), seed)))

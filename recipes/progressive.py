@@ -24,7 +24,8 @@ from eval import reference
 from eval.features import Extractor
 from recipes import data as datasets
 from recipes.common import Run, disk_errors, duration, flag, one_line_errors, parse, processes
-from recipes.measure import OPPONENTS, Measurement, check_match, cost_in_calls, measured_against, opponents, own_cells
+from recipes.matching import check_match
+from recipes.measure import OPPONENTS, Measurement, cost_in_calls, measured_against, opponents, own_cells
 from recipes.probing import check_denoiser
 from recipes.stage import deliver, plan, stage
 from teachers import Teacher

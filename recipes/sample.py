@@ -19,10 +19,9 @@ import teachers
 from distill import solver
 from distill.grid import GRIDS
 from eval.generate import chunks, generate, start, to_uint8
-from eval.plots import contact_sheet
-from eval.verify import write_folder
+from eval.sheet import contact_sheet, write_folder
 from recipes.common import fail, flag, one_line_errors, parse
-from recipes.measure import check_sampler
+from recipes.matching import check_sampler
 from teachers import Teacher
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"images": 10}}

@@ -25,7 +25,8 @@ from eval.sweep import Cell
 from recipes import data as datasets
 from recipes import stage
 from recipes.common import Run, disk_errors, flag, one_line_errors, parse
-from recipes.measure import Measurement, check_match, check_steps
+from recipes.matching import check_match, check_steps
+from recipes.measure import Measurement
 from teachers import Teacher
 
 PRESETS: dict[str, dict] = {

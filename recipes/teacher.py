@@ -27,10 +27,11 @@ from distill.schedule import Schedule, schedule_from
 from distill.target import Datum, Mix
 from distill.train import Optimization, Shares, train
 from eval.generate import generate, peak_memory_gb, start, to_uint8
-from eval.plots import contact_sheet
+from eval.sheet import contact_sheet
 from recipes import data as datasets
 from recipes.common import NOT_OF_THE_RUN, Run, duration, flag, one_line_errors, parse, processes, rehearse
-from recipes.measure import best_grid, check_match, codec_of
+from recipes.matching import check_match, codec_of
+from recipes.measure import best_grid
 from recipes.probing import check_denoiser, examine
 from teachers import Teacher
 from teachers.load import frozen
@@ -120,6 +121,8 @@ def learnt_from(config: Config, data: datasets.Data) -> Teacher | None:
         return None
     teacher = teachers.load(config.teacher)
     check_match(teacher, data, training=True)
+    if teacher.table is not None:
+        raise ValueError("a new network here is told labels or nothing, and this teacher a text")
     if config.label_dropout and teacher.classes is not None and teacher.null != data.classes:
         raise ValueError(f"the teacher's label for none is {teacher.null}, not {data.classes}: use --label-dropout 0")
     return teacher

@@ -21,13 +21,13 @@ from distill.checkpoint import write_json, write_text
 from distill.denoise import Denoise
 from distill.denoiser import Denoiser, ask_in
 from distill.rng import Rng
-from distill.schedule import add_noise
-from distill.target import Datum, Judge, Mix, PosteriorMean, Target
+from distill.schedule import Schedule, add_noise
+from distill.target import Datum, Judge, Mix, PosteriorMean, Sample, Target
 from distill.train import Optimization, Shares, train
 from eval.variance import draw, page, verdict
 from recipes import data as datasets
-from recipes.common import Run, flag, one_line_errors, parse
-from recipes.measure import check_match
+from recipes.common import Run, flag, one_line_errors, parse, processes
+from recipes.matching import check_match
 from recipes.methods import judged
 from teachers import Teacher
 from teachers.unet import untrained
@@ -95,24 +95,29 @@ def measured(config: Config, teacher: Teacher, judge: Judge, fresh: Denoiser) ->
         "mix": Mix(teacher.denoiser, found["best"], logsnr),
         "posterior mean": PosteriorMean(),
     }
-    kinds = ("error", "gradient_snr", "gradient_variance")
-    rows: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in targets}
+    v, b, g = found["variance"], found["bias"], found["best"]
+    error = {"datum": v.tolist(), "teacher": b.tolist(), "mix": ((1 - g) ** 2 * v + g**2 * b).tolist(), "posterior mean": []}
+    rows: dict[str, dict[str, list[float]]] = {
+        name: {"error": error[name], "gradient_snr": [], "gradient_variance": []} for name in targets
+    }
     for level in tqdm(logsnr, desc="noise levels", disable=None):
-        drawn = judge.draw(schedule, level, config.samples, generator)
-        of_gradients = gradients(fresh, targets, judge, level, config)
-        for name, target in targets.items():
-            batches = [slice(i, i + config.batch_size) for i in range(0, config.samples, config.batch_size)]
-            x0_hat = torch.cat(
-                [
-                    target(schedule, drawn.x_t[b], drawn.t[b], drawn.x0[b], **{k: v[b] for k, v in drawn.cond.items()})
-                    for b in batches
-                ]
-            )
-            values = float((x0_hat - drawn.expected).square().mean()), *of_gradients[name]
-            for kind, value in zip(kinds, values, strict=True):
-                rows[name][kind].append(value)
-    rows["datum"]["variance"], rows["teacher"]["bias"] = found["variance"].tolist(), found["bias"].tolist()
-    return {"logsnr": logsnr.tolist(), "best": found["best"].tolist(), "targets": rows}
+        error["posterior mean"].append(
+            error_of_batches(judge.draw(schedule, level, config.samples, generator), schedule, config)
+        )
+        for name, (snr, variance) in gradients(fresh, targets, judge, level, config).items():
+            rows[name]["gradient_snr"].append(snr)
+            rows[name]["gradient_variance"].append(variance)
+    return {"logsnr": logsnr.tolist(), "best": g.tolist(), "targets": rows}
+
+
+def error_of_batches(drawn: Sample, schedule: Schedule, config: Config) -> float:
+    """E|x0_hat - E[x0 | x_t]|^2 a pixel of the posterior means of batches."""
+    parts = [slice(i, i + config.batch_size) for i in range(0, config.samples, config.batch_size)]
+    of_part = PosteriorMean()
+    x0_hat = [
+        of_part(schedule, drawn.x_t[p], drawn.t[p], drawn.x0[p], **{k: z[p] for k, z in drawn.cond.items()}) for p in parts
+    ]
+    return float((torch.cat(x0_hat) - drawn.expected).square().mean())
 
 
 def curve(run: Run, config: Config, fresh: Teacher, target: Target, data: datasets.Data, held_out: Judge) -> list[list[float]]:
@@ -144,7 +149,7 @@ def excess(student: Denoiser, held_out: Judge, seed: int, n: int = 1024) -> floa
 
 
 def parted(data: datasets.Data, seed: int) -> tuple[datasets.Data, datasets.Data]:
-    """Nine tenths of the images and the rest. A stream goes on over all of its set."""
+    """Nine tenths of the images and the rest."""
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
     cut = max(1, len(order) // 10)
     first, rest = (
@@ -159,6 +164,8 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
         teacher, data = teachers.load(config.teacher), datasets.load(config.data)
         data = check_match(teacher, data, training=True)
+        if processes() > 1 or data.stream is not None:
+            raise ValueError("this report is made by one process, on a set in memory of which some images are held out")
         if teacher.table is not None:
             raise ValueError("the students of this report are told labels or nothing, and this teacher a text")
         fresh = untrained(data.shape, teacher.classes, (32, 48), 1, config.seed)

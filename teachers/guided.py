@@ -28,7 +28,7 @@ CHOICES = {"schedule": tuple(SCHEDULES), "attention": ("legacy", "new")}  # the 
 NUMBERS = ("size", "head_channels", "heads", "groups", "null")
 ACCEPTED = (
     "guided:FILE, a state dict as .safetensors or as a .pt of tensors alone, with size=SIDE, head_channels=WIDTH or heads=COUNT, "
-    "and perhaps schedule=linear|cosine, attention=legacy|new, groups=32, null=LABEL"
+    "and perhaps part=NAME, schedule=linear|cosine, attention=legacy|new, groups=32, null=LABEL"
 )
 UNETS = "accepted is the state dict of a UNetModel of guided-diffusion that resamples by convolutions or residual blocks"
 OUTER = {
@@ -43,7 +43,7 @@ RESIDUAL = {
 def load(spec: str) -> Teacher:
     """A teacher of the eps that the network predicts. ValueError in one line for options or a file that do not fit."""
     path, words, numbers = _options(spec)
-    tensors = {name: value.float() for name, value in unwrapped(state_dict(path)).items()}
+    tensors = {name: value.float() for name, value in unwrapped(state_dict(path, words.pop("part", None))).items()}
     try:
         layout = _layout(tensors)
         config = _config(tensors, layout, numbers)
@@ -63,7 +63,7 @@ def _options(spec: str) -> tuple[str, dict[str, str], dict[str, int]]:
     path, *pairs = spec.removeprefix("guided:").split(",")
     fields = {key: values[0] for key, values in CHOICES.items()} | {"groups": "32"}
     fields |= dict(pair.partition("=")[::2] for pair in pairs)
-    words = {k: v for k, v in fields.items() if v in CHOICES.get(k, ())}
+    words = {k: v for k, v in fields.items() if v in CHOICES.get(k, ()) or k == "part"}
     numbers = {k: int(v) for k, v in fields.items() if k in NUMBERS and v.isdecimal() and (int(v) or k == "null")}
     if wrong := [f"{k}={v}" for k, v in fields.items() if k not in words and k not in numbers]:
         raise ValueError(f"{spec!r}: unknown {', '.join(wrong)}; accepted are {ACCEPTED}")

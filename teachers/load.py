@@ -95,6 +95,12 @@ class Teacher:
         kind = "labels" if self.table is None else "prompts (" + ", ".join(sorted(self.table)) + ")"
         return "no condition" if self.classes is None else f"{self.classes} {kind}"
 
+    def told_as(self, other: Teacher) -> bool:
+        """Whether both are told the same for the same labels."""
+        one, two = (model.table or {} for model in (self, other))
+        same = one.keys() == two.keys() and all(one[k].shape == two[k].shape and torch.equal(one[k], two[k]) for k in one)
+        return self.conditions == other.conditions and same
+
     def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
         """What the denoiser takes beside x and t for these labels [B]."""
         if self.classes is None or labels is None:

@@ -3,13 +3,15 @@
 The factory is called without arguments (or with ``key=value`` pairs given as ``arg.key=value``) and returns a module called as
 (x, c_noise, **cond); with ``classes`` it is given ``labels``. Weights come with the module or from ``weights=FILE``, a state dict as
 .safetensors or as a .pt that holds nothing but tensors; ``part`` names the one that is meant where a file holds several. ``range=unit``:
-a score of images in [0, 1], as score_sde's VE networks are; ``span=999``: told 999 t, as its VP networks are.
+a score of images in [0, 1], as score_sde's VE networks are; ``span=999``: told 999 t, as its VP networks are;
+``schedule.sigma_max=348`` and the like: the fields of the schedule.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ CONVERT = (
     'python -c \'import torch, safetensors.torch as s; net = torch.load("IN", weights_only=False)["ema"]; '
     's.save_file(net.state_dict(), "OUT.safetensors")\' makes a file that is accepted'
 )
+BROKEN = "not a whole file of tensors; a state dict as .safetensors or .pt is accepted"
 PREFIXES = ("module.", "model.", "ema.")
 FIELDS = (
     "schedule",
@@ -42,6 +45,7 @@ FIELDS = (
     "part",
     "range",
     "span",
+    "schedule.*",
     "arg.*",
 )
 
@@ -63,7 +67,10 @@ def load(spec: str) -> Teacher:
     factory, *pairs = spec.split(",")
     fields = dict(pair.partition("=")[::2] for pair in pairs)
     arguments = {k.removeprefix("arg."): _value(fields.pop(k)) for k in list(fields) if k.startswith("arg.")}
+    ends = {k.removeprefix("schedule."): _number(k, fields.pop(k)) for k in list(fields) if k.startswith("schedule.")}
     unknown = sorted(fields.keys() - set(FIELDS))
+    if "part" in fields and "weights" not in fields:
+        raise ValueError(f"part={fields['part']}: accepted with weights=FILE, of which it is one")
     if unknown or not {"schedule", "prediction", "shape"} <= fields.keys():
         raise ValueError(
             f"{spec!r}: {'unknown ' + ', '.join(unknown) if unknown else 'schedule, prediction and shape must be named'}; accepted "
@@ -78,7 +85,7 @@ def load(spec: str) -> Teacher:
     net, network = wrap(net, {"family": "module", "config": config}, around)
     denoiser = Denoiser(
         frozen(net),
-        schedule_from(fields["schedule"]),
+        schedule_from({"kind": fields["schedule"], **ends}),
         fields["prediction"],
         fields.get("time", "time"),
         float(fields.get("sigma_data", 0.5)),
@@ -91,14 +98,24 @@ def load(spec: str) -> Teacher:
 def _around(fields: dict[str, str]) -> dict | None:
     """The adapter of a network that works on images in [0, 1], or is told another multiple of t; None for any other."""
     if "range" in fields:
-        if (fields["range"], fields["prediction"], fields.get("time")) != ("unit", "score", "level"):
-            raise ValueError(f"range={fields['range']}: accepted is unit, with prediction=score and time=level")
+        said = fields["range"], fields["prediction"], fields.get("time"), fields["schedule"] in ("ve", "edm"), "span" in fields
+        if said != ("unit", "score", "level", True, False):
+            raise ValueError(
+                f"range={fields['range']}: accepted is unit, with prediction=score, time=level and schedule=ve or edm"
+            )
         return {"kind": "unit"}
     if "span" in fields:
         if fields.get("time") != "thousand_time":
             raise ValueError(f"span={fields['span']}: accepted with time=thousand_time, which it replaces")
-        return {"kind": "span", "span": float(fields["span"])}
+        return {"kind": "span", "span": _number("span", fields["span"])}
     return None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text}: a number is accepted") from None
 
 
 def state_dict(path: str, part: str | None = None) -> dict[str, Tensor]:
@@ -109,13 +126,13 @@ def state_dict(path: str, part: str | None = None) -> dict[str, Tensor]:
     if part is not None or parts:
         if part not in parts:
             raise ValueError(
-                f"{path}: part={part} is none of the state dicts in it: accepted are part={' or '.join(parts) or '(none)'}"
+                f"{path}: holds several state dicts, one has to be named: part={' or part='.join(parts) or '(none here)'}"
             )
         tensors = tensors[part]
-    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if wrong or not tensors:
-        raise ValueError(f"{path}: not a state dict: {wrong[0] if wrong else 'nothing'} in it is no tensor")
-    return dict(tensors)
+    kept = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}  # not an epoch or a rate
+    if not kept:
+        raise ValueError(f"{path}: holds no tensors; a state dict is accepted")
+    return kept
 
 
 def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,8 +156,10 @@ def _tensors(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: not a safetensors file ({error})") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and torch raise many kinds; all mean that plain tensors are not what it holds
-        raise ValueError(f"{path}: {CONVERT} ({first_line(error)[:80]})") from None
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: {CONVERT if 'GLOBAL' in str(error) else BROKEN} ({first_line(error)[:80]})") from None
+    except Exception as error:  # of a torn or foreign file torch raises many kinds
+        raise ValueError(f"{path}: {BROKEN} ({first_line(error)[:80]})") from None
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: holds a {type(found).__name__}; a state dict is accepted")
     return dict(found)

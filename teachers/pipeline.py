@@ -14,7 +14,6 @@ from teachers.codec import Codec
 from teachers.load import Teacher, frozen
 
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")  # told labels or nothing; the others of teachers.stock take text
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 CODECS = ("AutoencoderKL", "VQModel")
 
 
@@ -111,7 +110,7 @@ def _check_parts(where: str, folder: Path, index: dict) -> None:
     for part, stated in index.items():
         if (
             part.startswith("_")
-            or part in (*UNUSED, "scheduler")
+            or part in (*text.UNUSED, "scheduler")
             or not isinstance(stated, list)
             or len(stated) != 2
             or stated[0] is None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that are never loaded
 BATCH = 16  # prompts encoded at once
 Encoder = Callable[[Any, list[str]], dict[str, tuple[Tensor, Tensor]]]  # pipeline, prompts -> name -> rows [P, ...] and of none
 
@@ -71,8 +72,7 @@ def table_of(name: str, folder: Path, parts: dict[str, Any], prompts: list[str])
     except ImportError:
         raise ValueError(f"{folder}: text pipelines need the package transformers: pip install transformers") from None
     cls: Any = getattr(diffusers, name)
-    unused = ("safety_checker", "feature_extractor", "image_encoder")
-    absent = {k: None for k in unused if k in inspect.signature(cls.__init__).parameters}
+    absent = {k: None for k in UNUSED if k in inspect.signature(cls.__init__).parameters}
     try:
         options = {"trust_remote_code": False, "use_safetensors": True, **parts, **absent}
         pipeline = cls.from_pretrained(folder, local_files_only=True, **options)

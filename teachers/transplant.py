@@ -3,14 +3,13 @@
 On a discrete table of T entries the steps are T, T (1 - 1/N), ...: a `DDIMScheduler` on "trailing" timesteps, or with fresh noise
 between them a `TCDScheduler`, whose gamma is the ``eta`` of the call (of text pipelines: the others draw noise that no
 generator determines). On a flow they are those of a `FlowMatchEulerDiscreteScheduler`
-for each step count, whose grid is stretched to end at 1/N. No pipeline of these can be told other times.
+for each step count, whose grid is stretched to end at 1/N.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +21,28 @@ from teachers.load import Teacher
 from teachers.pixels import betas, check_table, exact_steps, scheduler_of
 from teachers.scheduler import PREDICTIONS
 from teachers.stock import NETWORKS
+from teachers.text import UNUSED
 from teachers.unet import UNet
-
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def check(model: Teacher) -> None:
     """ValueError, in one line, where the pipeline it came from cannot carry the model."""
     d, name = model.parametric, model.sampler.get("name", "ddim")
-    if not isinstance(d.net, (UNet, *NETWORKS.values())) or name == "jump":
-        raise ValueError("a latent model is exported in the pipeline it came from, and this network or sampler is not of it")
+    home, _, kind = origin(model)
+    accepted = NETWORKS if kind == "Transformer2DModel" else (kind,)  # what older folders of DiT and PixArt name
+    takes_labels = "class_labels" in inspect.signature(home.__call__).parameters
+    if type(inner(model)).__name__ not in accepted or name == "jump" or takes_labels != (_told(model) == "labels"):
+        raise ValueError(
+            f"the autoencoder came with a {home.__name__}, which cannot carry a {type(inner(model)).__name__} that is told "
+            f"{_told(model)} and sampled by {name}"
+        )
+    if model.table is not None and "prompts" not in model.record:
+        raise ValueError("this model does not know the prompts it was made with: it can be exported as safetensors only")
     steps, gamma = steps_of(model), gamma_of(name)
+    if wrong := [n for n in steps if not torch.equal(model.times(n), uniform(d.schedule, n))]:
+        raise ValueError(
+            f"{wrong[0]} steps at times of their own, which no pipeline keeps: a model on the uniform grid is accepted"
+        )
     if isinstance(d.schedule, Flow) and d.prediction == "flow" and d.time == "thousand_time":
         if gamma and max(steps) > 1:
             raise ValueError(
@@ -41,13 +51,11 @@ def check(model: Teacher) -> None:
         return
     check_table(model)
     if gamma and max(steps) > 1 and model.table is None:
-        raise ValueError(
-            f"a {_class(model).__name__} draws noise by no generator, {name} needs some: a model made with --sampler ddim"
-        )
+        raise ValueError(f"a {home.__name__} draws noise by no generator, {name} needs some: a model made with --sampler ddim")
     schedule = d.schedule
     assert isinstance(schedule, Table)
     for n in steps:
-        if schedule.steps % n or not torch.equal(model.times(n), uniform(schedule, n)) or not _meets(schedule.steps, n, gamma):
+        if schedule.steps % n or not _meets(schedule.steps, n, gamma):
             raise ValueError(
                 f"{n} steps of {name} do not meet the {schedule.steps} entries of this model's table: export others"
             )
@@ -55,8 +63,10 @@ def check(model: Teacher) -> None:
 
 def _meets(entries: int, steps: int, gamma: float) -> bool:
     """Whether the noise levels from which gamma-sampling goes back are those of `TCDScheduler`, which rounds."""
-    stops = [entries // steps * j for j in range(1, steps)]
-    return all(math.floor((1 - gamma) * (s - 1)) == round((1 - gamma) * s - 1, 9) for s in stops) if gamma else True
+    if gamma in (0, 1):  # none, and the data, which stand at entry 0
+        return True
+    passed = [(1 - gamma) * (entries // steps * j) - 1 for j in range(1, steps)]
+    return all(p >= 1 and math.floor((1 - gamma) * (entries // steps * j - 1)) == round(p, 9) for j, p in enumerate(passed, 1))
 
 
 def steps_of(model: Teacher) -> list[int]:
@@ -74,25 +84,21 @@ def pipelines(model: Teacher) -> dict[str, tuple[list[int], int | None]]:
 
 def stock(model: Teacher, steps: list[int], only: int | None) -> Any:
     """The diffusers pipeline, ready to be saved. ValueError where that of its origin is gone."""
-    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    from teachers.pipeline import fetch, read_json
+    from teachers.pipeline import fetch
 
     logging.disable_progress_bar()
     assert model.codec is not None
-    net: Any = model.parametric.net
-    folder = fetch(model.codec.source["folder"])
-    index = read_json(folder / "model_index.json", "no diffusers pipeline")
+    home, part, _ = origin(model)
+    unused = {name: None for name in UNUSED if name in inspect.signature(home.__init__).parameters}
     parts = {
-        "unet" if "unet" in index else "transformer": net.unet if isinstance(net, UNet) else net.net,
+        part: inner(model),
         "scheduler": table_scheduler(model, steps) if only is None else flow_scheduler(only),
         model.codec.source["part"]: model.codec.network,
-        **{name: None for name in UNUSED if name in index},
     }
-    return DiffusionPipeline.from_pretrained(
-        folder, **parts, trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
+    options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    return home.from_pretrained(fetch(model.codec.source["folder"]), **parts, **unused, **options)
 
 
 def flow_scheduler(steps: int) -> Any:
@@ -108,7 +114,7 @@ def table_scheduler(model: Teacher, steps: list[int]) -> Any:
 
     d = model.parametric
     assert isinstance(d.schedule, Table)
-    if not gamma_of(model.sampler.get("name", "ddim")) or max(steps) == 1:
+    if not noisy(model):
         return scheduler_of(d.schedule, d.prediction)
     table = torch.tensor(d.schedule.alphas_cumprod, dtype=torch.float64)
     table[0] = 1.0  # where the last step ends: the data
@@ -121,20 +127,41 @@ def table_scheduler(model: Teacher, steps: list[int]) -> Any:
 
 def call(model: Teacher, labels: list[int] | None, n: int) -> dict[str, Any]:
     """What the pipeline is called with for ``n`` images of these labels or prompts, beside steps and generators."""
-    parameters, gamma = inspect.signature(_class(model).__call__).parameters, gamma_of(model.sampler.get("name", "ddim"))
-    usual = {"guidance_scale": 1.0, "eta": gamma, "clean_caption": False, "use_resolution_binning": False}
+    usual: dict[str, Any] = {"guidance_scale": 1.0, "clean_caption": False, "use_resolution_binning": False}
+    if noisy(model):
+        usual["eta"] = gamma_of(model.sampler["name"])
     if model.table is not None:
         told: dict[str, Any] = {"prompt": [model.record["prompts"][i] for i in labels or []]}
     else:
         told = {"batch_size": n} if labels is None else {"class_labels": labels}
+    parameters = inspect.signature(origin(model)[0].__call__).parameters
     return told | {name: value for name, value in usual.items() if name in parameters}
 
 
-def _class(model: Teacher) -> Any:
+def noisy(model: Teacher) -> bool:
+    """Whether there is fresh noise between its steps."""
+    return gamma_of(model.sampler.get("name", "ddim")) > 0 and max(steps_of(model)) > 1
+
+
+def inner(model: Teacher) -> Any:
+    """diffusers' own network."""
+    net: Any = model.parametric.net
+    return net.unet if isinstance(net, UNet) else getattr(net, "net", net)
+
+
+def _told(model: Teacher) -> str:
+    return "no label" if model.classes is None else "labels" if model.table is None else "prompts"
+
+
+def origin(model: Teacher) -> tuple[Any, str, str]:
+    """The class of the pipeline that the autoencoder came with, and the name and class of its network. ValueError where it is gone."""
     import diffusers
 
     from teachers.pipeline import fetch, read_json
 
     assert model.codec is not None
-    folder = fetch(model.codec.source["folder"])
-    return getattr(diffusers, read_json(Path(folder) / "model_index.json", "no diffusers pipeline")["_class_name"])
+    if "folder" not in model.codec.source:
+        raise ValueError("the autoencoder of this model came from no pipeline, in which it could be exported")
+    index = read_json(fetch(model.codec.source["folder"]) / "model_index.json", "no diffusers pipeline")
+    part = "unet" if "unet" in index else "transformer"
+    return getattr(diffusers, index["_class_name"]), part, index[part][1]

@@ -18,7 +18,7 @@ import teachers
 from distill import checkpoint
 from distill.rng import seed_of
 from distill.train import Shares
-from recipes import data, decode, evaluate, latents, measure, progressive, shards
+from recipes import data, decode, evaluate, latents, matching, progressive, shards
 from teachers.codec import Codec
 from teachers.unet import untrained
 
@@ -227,7 +227,7 @@ def test_a_stream_shows_every_image_once_a_pass_shuffled_and_with_its_own_label(
     order = seen(batches)
     assert sorted(order[:24]) == sorted(order[24:]) == list(range(24)) and order[:24] != sorted(order[:24]) != order[24:]
     assert torch.cat([cond["labels"] for _, cond in batches]).tolist() == [i % 2 for i in order]
-    assert [i for images, _, _ in streamed.walk(5) for i in images[:, 0, 0, 0].tolist()] == list(range(24))
+    assert [i for _, images, _, _ in streamed.walk(5) for i in images[:, 0, 0, 0].tolist()] == list(range(24))
 
 
 def test_processes_stream_parts_that_do_not_overlap(streamed):
@@ -382,17 +382,17 @@ def test_captions_go_with_latents_and_a_shard_that_was_changed_is_refused(latent
 def test_latents_train_only_models_with_the_autoencoder_they_were_made_by(latent, tmp_path):
     latents.main(["--output-dir", str(tmp_path / "l"), "--preset", "smoke"])
     found = data.load(str(tmp_path / "l"))
-    measure.check_match(latent, found, training=True)
+    matching.check_match(latent, found, training=True)
     for codec, message in (
         (Codec(Halves(), 0.25, 0.1), "latents with scale 0.5, the teacher's has 0.25"),
         (Codec(Halves(2.0), 0.5, 0.1), "latents with codec_sha256"),
         (None, "the teacher works on images"),
     ):
         with pytest.raises(ValueError, match=message):
-            measure.check_match(replace(latent, codec=codec), found)
-    measure.check_match(latent, data.load("digits"))
+            matching.check_match(replace(latent, codec=codec), found)
+    matching.check_match(latent, data.load("digits"))
     with pytest.raises(ValueError, match=r"recipes/latents\.py makes latents"):
-        measure.check_match(latent, data.load("digits"), training=True)
+        matching.check_match(latent, data.load("digits"), training=True)
 
 
 def test_measuring_against_latents_names_the_reference_it_needs(latent, tmp_path, capsys):

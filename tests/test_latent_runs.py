@@ -16,7 +16,7 @@ from pipelines import PROMPTS, ldm, sd, vae
 import teachers
 from recipes import consistency, evaluate, export, latents, teacher, variance
 from recipes import data as datasets
-from recipes.measure import check_match
+from recipes.matching import check_match
 
 HERE = Path(__file__).parent
 SHORT = [
@@ -70,7 +70,7 @@ def importable(monkeypatch):
 
 
 def test_two_processes_make_the_latents_of_one(made, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "recipes/latents.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "recipes/latents.py"]
     command += ["--model", str(made / "ldm"), "--data", str(made / "plain.npz"), "--shard-images", "40"]
     command += ["--output-dir", str(tmp_path / "two"), "--threads", "1"]
     subprocess.run(command, check=True, cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
@@ -135,7 +135,7 @@ def test_what_a_text_teacher_cannot_do_is_said_in_one_line(made, capsys, tmp_pat
         (
             consistency.main,
             ["--student", "new", *OURS],
-            "the student takes 3 labels and the teacher 3 prompts (text): they must agree",
+            "the student takes 3 labels and the teacher 3 prompts (text): they must be the same",
         ),
     ):
         reference = [] if recipe is variance.main else ["--reference", str(made / "measured" / "reference.safetensors")]

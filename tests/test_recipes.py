@@ -389,7 +389,7 @@ def test_the_variance_report_is_written(tmp_path):
     out = json.loads((tmp_path / "v" / "variance.json").read_text())
     assert out["targets"].keys() == {"datum", "teacher", "mix", "posterior mean"} and len(out["logsnr"]) == 3
     noisy, clean = 0, 2  # log-SNR -8 and 8: the datum varies most where little is left of it
-    assert out["targets"]["datum"]["variance"][noisy] > 10 * out["targets"]["datum"]["variance"][clean]
+    assert out["targets"]["datum"]["error"][noisy] > 10 * out["targets"]["datum"]["error"][clean]
     assert out["targets"]["teacher"]["error"][noisy] < out["targets"]["datum"]["error"][noisy] / 10
     assert (tmp_path / "v" / "variance.html").read_text().count("<tr>") == 4 and (
         tmp_path / "v" / "variance.png"

@@ -168,8 +168,8 @@ def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_asks_for_n
 
 def test_the_variance_page_says_how_many_images_the_teachers_student_needed():
     curves = {"datum": [[100, 0.5], [400, 0.3]], "teacher": [[100, 0.3], [400, 0.1]]}
-    assert "within 0.3 of" in variance.verdict({"curves": curves}) and "after 25% of its images" in variance.verdict(
+    assert "ended 0.3 above" in variance.verdict({"curves": curves}) and "after 25% of its images" in variance.verdict(
         {"curves": curves}
     )
     slower = {"datum": curves["teacher"], "teacher": curves["datum"]}
-    assert "which the student of the teacher did not" in variance.verdict({"curves": slower})
+    assert "which the student of the teacher did not reach" in variance.verdict({"curves": slower})

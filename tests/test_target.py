@@ -87,6 +87,13 @@ class Off:
         return ORACLE(x_t, t) + 0.2
 
 
+class Labelled:
+    schedule = SCHEDULE
+
+    def __call__(self, x_t, t, labels):
+        return ORACLE(x_t, t)
+
+
 def found(teacher, averaged=1.0, n=4000):
     return Judge(teacher, noisy(n, seed=1)[0]).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), n, averaged)
 
@@ -111,6 +118,18 @@ def test_auto_finds_the_part_that_minimises_variance_and_bias_together():
             assert (of(errors["best"]) <= of(torch.tensor(part)) + 1e-9).all()
     assert torch.allclose(found(Off())["best"], found(Off())["variance"] / (found(Off())["variance"] + 0.04), rtol=0.1)
     assert (found(ORACLE)["best"] > 0.99).all()
+
+
+def test_an_exact_teacher_is_trusted_though_few_samples_say_so_and_64_targets_are_averaged():
+    assert (found(ORACLE, 64)["best"] > 0.85).all() and found(ORACLE, 64)["best"].mean() > 0.95
+
+
+def test_a_class_that_no_other_datum_has_is_judged_by_all_of_them():
+    labels, data = torch.arange(40), noisy(40)[0]
+    told = Judge(Labelled(), data, labels).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=400)
+    assert all(torch.isfinite(values).all() for values in told.values())
+    with pytest.raises(ValueError, match="two data or more, here are 1"):
+        Judge(ORACLE, data[:1])
 
 
 def test_what_a_teacher_generalises_is_no_error_of_it():

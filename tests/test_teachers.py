@@ -125,6 +125,8 @@ def test_networks_of_other_code_bases_are_read_by_their_own_conventions(factory)
     unit = (x + 1) / 2
     t = ve.schedule.time(-2 * torch.tensor(2 * sigma).log())
     assert torch.allclose(ve(x, t), 2 * (unit + sigma**2 * tell(unit, sigma)) - 1, atol=1e-4)
+    wide = teachers.load("nets:Net,schedule=ve,schedule.sigma_max=348,prediction=score,time=level,range=unit,shape=2").denoiser
+    assert float(wide.schedule.sigma(torch.tensor(1.0))) == pytest.approx(348)
     vp = teachers.load("nets:Net,schedule=linear_vp,prediction=eps,time=thousand_time,span=999,shape=2").denoiser
     t = torch.tensor(0.4)
     alpha, s = vp.schedule.alpha(t), vp.schedule.sigma(t)
@@ -136,8 +138,11 @@ def test_networks_of_other_code_bases_are_read_by_their_own_conventions(factory)
     expected = 0.49 / scale**2 * x + 7 * 0.7 / scale * tell(x / scale, math.log(7.0) / 4)
     assert torch.allclose(inside(x, torch.tensor(7.0)), expected, atol=1e-5)
     for wrong, message in (
-        ("time=level,range=unit", "accepted is unit, with prediction=score"),
+        ("time=level,range=unit", "accepted is unit, with prediction=score, time=level and schedule=ve or edm"),
         ("span=9", "accepted with time="),
+        ("time=thousand_time,span=x", "span=x: a number is accepted"),
+        ("schedule.sigma=3", "schedule ve: .*sigma"),
+        ("part=ema", "accepted with weights=FILE"),
     ):
         with pytest.raises(ValueError, match=message):
             teachers.load("nets:Net,schedule=ve,prediction=eps,shape=2," + wrong)
@@ -150,18 +155,23 @@ def test_weights_come_from_safetensors_and_from_pickles_of_tensors_alone(factory
     save_file(factory, tmp_path / "a.safetensors")
     torch.save(factory, tmp_path / "b.pt")
     torch.save({f"module.{k}": v for k, v in factory.items()}, tmp_path / "c.pth")
+    torch.save(factory | {"epoch": 3}, tmp_path / "e.pt")
     torch.save({"ema": factory, "model": {"w": torch.tensor(5.0)}, "step": 3}, tmp_path / "d.pt")
-    for file in ("a.safetensors", "b.pt", "c.pth", "d.pt,part=ema"):
+    for file in ("a.safetensors", "b.pt", "c.pth", "d.pt,part=ema", "e.pt"):
         assert float(teachers.load(f"{spec}{tmp_path}/{file}").denoiser.net.w) == 3.0
     torch.save(nn.Linear(2, 2), tmp_path / "code.pt")
     torch.save({"v": torch.ones(1)}, tmp_path / "other.pt")
     torch.save({"w": 3}, tmp_path / "number.pt")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "b.pt").read_bytes()[:300])
+    (tmp_path / "page.pt").write_text("<html>not found</html>")
     for file, message in {
         "code.pt": "which is never done here: where you trust that code, python -c .* makes a file that is accepted",
-        "d.pt": "part=None is none of the state dicts in it: accepted are part=ema or model",
-        "d.pt,part=best": "part=best is none",
+        "d.pt": "holds several state dicts, one has to be named: part=ema or part=model",
+        "d.pt,part=best": "holds several state dicts",
+        "torn.pt": "not a whole file of tensors; a state dict as .safetensors or .pt is accepted",
+        "page.pt": "not a whole file of tensors",
         "other.pt": "1 weights missing: w",
-        "number.pt": "not a state dict: w in it is no tensor",
+        "number.pt": "holds no tensors",
         "none.pt": "there is no such file",
     }.items():
         with pytest.raises(ValueError, match=message) as error:

@@ -10,6 +10,7 @@ from pipelines import FAMILIES, PROMPTS, dit, ldm, sd, sd3, vae
 import teachers
 import teachers.pipeline
 from teachers import export, transplant
+from teachers.unet import untrained
 
 
 def student(tmp_path, made, sampler, steps):
@@ -54,12 +55,35 @@ def test_what_a_stock_pipeline_cannot_do_is_said_in_one_line(tmp_path):
         (sd3(tmp_path / "words"), "consistency:0.5", [1, 2], "flow pipelines take no noise between their steps"),
         (sd(tmp_path / "words"), "ddim", [3], "3 steps of ddim do not meet the 1000 entries"),
         (sd(tmp_path / "words"), "consistency:0.5", [8], "8 steps of consistency:0.5 do not meet"),
-        (ldm(tmp_path, vae()), "jump", [1], "this network or sampler is not of it"),
+        (ldm(tmp_path, vae()), "jump", [1], "cannot carry a UNet2DModel that is told no label and sampled by jump"),
     ):
         model = student(tmp_path, made, sampler, steps)
         with pytest.raises(ValueError, match=message):
             export.check_exportable(model)
         shutil.rmtree(tmp_path / "origin")
+
+
+def test_a_network_that_is_not_the_pipelines_own_is_refused_before_anything_is_trained(tmp_path):
+    of_sd = student(tmp_path, sd(tmp_path / "words"), "ddim", [1])
+    for classes, told in ((None, "no label"), (10, "labels")):
+        model = replace(untrained((4, 8, 8), classes, (8, 16), 1, 0), codec=of_sd.codec)
+        with pytest.raises(
+            ValueError, match=f"a StableDiffusionPipeline, which cannot carry a UNet2DModel that is told {told}"
+        ):
+            export.check_exportable(model)
+    shutil.rmtree(tmp_path / "origin")
+    of_ldm = student(tmp_path, ldm(tmp_path, vae()), "ddim", [1])
+    with pytest.raises(ValueError, match="a LDMPipeline, which cannot carry a UNet2DModel that is told labels"):
+        export.check_exportable(replace(untrained((4, 8, 8), 10, (8, 16), 1, 0), codec=of_ldm.codec))
+
+
+def test_times_of_their_own_are_refused_on_flows_too_and_fresh_noise_alone_is_exact(tmp_path):
+    flow = student(tmp_path, sd3(tmp_path / "words"), "ddim", [2])
+    with pytest.raises(ValueError, match="2 steps at times of their own"):
+        export.check_exportable(replace(flow, sampler=flow.sampler | {"times": {"2": [1.0, 0.3, 0.0]}}))
+    shutil.rmtree(tmp_path / "origin")
+    model = student(tmp_path, sd(tmp_path / "words"), "consistency", [1, 2, 4])
+    assert export.deliver(model, tmp_path / "out")["pipeline"] < 1e-4
 
 
 def test_the_scheduler_of_a_flow_goes_the_uniform_grid():

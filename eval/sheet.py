@@ -1,0 +1,49 @@
+"""Samples as one picture. Pillow alone, so that sampling starts without what reports need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from distill.checkpoint import replacing
+
+
+def _enlarged(pixels: Tensor, scale: int):
+    """One uint8 image [C, H, W] as a PIL image, every pixel ``scale`` wide."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _scale(height: int, wanted: int = 40) -> int:
+    return max(1, wanted // height)
+
+
+def sample_grid(rows: list[tuple[str, Tensor]], path: Path, columns: int = 12) -> None:
+    """Rows of uint8 images [n, C, H, W] with their labels; an empty label leaves no margin for it."""
+    scale = _scale(rows[0][1].shape[2])
+    tile = _enlarged(rows[0][1][0], scale)
+    columns = min(columns, max(len(images) for _, images in rows))
+    left, gap = (120 if any(label for label, _ in rows) else 3), 3
+    canvas = Image.new("RGB", (left + columns * (tile.width + gap), gap + len(rows) * (tile.height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for y, (label, images) in enumerate(rows):
+        top = gap + y * (tile.height + gap)
+        draw.text((4, top + tile.height // 2 - 6), label, fill="black")
+        for x, pixels in enumerate(images[:columns]):
+            canvas.paste(_enlarged(pixels, scale), (left + x * (tile.width + gap), top))
+    with replacing(path) as aside:
+        canvas.save(aside, format="PNG")
+
+
+def contact_sheet(images: Tensor, path: Path, columns: int = 10) -> None:
+    """uint8 images [n, C, H, W] as one PNG, row by row."""
+    sample_grid([("", part) for part in images.split(columns)], path, columns)
+
+
+def write_folder(images: Tensor, folder: Path, first: int = 0) -> None:
+    """uint8 images [n, C, H, W] as 000000.png, 000001.png, ..., numbered from ``first``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(images, first):
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:06d}.png")
