@@ -20,7 +20,7 @@ from distill.grid import uniform
 from distill.schedule import Table
 from distill.solver import gamma_of, lower
 from teachers.load import Teacher
-from teachers.scheduler import PREDICTIONS
+from teachers.scheduler import NAMES
 from teachers.unet import UNet
 
 
@@ -37,10 +37,10 @@ def check(model: Teacher) -> None:
 
 def check_table(model: Teacher) -> None:
     d = model.parametric
-    if not isinstance(d.schedule, Table) or d.time != "index" or d.prediction not in PREDICTIONS.values():
+    if not isinstance(d.schedule, Table) or d.time != "index" or d.prediction not in NAMES:
         raise ValueError(
             "a diffusers pipeline needs a discrete table, the time convention 'index' and a prediction of "
-            f"{', '.join(PREDICTIONS.values())}; this model has {type(d.schedule).__name__}, {d.time!r}, {d.prediction!r} "
+            f"{', '.join(NAMES)}; this model has {type(d.schedule).__name__}, {d.time!r}, {d.prediction!r} "
             "(a new student has them: recipes/consistency.py --student new)"
         )
 
@@ -91,11 +91,10 @@ def scheduler_of(schedule: Table, prediction: str):
     """A DDIMScheduler on the table: by its usual name where that gives the same table, else by its betas."""
     from diffusers import DDIMScheduler
 
-    name = {v: k for k, v in PREDICTIONS.items()}[prediction]
     table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
     fixed = {
         "num_train_timesteps": schedule.steps,
-        "prediction_type": name,
+        "prediction_type": NAMES[prediction],
         "timestep_spacing": "trailing",
         "clip_sample": False,
     }
@@ -145,9 +144,8 @@ def tcd_table(visited: Tensor, below: Tensor) -> tuple[Tensor, int, Tensor]:
             break
     else:
         raise ValueError(f"{n} steps with fresh noise do not fit a stock scheduler: export fewer")
-    place = (torch.searchsorted(stops, torch.arange(original * k), right=True) - 1).clamp(
-        min=0
-    )  # of others: the visited one below
+    last = torch.searchsorted(stops, torch.arange(original * k), right=True) - 1
+    place = last.clamp(min=0)  # of entries that are never visited: the last visited one below
     table = visited[place].clone()
     table[passed] = below
     table[0] = 1.0
@@ -157,9 +155,8 @@ def tcd_table(visited: Tensor, below: Tensor) -> tuple[Tensor, int, Tensor]:
 def tcd_of(table: Tensor, original: int, prediction: str) -> Any:
     from diffusers import TCDScheduler
 
-    name = {v: k for k, v in PREDICTIONS.items()}[prediction]
     return TCDScheduler(
-        num_train_timesteps=len(table), trained_betas=betas(table), prediction_type=name, clip_sample=False,
+        num_train_timesteps=len(table), trained_betas=betas(table), prediction_type=NAMES[prediction], clip_sample=False,
         original_inference_steps=original,
     )  # fmt: skip
 

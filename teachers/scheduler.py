@@ -11,6 +11,7 @@ from typing import Any
 from distill.schedule import EDM, VE, Flow, Schedule, Table
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 DISCRETE = (
     "DDPMScheduler",
     "DDIMScheduler",

@@ -18,8 +18,7 @@ from distill.grid import uniform
 from distill.schedule import Flow, Table
 from distill.solver import gamma_of
 from teachers.load import Teacher
-from teachers.pixels import betas, check_table, exact_steps, scheduler_of
-from teachers.scheduler import PREDICTIONS
+from teachers.pixels import check_table, exact_steps, scheduler_of, tcd_of
 from teachers.stock import NETWORKS
 from teachers.text import UNUSED
 from teachers.unet import UNet
@@ -110,19 +109,13 @@ def flow_scheduler(steps: int) -> Any:
 
 
 def table_scheduler(model: Teacher, steps: list[int]) -> Any:
-    from diffusers import TCDScheduler
-
     d = model.parametric
     assert isinstance(d.schedule, Table)
     if not noisy(model):
         return scheduler_of(d.schedule, d.prediction)
     table = torch.tensor(d.schedule.alphas_cumprod, dtype=torch.float64)
     table[0] = 1.0  # where the last step ends: the data
-    name = {v: k for k, v in PREDICTIONS.items()}[d.prediction]
-    return TCDScheduler(
-        num_train_timesteps=len(table), trained_betas=betas(table), prediction_type=name, clip_sample=False,
-        original_inference_steps=math.lcm(*steps),
-    )  # fmt: skip
+    return tcd_of(table, math.lcm(*steps), d.prediction)
 
 
 def call(model: Teacher, labels: list[int] | None, n: int) -> dict[str, Any]:

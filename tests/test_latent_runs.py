@@ -132,13 +132,14 @@ def test_what_a_text_teacher_cannot_do_is_said_in_one_line(made, capsys, tmp_pat
     for recipe, arguments, message in (
         (variance.main, [], "are told labels or nothing, and this teacher a text"),
         (consistency.main, ["--target", "posterior-mean", *OURS], "goes by labels"),
+        (teacher.main, ["--label-dropout", "0"], "a new network here is told labels or nothing, and this teacher a text"),
         (
             consistency.main,
             ["--student", "new", *OURS],
             "the student takes 3 labels and the teacher 3 prompts (text): they must be the same",
         ),
     ):
-        reference = [] if recipe is variance.main else ["--reference", str(made / "measured" / "reference.safetensors")]
+        reference = [] if recipe is not consistency.main else ["--reference", str(made / "measured" / "reference.safetensors")]
         with pytest.raises(SystemExit) as stop:
             recipe([*told, *arguments, *reference])
         line = capsys.readouterr().err.strip().splitlines()[-1]
