@@ -25,7 +25,9 @@ def draw(out: dict, path: Path) -> None:
             "label": name,
             "linestyle": ":" if name == "mix" else "-",
         }  # often the teacher's
-        axes[0].plot(out["logsnr"], rows["error"], **how)
+        seen = [(level, error) for level, error in zip(out["logsnr"], rows["error"], strict=True) if error > 0]
+        if seen:  # a bias within chance is 0
+            axes[0].plot(*zip(*seen, strict=True), **how)
         axes[1].plot(out["logsnr"], rows["gradient_snr"], **how)
     for name, points in out["curves"].items():
         axes[2].plot(*zip(*points, strict=True), color=COLOURS[name], label=f"trained on the {name}")
@@ -55,6 +57,7 @@ img {{ max-width: 100%; }} td, th {{ padding: .2rem .7rem; text-align: right; }}
 <h1>Target variance</h1><p>{html.escape(out["verdict"])}</p>
 <img alt="variance, gradients and loss curves" src="data:image/png;base64,{picture}">
 <h2>Error of each target about E[x0 | x_t], a pixel</h2>
+<p>0 is a bias within chance. The mix has the best part of the teacher for a student, which averages many targets, and not for one.</p>
 <table><tr><th>log-SNR</th>{heads}<th>best part of the teacher</th></tr>{rows}</table></body></html>"""
 
 
