@@ -47,8 +47,9 @@ def extract(images: Tensor, extractor: Extractor, chunk: int, accelerator: Accel
     parts = []
     for indices in tqdm(mine, desc=f"{extractor.name} features of the real images", leave=False, disable=hidden):
         part = images[indices.start : indices.stop]
-        filled = torch.cat([part, part[-1:].expand(chunk - len(part), *part.shape[1:])])
-        parts.append((indices.start, extractor(filled.to(accelerator.device)).fid[: len(part)]))
+        if short := chunk - len(part):
+            part = torch.cat([part, part[-1:].expand(short, *part.shape[1:])])
+        parts.append((indices.start, extractor(part.to(accelerator.device)).fid[: chunk - short]))
     return torch.cat([features for _, features in sorted(gather_object(parts), key=lambda part: part[0])])
 
 

@@ -27,7 +27,7 @@ from recipes.methods import DISTANCE_NAMES, METHODS, check, check_levels, method
 from recipes.probing import check_denoiser
 from recipes.stage import deliver, plan, stage, trial
 from teachers import Teacher
-from teachers.unet import untrained, with_two_times
+from teachers.unet import on_table, untrained, with_two_times
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -43,7 +43,9 @@ class Config:
     teacher: str = flag("digits", "what is distilled, or what training starts from: " + teachers.ACCEPTED.replace("%", "%%"))
     from_scratch: bool = flag(False, "start from new weights and use no teacher at all")
     student: str | None = flag(
-        None, "what training starts from: new weights ('new'), or any --teacher; the teacher itself where not given"
+        None,
+        "what training starts from: new weights ('new'), the teacher's on a table that stock pipelines know ('table'), or any"
+        " --teacher; the teacher as it is where not given",
     )
     data: str = flag("digits", "what it is trained on: " + datasets.ACCEPTED)
     output_dir: str = flag("runs/consistency-digits", "a new directory, or one that holds the same run, which is continued")
@@ -94,7 +96,9 @@ class Config:
 
 def started(config: Config, teacher: Teacher | None, data: datasets.Data) -> Teacher:
     """What training starts from: the teacher, another model, or new weights."""
-    if config.student not in (None, "new"):
+    if teacher is not None and config.student == "table":
+        model = on_table(teacher)
+    elif config.student not in (None, "new"):
         model = teachers.load(config.student)
     elif teacher is None or config.student == "new":
         classes = data.classes if teacher is None else teacher.classes

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import teachers
 from distill.denoise import Denoise
+from distill.denoiser import ask_in
 from distill.distance import DISTANCES, WEIGHTS
 from distill.grid import uniform
 from distill.progressive import Progressive
@@ -29,6 +30,7 @@ from recipes.measure import OPPONENTS, Measurement, cost_in_calls, measured_agai
 from recipes.probing import check_denoiser
 from recipes.stage import deliver, plan, stage
 from teachers import Teacher
+from teachers.unet import on_table
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -42,6 +44,10 @@ class Config:
     preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
     teacher: str = flag("digits", "what is distilled: " + teachers.ACCEPTED.replace("%", "%%"))
     data: str = flag("digits", "what it is distilled on: " + datasets.ACCEPTED)
+    student: str | None = flag(
+        None, "'table': the teacher's weights on a table that stock pipelines know; the teacher as it is where not given",
+        choices=("table",),
+    )  # fmt: skip
     output_dir: str = flag("runs/progressive-digits", "a new directory, or one that holds the same run, which is continued")
     start_steps: int = flag(64, "steps of the teacher's DDIM sampler")
     end_steps: int = flag(1, "steps of the last student, start-steps divided by a power of two")
@@ -90,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher, data = teachers.load(config.teacher), datasets.load(config.data)
         data = check_match(teacher, data, training=True)
         teacher.parametric  # an oracle has no network  # noqa: B018
+        model = on_table(teacher) if config.student else teacher
         target = teacher.guided(config.guidance)
         Shares(config.batch_size, processes(), microbatch=config.microbatch)
         extractor = Extractor.create(config.features).fits(teacher.image_shape)
@@ -103,20 +110,23 @@ def main(argv: list[str] | None = None) -> None:
     cells = opponents(teacher.to(device), "teacher", config.sweep_steps, OPPONENTS, config.guidance)
     cells += opponents(teacher, "teacher", (config.start_steps,), ("ddim",), config.guidance)
     title = f"progressive distillation of {config.teacher}: {' -> '.join(map(str, [config.start_steps, *steps]))} steps"
-    first = Progressive(target, uniform(target.schedule, 2 * steps[0]), config.weight, config.distance)
+    model.to(device)
+    first = Progressive(
+        ask_in(target, model.denoiser.schedule), uniform(model.denoiser.schedule, 2 * steps[0]), config.weight, config.distance
+    )
     stages = [optimization(config, n) for n in steps]
-    plan(run, title, teacher, first, data, stages, cost_in_calls(cells) + sum(steps), config.images)
+    plan(run, title, model, first, data, stages, cost_in_calls(cells) + sum(steps), config.images)
     record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
 
-    model, seconds = teacher, 0.0
-    if model.parametric.prediction in ("eps", "score"):
+    seconds = 0.0
+    if config.student or model.parametric.prediction in ("eps", "score"):
         warm_start = optimization(config, config.start_steps)
         model, seconds = stage(
             run, "v", as_v(model), Denoise(Mix(target)), data, warm_start, sampler={}, record=record, seed=config.seed
         )
         target = model.denoiser
     for n, how in zip(steps, stages, strict=True):
-        method = Progressive(target, uniform(target.schedule, 2 * n), config.weight, config.distance)
+        method = Progressive(target, uniform(model.denoiser.schedule, 2 * n), config.weight, config.distance)
         sampler = {"name": "ddim", "grid": "uniform", "steps": [n]}
         model, seconds = stage(
             run, str(n), model, method, data, how, sampler=sampler, record=record, seed=config.seed, spent=seconds

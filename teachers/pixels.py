@@ -41,7 +41,7 @@ def check_table(model: Teacher) -> None:
         raise ValueError(
             "a diffusers pipeline needs a discrete table, the time convention 'index' and a prediction of "
             f"{', '.join(NAMES)}; this model has {type(d.schedule).__name__}, {d.time!r}, {d.prediction!r} "
-            "(a new student has them: recipes/consistency.py --student new)"
+            "(--student table makes a student of it that has them)"
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.denoiser import TIMES, Denoiser
+from distill.schedule import Schedule
 from teachers.load import Teacher, frozen
 from teachers.scheduler import table_of
 
@@ -98,6 +100,24 @@ def with_two_times(model: Teacher) -> Teacher:
     twin.load_state_dict(weights)
     twin.train(net.training)
     return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
+
+
+def on_table(model: Teacher) -> Teacher:
+    """The weights of a UNet2DModel of any schedule as the beginning of a v network on the table of `untrained`, which stock schedulers
+    know, with as many entries as do not go below half of the lowest noise level of the model: it has to be trained before it is a
+    denoiser again. ValueError for any other network."""
+    net: Any = model.parametric.net
+    inner = net if isinstance(net, UNet) else getattr(net, "net", None)
+    if not isinstance(inner, UNet) or inner.two_times:
+        raise ValueError("only a UNet2DModel of one time can be put on a table")
+    tables = (table_of(COSINE_ZERO_SNR | {"num_train_timesteps": 2**k}) for k in range(10, 0, -1))
+    fits = (table for table in tables if _lowest(table) >= _lowest(model.denoiser.schedule) / 2)
+    denoiser = Denoiser(inner, next(fits, table_of(COSINE_ZERO_SNR)), "v", "index")
+    return replace(model, denoiser=denoiser, network=network(inner.unet), sampler={})
+
+
+def _lowest(schedule: Schedule) -> float:
+    return float(schedule.level(torch.tensor(schedule.t_min, dtype=torch.float64)))
 
 
 def untrained(shape: tuple[int, ...], classes: int | None, channels: tuple[int, ...], layers: int, seed: int) -> Teacher:
