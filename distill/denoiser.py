@@ -127,7 +127,8 @@ class Rescheduled:
     """The same denoiser asked in the x_t and t of another schedule.
 
     E[x0 | x_t] depends on x_t only through the log-SNR and the scale: with the time of equal log-SNR, x_t is rescaled
-    by the ratio of hypot(alpha, sigma), which stays finite where alpha is 0.
+    by the ratio of hypot(alpha, sigma), which stays finite where alpha is 0. Where there is more noise than the denoiser knows, as at
+    pure noise for one of VE or EDM, it is asked at its own end.
     """
 
     denoiser: DenoiserLike
@@ -135,10 +136,10 @@ class Rescheduled:
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         inner = self.denoiser.schedule
-        u = inner.time(self.schedule.logsnr(t))
+        u = inner.time(self.schedule.logsnr(t)).clamp(max=inner.t_max)
         scale = torch.hypot(inner.alpha(u), inner.sigma(u)) / torch.hypot(self.schedule.alpha(t), self.schedule.sigma(t))
         if "to" in cond:
-            cond["to"] = inner.time(self.schedule.logsnr(cond["to"]))
+            cond["to"] = inner.time(self.schedule.logsnr(cond["to"])).clamp(max=inner.t_max)
         return self.denoiser(expand(scale, x_t) * x_t, u, **cond)
 
 

@@ -131,3 +131,11 @@ def test_wrong_names_and_pairs_are_refused_with_what_is_accepted():
         Denoiser(nn.Identity(), Flow(), "v", "sigma")
     with pytest.raises(ValueError, match="needs a schedule of kind 'table'"):
         Denoiser(nn.Identity(), Flow(), "v", "index")
+
+
+@pytest.mark.parametrize("inner", [EDM(), VE()], ids=["EDM", "VE"])
+def test_at_pure_noise_a_denoiser_that_knows_none_is_asked_at_its_own_end(inner):
+    """Where alpha is 0 there is no time of equal log-SNR; the answer is near the mean of the data, of deviation 1 here."""
+    denoiser = Rescheduled(Gaussian(inner, torch.full((2,), 0.5), torch.ones(2)), Cosine())
+    x0 = denoiser(torch.randn(100, 2), torch.ones(()))
+    assert torch.isfinite(x0).all() and torch.allclose(x0, torch.full((2,), 0.5), atol=0.1)

@@ -356,7 +356,7 @@ def test_a_teacher_that_no_stock_pipeline_knows_has_a_student_on_a_table_that_on
         recipe(["--preset", "smoke", *common, *arguments, "--output-dir", str(tmp_path / name)])
         said = capsys.readouterr().out
         assert ("gives the same pixels" in said) == (name != "c")
-    assert "no diffusers pipeline: a diffusers pipeline needs a discrete table" in said
+    assert "no diffusers pipeline: " in said
     with torch.no_grad():
         taught, began = teachers.load(str(tmp_path / "t.safetensors")), on_table(teachers.load(str(tmp_path / "t.safetensors")))
         x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 7.0)
