@@ -4,7 +4,7 @@ import torch
 from distill.denoiser import Rescheduled
 from distill.schedule import EDM, Cosine, Flow, add_noise
 from distill.target import Datum, Judge, Mix, PosteriorMean, posterior_mean
-from teachers.oracle import Gaussian, finite
+from teachers.oracle import Gaussian, Mixture, finite
 
 SCHEDULE = Cosine()
 ORACLE = Gaussian(SCHEDULE, torch.tensor([0.5, -0.3]), torch.tensor([0.4, 0.8]))
@@ -130,6 +130,31 @@ def test_a_class_that_no_other_datum_has_is_judged_by_all_of_them():
     assert all(torch.isfinite(values).all() for values in told.values())
     with pytest.raises(ValueError, match="two data or more, here are 1"):
         Judge(ORACLE, data[:1])
+
+
+def test_on_a_mixture_the_exact_teacher_is_trusted_and_a_shifted_one_is_found_out():
+    """Two narrow Gaussians: E[x0 | x_t] is far from linear, and x0 given x_t has the variance of which one it was."""
+    means, std = torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.1
+    oracle = Mixture(SCHEDULE, means, torch.full((2,), std), torch.tensor([0.5, 0.5]))
+    g = torch.Generator().manual_seed(0)
+    data = means[torch.randint(2, (6000,), generator=g)] + std * torch.randn(6000, 2, generator=g)
+    exact = Judge(oracle, data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000, averaged=1)
+    assert (exact["best"] > 0.99).all()
+    z = torch.randn(20_000, 2, generator=g)
+    t = SCHEDULE.time(LEVELS)
+    for level, found_variance in zip(t, exact["variance"], strict=True):  # by sampling, which knows no regression
+        x0 = means[torch.randint(2, (20_000,), generator=g)] + std * torch.randn(20_000, 2, generator=g)
+        x_t = add_noise(SCHEDULE, x0, z, level)
+        assert torch.isclose((x0 - oracle(x_t, level)).square().mean(), found_variance, rtol=0.1, atol=1e-4)
+
+    class Shifted:
+        schedule = SCHEDULE
+
+        def __call__(self, x_t, t, **cond):
+            return oracle(x_t, t) + 0.2
+
+    shifted = Judge(Shifted(), data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000)
+    assert torch.allclose(shifted["bias"], torch.full((5,), 0.04), atol=0.01)
 
 
 def test_what_a_teacher_generalises_is_no_error_of_it():
