@@ -19,12 +19,8 @@ def draw(out: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), dpi=120)
     for name, rows in out["targets"].items():
-        how = {
-            "color": COLOURS[name],
-            "marker": ".",
-            "label": name,
-            "linestyle": ":" if name == "mix" else "-",
-        }  # often the teacher's
+        line = ":" if name == "mix" else "-"  # which often lies on the teacher's
+        how = {"color": COLOURS[name], "marker": ".", "label": name, "linestyle": line}
         seen = [(level, error) for level, error in zip(out["logsnr"], rows["error"], strict=True) if error > 0]
         if seen:  # a bias within chance is 0
             axes[0].plot(*zip(*seen, strict=True), **how)

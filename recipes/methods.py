@@ -101,6 +101,8 @@ def check(config: Config) -> None:
     terms_of(config)
     if not config.from_scratch:
         return
+    if config.student == "table":
+        raise ValueError("--student table starts from the weights of a teacher and --from-scratch has none: choose new")
     if not usual.from_data:
         with_data = [name for name, other in METHODS.items() if other.from_data]
         raise ValueError(

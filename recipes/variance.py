@@ -20,6 +20,7 @@ import teachers
 from distill.checkpoint import write_json, write_text
 from distill.denoise import Denoise
 from distill.denoiser import Denoiser, ask_in
+from distill.distance import WEIGHTS
 from distill.rng import Rng
 from distill.schedule import Schedule, add_noise
 from distill.target import Datum, Judge, Mix, PosteriorMean, Sample, Target
@@ -71,7 +72,7 @@ def gradients(
         answer = student(drawn.x_t, drawn.t, **drawn.cond)
         for name, target in targets.items():
             x0_hat = target(schedule, drawn.x_t, drawn.t, drawn.x0, **drawn.cond)
-            weight = 1 / schedule.sigma(drawn.t).square()  # of x0's error in that of v
+            weight = WEIGHTS["snr_plus_one"](schedule, drawn.t)  # of x0's error in that of v
             loss = (weight * (answer - x0_hat).square().flatten(1).mean(1)).mean()
             flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
             total[name] = total[name] + flat
@@ -145,7 +146,7 @@ def excess(student: Denoiser, held_out: Judge, seed: int, n: int = 1024) -> floa
     t = 0.02 + 0.96 * rng.uniform().to(x0)
     x_t = add_noise(schedule, x0, rng.normal(x0), t)
     mine, teachers_ = ((x0 - d(x_t, t, **cond)).square() for d in (student, ask_in(held_out.teacher, schedule)))
-    return float(((mine - teachers_).flatten(1).mean(1) / schedule.sigma(t).square()).mean())
+    return float(((mine - teachers_).flatten(1).mean(1) * WEIGHTS["snr_plus_one"](schedule, t)).mean())
 
 
 def parted(data: datasets.Data, seed: int) -> tuple[datasets.Data, datasets.Data]:

@@ -6,9 +6,11 @@ import torch
 
 from distill import grid
 from distill.denoiser import Guided
+from distill.schedule import EDM, Table
 from distill.solver import SAMPLERS
 from eval.generate import chunks, counted, generate, start, to_uint8
 from teachers.codec import Codec
+from teachers.oracle import Gaussian
 from teachers.unet import with_two_times
 
 
@@ -87,3 +89,24 @@ def test_latents_are_decoded_in_float32_by_the_scale_and_shift_of_their_codec(te
     assert images.shape == (3, 1, 16, 16) and torch.equal(images[:, :, ::2, ::2], z + 1)
     assert torch.allclose(codec.encode(codec.decode(latents)), latents, atol=1e-6)
     assert replace(teacher, codec=codec).image_shape == (1, 16, 16) and teacher.image_shape == (1, 8, 8)
+
+
+def test_sampling_starts_from_unit_noise_on_any_table_as_its_pipelines_do_and_from_sigma_elsewhere():
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    table, seen = Table(tuple(alphas_cumprod.tolist())), []  # of Stable Diffusion: sigma is 0.9977 at its end
+    for schedule, first in ((table, 1.0), (table, 0.5), (EDM(), 80.0)):
+        oracle = Gaussian(schedule, torch.zeros(1, 2, 2), torch.ones(1, 2, 2))
+
+        class Recording:
+            def __init__(self, schedule):
+                self.schedule = schedule
+
+            def __call__(self, x, t, **cond):
+                seen.append(x)
+                return oracle(x, t)  # noqa: B023
+
+        begin = start(range(2), (1, 2, 2), None, 0)
+        times = torch.tensor([first, schedule.t_clean], dtype=torch.float64)
+        generate(Recording(schedule), "ddim", times, begin, lambda labels: {}, torch.device("cpu"))
+        expected = 1.0 if (schedule, first) == (table, 1.0) else float(schedule.sigma(times[0]))
+        assert torch.allclose(seen[-1], expected * begin.noise)

@@ -523,6 +523,7 @@ def bad(main, arguments, capsys):
             "--jvp means nothing to --method denoise: accepted with scd",
         ),
         (consistency.main, ["--target", "posterior-mean", "--target-mix", "1"], "choose it or --target-mix"),
+        (consistency.main, ["--method", "ict", "--from-scratch", "--student", "table"], "--from-scratch has none: choose new"),
         (consistency.main, ["--sampler", "consistency:2"], "unknown sampler 'consistency:2': accepted are ddim"),
         (consistency.main, ["--sampler", "jump"], "'jump' needs a network of two times"),
         (evaluate.main, ["--samplers", "jump"], "'jump' needs a network of two times"),
