@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from eval import report as reports
-from eval.compare import good, with_comparisons
+from eval.verdict import good, with_comparisons
 from eval.sweep import picture_path, pictures
 
 

@@ -6,7 +6,7 @@ import base64
 import html
 from pathlib import Path
 
-from eval.compare import pareto
+from eval.verdict import pareto
 from eval.table import COLUMNS, NOTES, facts, text, used_columns
 
 STYLE = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.checkpoint import replacing
-from eval.compare import pareto
+from eval.verdict import pareto
 
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
 GREYS = ["#222222", "#555555", "#777777", "#999999", "#b0b0b0", "#c8c8c8"]

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from distill.checkpoint import write_json, write_text
-from eval.compare import good, reference_row, verdict, warnings, with_comparisons
+from eval.verdict import good, reference_row, verdict, warnings, with_comparisons
 from eval.metrics import Reference
 from eval.page import page
 from eval.plots import fid_against, label_shares

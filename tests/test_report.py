@@ -10,7 +10,8 @@ from conftest import ROOT
 from jsonschema import Draft202012Validator
 
 from distill import checkpoint
-from eval import compare, merge, report, variance
+from eval import merge, report, variance
+from eval import verdict as compare
 from eval.metrics import GROUPS
 from eval.sweep import picture_path
 
