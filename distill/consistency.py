@@ -1,10 +1,10 @@
-"""Consistency models (Song et al. 2023): f(x_t, t) says where the path through x_t ends, the same from every t of the path.
+"""Consistency models (Song et al. 2303.01469): f(x_t, t) is the end of the path through x_t, the same for every t of the path.
 
-    x_s = move(x_t, x0_hat, t, s)          one step along the path
-    loss = w(t, s) d(f(x_t, t), sg f(x_s, s))
+    x_s = move(x_t, x0_hat, t, s)                       one step along the path, s < t
+    loss = w(t, s) d(f(x_t, t), sg f(x_s, s))           sg: no gradient
 
-With x0_hat a teacher's E[x0 | x_t] this is consistency distillation, with x0_hat the datum consistency training, between them a
-mix. f is the student itself, and x at the time of the data.
+If x0_hat is a teacher's E[x0 | x_t], this is consistency distillation. If x0_hat is the data sample, it is consistency training. A mix
+of both lies between them. f is the student itself, with f(x, t) = x at the time of the data.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from distill.denoiser import DenoiserLike
 from distill.distance import Distance, l2
 from distill.grid import GRIDS
 from distill.rng import Rng
-from distill.schedule import Schedule, add_noise, move, to_eps, to_x0
+from distill.schedule import Schedule, add_noise, heun_x0, move, per_sample
 from distill.target import Target
 
-HIGHEST = 80.0  # sigma / alpha above which levels count as one: the usual sigma_max
+HIGHEST = 80.0  # noise levels sigma / alpha above this count as this, the usual sigma_max
 
 
 class Pairs(Protocol):
-    """(t, s), both [B], t with more noise: the two times of a training step. ``progress`` runs from 0 to 1."""
+    """Draw the two times of a training step, (t, s), both [B], t with more noise. ``progress`` runs from 0 to 1."""
 
     def __call__(self, schedule: Schedule, rng: Rng, progress: float) -> tuple[Tensor, Tensor]: ...
 
 
-def level(schedule: Schedule, t: Tensor) -> Tensor:
-    """sigma / alpha, the noise level in which the literature's formulas stand, at most `HIGHEST`."""
+def noise_level(schedule: Schedule, t: Tensor) -> Tensor:
+    """Return sigma / alpha, the variable of the literature's formulas, clamped to `HIGHEST`."""
     return schedule.level(t).clamp(max=HIGHEST)
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Neighbouring times of a grid of N steps, N = ``steps(progress)``; the last pair ends at the data.
+    """Draw neighbouring times of a grid of N = ``steps(progress)`` steps. The last pair ends at the data.
 
-    ``grid``: a name of `GRIDS`, Karras' in the papers. ``density``: None for uniform over pairs, or (mean, deviation) of ln sigma
-    (iCT, Song & Dhariwal 2023, eq. 10).
+    ``density``: None for uniform over pairs, or (mean, standard deviation) of ln sigma (iCT, Song & Dhariwal 2310.14189, eq. 10).
+    ``grid``: a key of `GRIDS`; the papers use "karras".
     """
 
     steps: Callable[[float], int]
@@ -70,9 +70,11 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Gap:
-    """ECT (Geng et al. 2024): ln sigma_t normal; sigma_s = sigma_t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b sigma_t))).
+    """Draw pairs as ECT does (Geng et al. 2406.14548), with ln sigma_t ~ N(mean, deviation^2) and
 
-    ``stages`` doublings, or multiplications by q, of the closeness over the run; sigma_s = 0, the datum, while it is negative.
+        sigma_s = sigma_t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b sigma_t)))
+
+    ``stages``: how often the gap shrinks by the factor q over the run. sigma_s = 0 means that the target is the data sample.
     """
 
     mean: float = -1.1
@@ -87,45 +89,68 @@ class Gap:
         sigma = torch.exp(self.mean + self.deviation * math.sqrt(2) * torch.erfinv(2 * u - 1)).clamp(1e-4, None)
         stage = min(int(progress * self.stages), self.stages - 1)
         ratio = 1 - self.q ** -(stage + 1) * (1 + self.k * torch.sigmoid(-self.b * sigma))
-        t = schedule.time(-2 * sigma.log()).clamp(max=schedule.t_max)
+        t = schedule.time_of(sigma).clamp(max=schedule.t_max)
         t = torch.where(sigma >= HIGHEST, torch.full_like(t, schedule.t_max), t)
-        s = schedule.time(-2 * (sigma.clamp(max=HIGHEST) * ratio.clamp(min=0)).log())
+        s = schedule.time_of(sigma.clamp(max=HIGHEST) * ratio.clamp(min=0))
         return t.float(), torch.where(ratio <= 0, torch.full_like(s, schedule.t_clean), s).float()
 
 
 def ct_steps(first: int = 2, last: int = 150) -> Callable[[float], int]:
-    """N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 (Song et al. 2023, appendix C)."""
+    """Return N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 as a function of k/K (2303.01469, appendix C)."""
     return lambda progress: math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
 
 
 def ict_steps(first: int = 10, last: int = 1280) -> Callable[[float], int]:
-    """N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2 floor(s1 / s0) + 1)) (Song & Dhariwal 2023, eq. 11)."""
+    """Return N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2 floor(s1 / s0) + 1)), of k/K (2310.14189, eq. 11)."""
     doublings = math.floor(math.log2(last // first)) + 1
     return lambda progress: min(first * 2 ** math.floor(progress * doublings), last) + 1
 
 
-# name -> (sigma_t, sigma_s), both over alpha -> weight of the distance
-GAP_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "one": lambda t, s: torch.ones_like(t),
-    "inverse_gap": lambda t, s: 1 / (t - s).clamp(min=1e-4),
-    "inverse_level": lambda t, s: 1 + 1 / t.clamp(min=1e-3),
-    "truncated_snr": lambda t, s: (1 / t.clamp(min=1e-3)).square().clamp(min=1),
+GapWeight = Callable[[Tensor, Tensor], Tensor]  # noise levels sigma_t, sigma_s, both [B] -> weight [B]
+
+
+def one(t: Tensor, s: Tensor) -> Tensor:
+    """Weight 1 (2303.01469)."""
+    return torch.ones_like(t)
+
+
+def inverse_gap(t: Tensor, s: Tensor) -> Tensor:
+    """Weight 1 / (sigma_t - sigma_s) (iCT 2310.14189)."""
+    return 1 / (t - s).clamp(min=1e-4)
+
+
+def inverse_level(t: Tensor, s: Tensor) -> Tensor:
+    """Weight 1 + 1 / sigma_t."""
+    return 1 + 1 / t.clamp(min=1e-3)
+
+
+def truncated_snr(t: Tensor, s: Tensor) -> Tensor:
+    """Weight max(1, 1 / sigma_t^2)."""
+    return (1 / t.clamp(min=1e-3)).square().clamp(min=1)
+
+
+GAP_WEIGHTS: dict[str, GapWeight] = {
+    "one": one,
+    "inverse_gap": inverse_gap,
+    "inverse_level": inverse_level,
+    "truncated_snr": truncated_snr,
 }
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """w(t, s) d(f(x_t, t), sg f_target(x_s, s)) with the same dropout mask on both sides.
+    """Return the loss w(t, s) d(f(x_t, t), sg f(x_s, s)), [B], with one dropout mask on both sides.
 
-    ``order``: 1 for an Euler step along x0_hat, 2 for a Heun step (a teacher's, which is asked again at s). ``substeps``: how
-    many of them lie between t and s; with a teacher, few long pairs of many substeps train faster than many short pairs, since
-    what is right at the data reaches pure noise over fewer of the student's own answers. ``averaged``: the
-    target network is the EMA of the student, otherwise the student itself.
+    ``target``: x0_hat, the direction of the path. ``pairs``: where (t, s) is drawn. ``weight``, ``distance``: w and d.
+    ``order``: 1 for Euler steps along the path, 2 for Heun steps, which evaluate the target twice.
+    ``substeps``: steps between t and s. With a teacher, few long pairs of many substeps train faster than many short pairs: the error
+    of the student's own output, f(x_s, s), then accumulates over fewer pairs between the data and pure noise.
+    ``averaged``: take f(x_s, s) from the EMA of the student instead of the student.
     """
 
     target: Target
     pairs: Pairs
-    weight: str = "one"
+    weight: GapWeight = one
     distance: Distance = l2
     order: int = 1
     substeps: int = 1
@@ -140,12 +165,12 @@ class Consistency:
         with torch.no_grad():
             x_s = self._path(schedule, x_t, t, s, x0, **cond)
             with same_dropout(x0.device):
-                f_s = bounded(average if self.averaged and average is not None else student, x_s, s, **cond)
-        weight = GAP_WEIGHTS[self.weight](level(schedule, t), level(schedule, s))
+                f_s = with_boundary(average if self.averaged and average is not None else student, x_s, s, **cond)
+        weight = self.weight(noise_level(schedule, t), noise_level(schedule, s))
         return weight * self.distance(student(x_t, t, **cond), f_s)
 
     def _path(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
-        """x_s along the target's path, in ``substeps`` steps of equal length in t."""
+        """Return x_s on the target's path, after ``substeps`` steps of equal length in t."""
         low = s.clamp(min=schedule.t_min) if math.isinf(schedule.t_clean) else s
         times = [t, *(t + (low - t) * (k / self.substeps) for k in range(1, self.substeps)), s]
         for here, there in pairwise(times):
@@ -153,30 +178,31 @@ class Consistency:
         return x_t
 
     def _step(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
-        """One Euler or Heun step (in sigma / alpha); Heun steps that are infinite in log-SNR are Euler's."""
+        """Take one Euler or Heun step in sigma / alpha. A Heun step that is infinite in log-SNR is an Euler step."""
         x0_hat = self.target(schedule, x_t, t, x0, **cond)
-        x_s = move(schedule, x_t, x0_hat, t, s)
+        euler = move(schedule, x_t, x0_hat, t, s)
         if self.order == 1:
-            return x_s
-        eps = to_eps(schedule, x_t, x0_hat, t) + to_eps(schedule, x_s, self.target(schedule, x_s, s, x0, **cond), s)
-        again = move(schedule, x_t, to_x0(schedule, x_t, eps / 2, t), t, s)
+            return euler
+        corrected = heun_x0(schedule, x_t, x0_hat, t, euler, self.target(schedule, euler, s, x0, **cond), s)
         finite = (schedule.logsnr(s) - schedule.logsnr(t)).isfinite()
-        return torch.where(finite.reshape(-1, *[1] * (x_t.dim() - 1)), again, x_s)
+        return torch.where(per_sample(finite, x_t), move(schedule, x_t, corrected, t, s), euler)
 
 
-def bounded(f: DenoiserLike, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-    """f(x, t), and x itself where t is the time of the data: the boundary that an eps, v, flow or edm network meets by itself, and
-    an x0 network, or any on a schedule whose data lie at -inf, does not."""
+def with_boundary(f: DenoiserLike, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """Enforce the boundary condition f(x, t_clean) = x.
+
+    eps, v, flow and edm networks satisfy it by construction. x0 networks do not, nor does any network on a schedule with t_clean at
+    -inf.
+    """
     schedule = f.schedule
     clean = t <= schedule.t_clean
     out = f(x, torch.where(clean, torch.full_like(t, schedule.t_min), t), **cond)
-    return torch.where(clean.reshape(-1, *[1] * (x.dim() - 1)), x, out)
+    return torch.where(per_sample(clean, x), x, out)
 
 
 @contextmanager
 def same_dropout(device: torch.device) -> Iterator[None]:
-    """Inside, the global random numbers are used without being used up, on the CPU and on ``device``: what comes after draws
-    the same masks again."""
+    """Restore the global random state afterwards, on the CPU and on ``device``, so that the next forward pass repeats the masks."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,7 +1,8 @@
-"""denoiser(x_t [B, ...], t [] or [B], **cond) -> E[x0 | x_t] [B, ...]          and denoiser.schedule
+"""denoiser(x_t [B, ...], t [] or [B], to=None, **cond) -> E[x0 | x_t] [B, ...]          and denoiser.schedule
 
-The one contract. Teacher, student, EMA copy, guided teacher and oracle are all denoisers; they are changed by wrapping.
-The table of prediction types stands here and nowhere else.
+This is the one contract. Teacher, student, EMA copy, guided teacher and oracle are all denoisers. Wrap a denoiser to change it.
+``to`` is the end of the jump, [] or [B], for two-time (flow-map) networks; all other denoisers ignore it or refuse it.
+The table of prediction types is in this file and in no other.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from distill.schedule import Schedule, Table, expand
 
 
 class DenoiserLike(Protocol):
-    """What every function of this project takes: a call that returns E[x0 | x_t], and the schedule of x_t."""
+    """A call that returns E[x0 | x_t], and the schedule of x_t. Samplers, losses and metrics require nothing else."""
 
     @property
     def schedule(self) -> Schedule: ...
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor: ...
 
 
 def _edm(a: Tensor, s: Tensor, sd: float):
@@ -37,36 +38,42 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, T
     "v": lambda a, s, sd: (torch.ones_like(a), a / (a * a + s * s), -s / (a * a + s * s)),  # F = a eps - s x0
     "score": lambda a, s, sd: (torch.ones_like(a), 1 / a, s * s / a),
     "flow": lambda a, s, sd: (torch.ones_like(a), 1 / (a + s), -s / (a + s)),  # F = eps - x0
-    "edm": _edm,
+    "edm": _edm,  # 2206.00364, Table 1
 }
 
 
 def to_output(prediction: str, schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The F of a row of `PREDICTIONS` that says x0 at x_t: (x0 - c_skip x_t) / c_out."""
+    """Return the network output F that means x0 at x_t: (x0 - c_skip x_t) / c_out, with a row of `PREDICTIONS`."""
     _, c_skip, c_out = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
     return (x0 - expand(c_skip, x_t) * x_t) / expand(c_out, x_t)
 
 
-# What the network is told about the noise level: name -> (schedule, t) -> a number a sample
+def _index(schedule: Schedule, t: Tensor) -> Tensor:
+    assert isinstance(schedule, Table)
+    return t * schedule.steps - 1
+
+
+# The time input of the network, c_noise: name -> (schedule, t) -> one number per sample
 TIMES: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "time": lambda schedule, t: t,
     "thousand_time": lambda schedule, t: 1000 * t,
-    "index": lambda schedule, t: t * getattr(schedule, "steps", 1000) - 1,  # entry of a discrete table
+    "index": _index,  # entry of a discrete table
     "level": lambda schedule, t: schedule.level(t),  # sigma / alpha
-    "log_sigma": lambda schedule, t: -schedule.logsnr(t) / 8,  # ln(sigma / alpha) / 4 (Karras et al. 2022)
+    "log_sigma": lambda schedule, t: -schedule.logsnr(t) / 8,  # ln(sigma / alpha) / 4 (2206.00364)
     "thousand_log_sigma": lambda schedule, t: -schedule.logsnr(t) * 125,  # 1000 ln(sigma / alpha) / 4
 }
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """E[x0 | x_t] from a network F: x0 = c_skip x_t + c_out F(c_in x_t, c_noise(t), **cond).
+    """Turn a network F into E[x0 | x_t] = c_skip x_t + c_out F(c_in x_t, c_noise(t), **cond).
 
-    A network of two times is also given ``to``, the time of the jump's end, in the same convention as t.
+    ``net``: any module called as (x [B, ...], c_noise [B], **cond) -> [B, ...]. A two-time network also takes ``to`` [B], the end
+    of the jump in the same convention as c_noise. ``prediction``: a row of `PREDICTIONS`. ``time``: a row of `TIMES`.
+    ``sigma_data``: standard deviation of the data, used by prediction "edm" only.
 
-    ``net``: any module called as (x [B, ...], c_noise [B], **cond) -> [B, ...]; ``prediction``: a row of `PREDICTIONS`;
-    ``time``: a row of `TIMES`; ``sigma_data``: used by "edm" alone. Raises ValueError for unknown names and for a
-    prediction that divides by alpha on a schedule whose alpha reaches 0.
+    Raises ValueError for an unknown prediction or time, for "index" without a discrete table, and for a prediction that divides by
+    alpha on a schedule whose alpha reaches 0.
     """
 
     net: nn.Module
@@ -80,8 +87,7 @@ class Denoiser:
             raise ValueError(f"unknown prediction {self.prediction!r}: accepted are {', '.join(PREDICTIONS)}")
         if self.time not in TIMES:
             raise ValueError(f"unknown time convention {self.time!r}: accepted are {', '.join(TIMES)}")
-        last = torch.tensor(self.schedule.t_max, dtype=torch.float64)
-        if self.prediction in ("eps", "score") and self.schedule.alpha(last) < 1e-6:
+        if self.prediction in ("eps", "score") and self.schedule.alpha(self.schedule.ends()[0]) < 1e-6:
             raise ValueError(
                 f"prediction {self.prediction!r} divides by alpha, which is 0 at the end of this schedule: "
                 "use a v, x0 or flow network here"
@@ -89,20 +95,22 @@ class Denoiser:
         if self.time == "index" and not isinstance(self.schedule, Table):
             raise ValueError("time convention 'index' needs a schedule of kind 'table'")
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
         c_in, c_skip, c_out = PREDICTIONS[self.prediction](self.schedule.alpha(t), self.schedule.sigma(t), self.sigma_data)
-        c_noise = TIMES[self.time](self.schedule, t).to(x_t).expand(x_t.shape[0])
-        if "to" in cond:
-            cond["to"] = TIMES[self.time](self.schedule, cond["to"]).to(x_t).expand(x_t.shape[0])
-        output = self.net(expand(c_in, x_t) * x_t, c_noise, **cond)
+        end = {} if to is None else {"to": self._c_noise(to, x_t)}
+        output = self.net(expand(c_in, x_t) * x_t, self._c_noise(t, x_t), **end, **cond)
         return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * output
+
+    def _c_noise(self, t: Tensor, x_t: Tensor) -> Tensor:
+        return TIMES[self.time](self.schedule, t).to(x_t).expand(x_t.shape[0])
 
 
 @dataclass(frozen=True)
 class Guided:
-    """Classifier-free guidance: D(x, null) + scale (D(x, cond) - D(x, null)); scale 1 is no guidance (one call).
+    """Apply classifier-free guidance (2207.12598): D(x, null) + scale (D(x, cond) - D(x, null)).
 
-    ``null``: the condition that stands for "none", tensors of one row that are repeated over the batch.
+    ``null``: the conditions of an unconditional call, tensors of one row that are repeated over the batch. ``scale``: 1 means no
+    guidance and costs one call instead of two.
     """
 
     denoiser: DenoiserLike
@@ -113,36 +121,37 @@ class Guided:
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        conditional = self.denoiser(x_t, t, **cond)
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
+        conditional = self.denoiser(x_t, t, to=to, **cond)
         if self.scale == 1:
             return conditional
         null = {k: v.to(x_t.device).expand(x_t.shape[0], *v.shape[1:]) for k, v in self.null.items()}
-        unconditional = self.denoiser(x_t, t, **cond | null)
+        unconditional = self.denoiser(x_t, t, to=to, **cond | null)
         return unconditional + self.scale * (conditional - unconditional)
 
 
 @dataclass(frozen=True)
 class Rescheduled:
-    """The same denoiser asked in the x_t and t of another schedule.
+    """Evaluate a denoiser at the x_t and t of another schedule.
 
-    E[x0 | x_t] depends on x_t only through the log-SNR and the scale: with the time of equal log-SNR, x_t is rescaled
-    by the ratio of hypot(alpha, sigma), which stays finite where alpha is 0. Where there is more noise than the denoiser knows, as at
-    pure noise for one of VE or EDM, it is asked at its own end.
+    E[x0 | x_t] depends on x_t only through the log-SNR and the scale. The time of equal log-SNR is taken, and x_t is rescaled by the
+    ratio of hypot(alpha, sigma), which is finite where alpha is 0. Noise levels above the denoiser's range are clamped to its t_max,
+    such as pure noise for a VE or EDM network.
     """
 
     denoiser: DenoiserLike
     schedule: Schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        inner = self.denoiser.schedule
-        u = inner.time(self.schedule.logsnr(t)).clamp(max=inner.t_max)
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
+        inner, u = self.denoiser.schedule, self._time(t)
         scale = torch.hypot(inner.alpha(u), inner.sigma(u)) / torch.hypot(self.schedule.alpha(t), self.schedule.sigma(t))
-        if "to" in cond:
-            cond["to"] = inner.time(self.schedule.logsnr(cond["to"])).clamp(max=inner.t_max)
-        return self.denoiser(expand(scale, x_t) * x_t, u, **cond)
+        return self.denoiser(expand(scale, x_t) * x_t, u, to=None if to is None else self._time(to), **cond)
+
+    def _time(self, t: Tensor) -> Tensor:
+        inner = self.denoiser.schedule
+        return inner.time(self.schedule.logsnr(t)).clamp(max=inner.t_max)
 
 
-def ask_in(denoiser: DenoiserLike, schedule: Schedule) -> DenoiserLike:
-    """The denoiser, as one that is asked in the x_t and t of ``schedule``."""
+def on_schedule(denoiser: DenoiserLike, schedule: Schedule) -> DenoiserLike:
+    """Return the denoiser as a function of the x_t and t of ``schedule``; unchanged if it has this schedule already."""
     return denoiser if denoiser.schedule == schedule else Rescheduled(denoiser, schedule)

@@ -1,5 +1,8 @@
-"""Distances between images, one number a sample, and weights over noise levels. All of x0-space: an error d in x0 is an
-error d alpha/sigma in eps, so every loss of the literature is the x0 distance times a weight of t."""
+"""Distances between images, one number per sample, and weights over noise levels.
+
+All errors are measured in x0. An error d in x0 is an error d alpha/sigma in eps, so every loss of the literature is a distance
+in x0 times a weight of t.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from torch import Tensor
 
 from distill.schedule import Schedule
 
+Distance = Callable[[Tensor, Tensor], Tensor]  # x, y [B, ...] -> [B]
+Weight = Callable[[Schedule, Tensor], Tensor]  # schedule, t [] or [B] -> weight of the x0 error, of the shape of t
+
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error over each sample: [B, ...] -> [B]."""
+    """Return the mean squared error of each sample: [B, ...] -> [B]."""
     return (x - y).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
 class PseudoHuber:
-    """sqrt(||x - y||^2 + c^2) - c over the WHOLE sample (Song & Dhariwal 2023), c = scale sqrt(dim); [B, ...] -> [B]."""
+    """Return sqrt(||x - y||^2 + c^2) - c over the WHOLE sample, c = scale sqrt(dim) (Song & Dhariwal 2310.14189): [B, ...] -> [B]."""
 
     scale: float = 0.00054
 
@@ -29,26 +35,50 @@ class PseudoHuber:
         return (error.square().sum(1) + c * c).sqrt() - c
 
 
-Distance = Callable[[Tensor, Tensor], Tensor]
 DISTANCES: dict[str, Distance] = {"l2": l2, "pseudo_huber": PseudoHuber()}
 
 
-def _snr(schedule: Schedule, t: Tensor) -> Tensor:
+def one(schedule: Schedule, t: Tensor) -> Tensor:
+    """Weight 1: the mean squared error of x0."""
+    return torch.ones_like(t)
+
+
+def snr(schedule: Schedule, t: Tensor) -> Tensor:
+    """Weight alpha^2 / sigma^2: the mean squared error of eps."""
     return torch.exp(schedule.logsnr(t))
 
 
-def _soft(most: float) -> Callable[[Schedule, Tensor], Tensor]:
-    """snr / (1 + snr / most): the snr, which saturates at ``most``; finite at both ends of a schedule."""
-    return lambda schedule, t: 1 / (torch.exp(-schedule.logsnr(t)) + 1 / most)
+def truncated_snr(schedule: Schedule, t: Tensor) -> Tensor:
+    """Weight max(snr, 1) (Salimans & Ho 2202.00512, section 4)."""
+    return snr(schedule, t).clamp(min=1)
 
 
-# name -> (schedule, t) -> weight of the x0 error; t is [] or [B]
-WEIGHTS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
-    "x0": lambda schedule, t: torch.ones_like(t),
-    "snr": _snr,  # the mean squared error of eps
-    "truncated_snr": lambda schedule, t: _snr(schedule, t).clamp(min=1),  # Salimans & Ho 2022, section 4
-    "snr_plus_one": lambda schedule, t: _snr(schedule, t) + 1,  # the mean squared error of v
-    "min_snr": lambda schedule, t: _snr(schedule, t).clamp(max=5),  # Hang et al. 2023, gamma = 5
-    "soft_min_snr": _soft(4.0),  # Crowson et al. 2024, gamma = 4
-    "p2": _soft(1.0),  # Choi et al. 2022, k = 1, gamma = 1: eps weighed by 1 / (1 + snr)
+def snr_plus_one(schedule: Schedule, t: Tensor) -> Tensor:
+    """Weight snr + 1: the mean squared error of v (2202.00512)."""
+    return snr(schedule, t) + 1
+
+
+def min_snr(schedule: Schedule, t: Tensor) -> Tensor:
+    """Weight min(snr, 5) (Hang et al. 2303.09556)."""
+    return snr(schedule, t).clamp(max=5)
+
+
+@dataclass(frozen=True)
+class SoftSNR:
+    """Weight snr / (1 + snr / limit), which saturates at ``limit`` and is finite at both ends of a schedule."""
+
+    limit: float
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return 1 / (torch.exp(-schedule.logsnr(t)) + 1 / self.limit)
+
+
+WEIGHTS: dict[str, Weight] = {
+    "x0": one,
+    "snr": snr,
+    "truncated_snr": truncated_snr,
+    "snr_plus_one": snr_plus_one,
+    "min_snr": min_snr,
+    "soft_min_snr": SoftSNR(4.0),  # Crowson et al. 2401.11605, gamma = 4
+    "p2": SoftSNR(1.0),  # Choi et al. 2204.00227, k = 1, gamma = 1: eps weighted by 1 / (1 + snr)
 }

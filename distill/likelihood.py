@@ -1,11 +1,11 @@
-"""What a denoiser says of the probability of data: a variational bound, and the density of its probability flow. In nats a sample.
+"""Likelihood of data under a denoiser: a variational bound, and the density of the probability flow. Both in nats per sample.
 
-Both stand on one axis, u = ln tan(phi / 2) with tan(phi) = sigma / alpha, from t_min to t_max. On it z = x_t / hypot(alpha, sigma) is
+Both are computed on one axis, u = ln tan(phi / 2) with tan(phi) = sigma / alpha, from t_min to t_max. z = x_t / hypot(alpha, sigma) is
 
     z = cos(phi) x0 + sin(phi) eps        dz/du = cos(phi) z - D        (the probability flow)
 
-whatever the schedule, and finite at both ends, zero terminal SNR among them. What samplers start from, N(0, sigma(t_max)^2), is the
-prior; alpha(t_max) E|x0| ought to be small against sigma(t_max).
+on every schedule, and finite at both ends even with zero terminal SNR. The prior is the samplers' initial distribution,
+N(0, sigma(t_max)^2); alpha(t_max) E|x0| should be small against sigma(t_max).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
-from distill.schedule import Schedule, add_noise, expand
+from distill.schedule import add_noise, expand
 
-LOWEST = -20.0  # log-SNR below which nothing of x0 is left: a bound ends here where alpha reaches 0
+LOWEST = -20.0  # lowest log-SNR of the bound; below it nothing of x0 is left (alpha may reach 0)
 
 
 @dataclass(frozen=True)
 class Bound:
-    """-log p(x0) <= prior + diffusion + decoder, each [B] in nats."""
+    """Hold the terms of -log p(x0) <= prior + diffusion + decoder, each [B] in nats."""
 
     prior: Tensor
     diffusion: Tensor
@@ -40,18 +40,19 @@ class Bound:
 def bound(
     denoiser: DenoiserLike, x0: Tensor, rng: torch.Generator, *, levels: int = 64, values: int | None = None, **cond: Any
 ) -> Bound:
-    """The continuous-time variational bound (Kingma et al. 2021, eq. 14), L = log-SNR, of x0 [B, ...], d dimensions each:
+    """Return the continuous-time variational bound (VDM, Kingma et al. 2107.00630, eq. 14) of x0 [B, ...], with L = log-SNR:
 
         prior      KL[N(alpha x0, sigma^2) | N(0, sigma^2)] at t_max = |x0|^2 exp(L(t_max)) / 2
         diffusion  1/2 int exp(L) E|x0 - D|^2 dL from t_max to t_min, Monte Carlo at ``levels`` stratified L a sample
         decoder    -log p(x0 | x_t) at t_min
 
-    The decoder of data of so many equidistant ``values`` in [-1, 1] is p proportional to N(x_t; alpha x0, sigma^2) over the values, a
-    probability; of continuous data (None) it is N(x0; x_t / alpha, (sigma / alpha)^2), a density. An exact denoiser's bound of
-    continuous data is loose by the smoothing of t_min alone, for a Gaussian ln(1 + level(t_min)^2 / std^2) / 2 a dimension.
+    ``levels``: noise levels per sample. ``values``: the number of equidistant values in [-1, 1] of discrete data. The decoder is then
+    a probability, proportional to N(x_t; alpha x0, sigma^2) over the values. For continuous data (None) it is a density,
+    N(x0; x_t / alpha, (sigma / alpha)^2). The bound of an exact denoiser on continuous data is loose only by the smoothing at t_min,
+    for a Gaussian ln(1 + level(t_min)^2 / std^2) / 2 per dimension.
     """
     schedule, axis = denoiser.schedule, tuple(range(1, x0.dim()))
-    low, high = (float(v) for v in schedule.logsnr(_ends(schedule)))
+    low, high = (float(v) for v in schedule.logsnr(schedule.ends()))
     low = max(low, LOWEST)
     total = torch.zeros(len(x0), dtype=torch.float64)
     for k in range(levels):
@@ -61,7 +62,7 @@ def bound(
         x_t = add_noise(schedule, x0, _normal(x0, rng), t)
         error = (denoiser(x_t, t, **cond) - x0).square().sum(axis).double().cpu()
         total += logsnr.exp() * error * ((high - low) / (2 * levels))
-    level = float(schedule.level(_ends(schedule)[1]))
+    level = float(schedule.level(schedule.ends()[1]))
     prior = x0.square().sum(axis).double().cpu() * (math.exp(low) / 2)
     return Bound(prior, total, _decoder(x0, _normal(x0, rng), level, values).cpu())
 
@@ -80,13 +81,13 @@ def _decoder(x0: Tensor, eps: Tensor, level: float, values: int | None) -> Tenso
 def flow(
     denoiser: DenoiserLike, x: Tensor, rng: torch.Generator, *, steps: int = 32, probes: int | None = 1, **cond: Any
 ) -> Tensor:
-    """log p(x) [B] of the probability flow (Song et al. 2021, eq. 39): the density of x_t / alpha at t_min, at x [B, ...].
+    """Return log p(x) [B] of the probability flow (Song et al. 2011.13456, eq. 39), the density of x_t / alpha at t_min.
 
-    ``steps`` of Runge and Kutta's method of order 4, equal in u, 4 evaluations each with their derivatives. ``probes``: random signs
-    that estimate the trace of dD/dx (Hutchinson), the same along a path; None is exact, one derivative a dimension.
+    ``steps``: Runge-Kutta steps of order 4, equal in u, each with 4 evaluations and their derivatives. ``probes``: vectors of random
+    signs that estimate the trace of dD/dx (Hutchinson), fixed along a path; None computes it exactly, one derivative per dimension.
     """
     schedule = denoiser.schedule
-    angles = torch.atan(schedule.level(_ends(schedule)))
+    angles = torch.atan(schedule.level(schedule.ends()))
     u = torch.tan(angles.flip(0) / 2).log()  # from the data to noise
     d, h = x[0].numel(), float(u[1] - u[0]) / steps
     signs = None if probes is None else [_signs(x, rng) for _ in range(probes)]
@@ -109,7 +110,7 @@ def flow(
 
 
 def _slope(denoiser: DenoiserLike, z: Tensor, u: float, signs: list[Tensor] | None, cond: dict) -> tuple[Tensor, Tensor]:
-    """dz/du [B, ...] and its divergence [B]."""
+    """Return dz/du [B, ...] and its divergence [B]."""
     schedule = denoiser.schedule
     phi = 2 * math.atan(math.exp(u))
     logsnr = torch.tensor(-2 * math.log(math.tan(phi)) if phi < math.pi / 2 else -math.inf, dtype=torch.float64)
@@ -132,12 +133,8 @@ def _slope(denoiser: DenoiserLike, z: Tensor, u: float, signs: list[Tensor] | No
 
 
 def bits(nats: Tensor, dimensions: int, width: float = 1.0) -> Tensor:
-    """Bits a dimension of -log p in nats, a density of data in bins of ``width``."""
+    """Return -log p as bits per dimension. ``nats``: -log p per sample, of a density of data in bins of ``width``."""
     return (nats / dimensions - math.log(width)) / math.log(2)
-
-
-def _ends(schedule: Schedule) -> Tensor:
-    return torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
 
 
 def _normal(x: Tensor, rng: torch.Generator) -> Tensor:

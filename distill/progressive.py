@@ -1,4 +1,4 @@
-"""Progressive distillation (Salimans & Ho 2022, Alg. 2): one student step learns to do two teacher steps."""
+"""Progressive distillation (Salimans & Ho 2202.00512, Alg. 2): one student step learns to do two teacher steps."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
-from distill.distance import DISTANCES, WEIGHTS
+from distill.distance import Distance, Weight, l2, truncated_snr
 from distill.rng import Rng
 from distill.schedule import add_noise, explain, move
 
 
 @dataclass(frozen=True)
 class Progressive:
-    """The loss of one stage. ``times`` is the teacher's grid, 2N + 1 times from noise to data; the student's is every other.
+    """Return the loss of one stage, w(t) d(student(x_t, t), x0 of two teacher steps), [B].
 
-    At the last student step s is the data, where move and explain hand back the teacher's own x0 at mid, so training and
-    sampling agree there without a special case.
+    ``times``: the teacher's grid, float64 [2N + 1] from noise to data. The student's grid is every other entry. ``weight`` and
+    ``distance``: w and d, in x0.
+
+    In the last student step s is the data. `move` and `explain` then return the teacher's own x0 at mid, so training and sampling
+    agree there without a special case.
     """
 
     teacher: DenoiserLike
     times: Tensor
-    weight: str = "truncated_snr"
-    distance: str = "l2"
+    weight: Weight = truncated_snr
+    distance: Distance = l2
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         schedule = self.teacher.schedule
@@ -35,11 +38,11 @@ class Progressive:
         x_t = add_noise(schedule, x0, rng.normal(x0), t)
         with torch.no_grad():
             target = two_steps_in_one(self.teacher, x_t, t, mid, s, **cond)
-        return WEIGHTS[self.weight](schedule, t).to(x0) * DISTANCES[self.distance](student(x_t, t, **cond), target)
+        return self.weight(schedule, t).to(x0) * self.distance(student(x_t, t, **cond), target)
 
 
 def two_steps_in_one(teacher: DenoiserLike, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, **cond: Any) -> Tensor:
-    """The x0 whose single move from t to s lands where the teacher's two moves over mid do; [B, ...]."""
+    """Return the x0 [B, ...] whose single `move` from t to s ends where the teacher's two moves over mid end."""
     schedule = teacher.schedule
     x_mid = move(schedule, x_t, teacher(x_t, t, **cond), t, mid)
     x_s = move(schedule, x_mid, teacher(x_mid, mid, **cond), mid, s)

@@ -1,8 +1,8 @@
-"""Properties that the exact E[x0 | x_t] has, as terms to add to any method and as residuals to print of any model.
+"""Properties of the exact E[x0 | x_t]: as terms to add to any loss, and as residuals to report for any model.
 
-martingale        E[D(x_s, s) | x_t] = D(x_t, t) along the reverse process (consistent diffusion models, Daras et al. 2023)
-fokker_planck     d score / d sigma = sigma grad(div score + |score|^2) in the variance-exploding form (Lai et al. 2023)
-consistency       D(x_s, s) = D(x_t, t) along the probability flow, which a consistency function has and E[x0 | x_t] has not
+martingale         E[D(x_s, s) | x_t] = D(x_t, t) along the reverse process (consistent diffusion models, Daras et al. 2302.09057)
+fokker-planck      d score / d sigma = sigma grad(div score + |score|^2) in the variance-exploding form (Lai et al. 2210.04296)
+self-consistency   D(x_s, s) = D(x_t, t) along the probability flow: true of a consistency function, not of E[x0 | x_t]
 """
 
 from __future__ import annotations
@@ -15,39 +15,41 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.denoiser import DenoiserLike, ask_in
+from distill.denoiser import DenoiserLike, on_schedule
 from distill.rng import Rng
 from distill.schedule import EDM, Schedule, add_noise, expand, move, posterior, to_eps
-from distill.scm import bare
+from distill.scm import unwrap_ddp
 from distill.train import Method
 
 Residual = Callable[..., Tensor]  # (student, x_t, t, rng, **cond) -> [B], 0 in expectation where the property holds
-RANGE = (-6.0, 6.0)  # log-SNRs at which residuals are taken
+RANGE = (-6.0, 6.0)  # log-SNRs at which residuals are evaluated
 
 
-def _step(schedule: Schedule, t: Tensor, by: float) -> Tensor:
-    """The time whose log-SNR is ``by`` higher than at t."""
+def _cleaner(schedule: Schedule, t: Tensor, by: float) -> Tensor:
+    """Return the time at which the log-SNR is higher than at t by ``by``."""
     return schedule.time(schedule.logsnr(t) + by)
 
 
 def martingale(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, by: float = 0.5, **cond: Any) -> Tensor:
-    """|D(x_t, t) - E[D(x_s, s) | x_t]|^2 a pixel, unbiased from two independent reverse steps to s, whose product of differences
-    has that mean; the steps themselves carry no gradient."""
+    """Return |D(x_t, t) - E[D(x_s, s) | x_t]|^2 per pixel, [B].
+
+    The estimate is unbiased: it is the product of the differences of two independent reverse steps to s. The steps carry no gradient.
+    """
     schedule = student.schedule
-    s = _step(schedule, t, by)
+    s = _cleaner(schedule, t, by)
     here = student(x_t, t, **cond)
     with torch.no_grad():
         kept, fresh = posterior(schedule, t, s)
         mean = expand(schedule.alpha(s), x_t) * here + expand(kept, x_t) * to_eps(schedule, x_t, here, t)
         draws = [mean + expand(fresh, x_t) * rng.normal(x_t) for _ in range(2)]
-    one, two = (here - student(x_s, s, **cond) for x_s in draws)
-    return (one * two).flatten(1).mean(1)
+    first, second = (here - student(x_s, s, **cond) for x_s in draws)
+    return (first * second).flatten(1).mean(1)
 
 
-def consistency(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, by: float = 0.5, **cond: Any) -> Tensor:
-    """|D(x_t, t) - D(x_s, s)|^2 a pixel, x_s one DDIM step on."""
+def self_consistency(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, by: float = 0.5, **cond: Any) -> Tensor:
+    """Return |D(x_t, t) - D(x_s, s)|^2 per pixel, [B], where x_s is one DDIM step after x_t."""
     schedule = student.schedule
-    s = _step(schedule, t, by)
+    s = _cleaner(schedule, t, by)
     here = student(x_t, t, **cond)
     with torch.no_grad():
         x_s = move(schedule, x_t, here, t, s)
@@ -55,13 +57,13 @@ def consistency(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, by: flo
 
 
 def fokker_planck(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, **cond: Any) -> Tensor:
-    """The square a pixel of sigma^2 times the equation's residual, in the variance-exploding form x = x_t / alpha.
+    """Return the squared residual of the score Fokker-Planck equation per pixel, times sigma^4, at x = x_t / alpha: [B].
 
-    The divergence is Hutchinson's estimate v . (J v), of one v of signs a sample: exact on average, so that a linear score has no
-    residual and others have the estimate's variance on top.
+    The divergence is Hutchinson's estimate v . (J v) with one vector v of random signs per sample. It is exact on average: a linear
+    score has residual 0; any other score has the variance of the estimate on top.
     """
     schedule = student.schedule
-    inner = ask_in(bare(student), EDM())
+    inner = on_schedule(unwrap_ddp(student), EDM())
     sigma = schedule.level(t)
     x = x_t / expand(schedule.alpha(t), x_t)
     v = torch.where(rng.normal(x) > 0, 1.0, -1.0).to(x)
@@ -79,12 +81,25 @@ def fokker_planck(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, **con
     return (expand(sigma, x).square() * residual).square().flatten(1).mean(1)
 
 
-RESIDUALS: dict[str, Residual] = {"consistent": martingale, "fokker-planck": fokker_planck, "consistency": consistency}
+RESIDUALS: dict[str, Residual] = {
+    "martingale": martingale,
+    "fokker-planck": fokker_planck,
+    "self-consistency": self_consistency,
+}
+
+
+def _noisy(schedule: Schedule, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+    """Return x_t and t [B] of x0 at noise levels uniform in log-SNR."""
+    t = schedule.time(RANGE[0] + (RANGE[1] - RANGE[0]) * rng.uniform()).to(x0)
+    return add_noise(schedule, x0, rng.normal(x0), t), t
 
 
 @dataclass(frozen=True)
 class Regularized:
-    """method + sum of weight * residual, at noise levels uniform in log-SNR. ``terms``: (name in `RESIDUALS`, weight)."""
+    """Return the loss of ``method`` plus weight times residual for each (name in `RESIDUALS`, weight) of ``terms``, [B].
+
+    The residuals are evaluated at noise levels uniform in log-SNR.
+    """
 
     method: Method
     terms: tuple[tuple[str, float], ...]
@@ -96,9 +111,7 @@ class Regularized:
     def __call__(self, student: Any, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         loss = self.method(student, x0, rng=rng, progress=progress, **cond)
         cond.pop("average", None)
-        schedule = student.schedule
-        t = schedule.time(RANGE[0] + (RANGE[1] - RANGE[0]) * rng.uniform()).to(x0)
-        x_t = add_noise(schedule, x0, rng.normal(x0), t)
+        x_t, t = _noisy(student.schedule, x0, rng)
         for name, weight in self.terms:
             loss = loss + weight * RESIDUALS[name](student, x_t, t, rng, **cond)
         return loss
@@ -106,8 +119,6 @@ class Regularized:
 
 @torch.no_grad()
 def residuals(denoiser: DenoiserLike, x0: Tensor, rng: Rng, **cond: Any) -> dict[str, float]:
-    """The mean of each residual over data x0 at noise levels uniform in log-SNR."""
-    schedule = denoiser.schedule
-    t = schedule.time(RANGE[0] + (RANGE[1] - RANGE[0]) * rng.uniform()).to(x0)
-    x_t = add_noise(schedule, x0, rng.normal(x0), t)
+    """Return the mean of each residual over the data x0, at noise levels uniform in log-SNR."""
+    x_t, t = _noisy(denoiser.schedule, x0, rng)
     return {name: float(residual(denoiser, x_t, t, rng, **cond).mean()) for name, residual in RESIDUALS.items()}

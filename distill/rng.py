@@ -1,5 +1,7 @@
-"""Random numbers of training: functions of (seed, stage, step, sample), so that a run continues exactly and does not depend
-on how many processes share a batch."""
+"""Random numbers of training, as functions of (seed, phase, step, sample).
+
+A killed run therefore continues exactly, and the draws do not depend on how many processes share a batch.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,18 @@ from torch import Tensor
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from any parts, the same on every machine."""
+    """Return a 63-bit seed computed from ``parts``, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclass(frozen=True)
 class Rng:
-    """Draws for ``rows`` (None: all) of a batch of ``total`` samples, on the device of the generator. Every draw is made for the
-    whole batch and cut to the rows, so one process with a batch of 2 B and two with B each see the same numbers."""
+    """Draw random numbers for ``rows`` (None: all) of a batch of ``total`` samples, on the device of the generator.
+
+    Every draw is made for the whole batch and cut to the rows. One process with a batch of 2 B and two processes with B each
+    therefore see the same numbers.
+    """
 
     generator: torch.Generator
     total: int
@@ -31,14 +36,14 @@ class Rng:
         draws = draw((self.total, *shape), generator=self.generator, device=self.generator.device)
         return draws if self.rows is None else draws[self.rows]
 
-    def normal(self, x: Tensor) -> Tensor:
-        """Standard normal numbers of the shape and type of x [B, ...]."""
-        return self._cut(torch.randn, *x.shape[1:]).to(x)
+    def normal(self, like: Tensor | None = None) -> Tensor:
+        """Return standard normal numbers: of the shape and dtype of ``like`` [B, ...], or one per sample, float32 [B]."""
+        return self._cut(torch.randn) if like is None else self._cut(torch.randn, *like.shape[1:]).to(like)
 
     def uniform(self) -> Tensor:
-        """Numbers in [0, 1), one a sample: float32 [B]."""
+        """Return numbers in [0, 1), one per sample: float32 [B]."""
         return self._cut(torch.rand)
 
     def integers(self, high: int) -> Tensor:
-        """Integers in 0..high-1, one a sample: int64 [B]."""
+        """Return integers in 0..high-1, one per sample: int64 [B]."""
         return self._cut(partial(torch.randint, high))

@@ -1,11 +1,11 @@
 """x_t = alpha(t) * x0 + sigma(t) * eps          t grows with noise; sigma/alpha strictly increases
 
-Every formula about a noise schedule stands in this file, and every conversion between x0, eps and x_t that needs only
-the schedule. A schedule is two functions of t, alpha and sigma, the inverse of its log-SNR, and the range of t on
-which a network may be asked; ``t_clean`` is the time at which sigma is exactly 0, where every deterministic sampler ends.
+This file holds every formula of a noise schedule, and every conversion between x0, eps and x_t that depends on the schedule
+alone. A schedule defines alpha(t), sigma(t), the inverse of its log-SNR, and the range [t_min, t_max] on which a network may be
+evaluated. At ``t_clean`` sigma is exactly 0; every deterministic sampler ends there.
 
-Times are tensors of any floating type, ``[]`` or ``[B]``. Coefficients are computed in the type of t (float64 in sampler
-grids, float32 in losses) and cast to the type of x where the two meet, in `expand` and nowhere else.
+Times are tensors of any floating type, ``[]`` or ``[B]``. Coefficients are computed in the dtype of t (float64 in sampler grids,
+float32 in losses). `expand` casts them to the dtype of x; no other function does.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """Base of all schedules: subclasses give ``alpha(t)``, ``sigma(t)`` and ``time(logsnr)``, each elementwise."""
+    """Define a noise schedule. Subclasses implement ``alpha(t)``, ``sigma(t)`` and ``time(logsnr)``, each elementwise."""
 
-    t_min = 1e-3  # smallest time at which a network is evaluated, where the schedule itself names none
+    t_min = 1e-3  # smallest time at which a network is evaluated; schedules with a range of their own override it
     t_max = 1.0
     t_clean = 0.0  # sigma(t_clean) == 0
 
@@ -34,21 +34,29 @@ class Schedule:
         raise NotImplementedError
 
     def time(self, logsnr: Tensor) -> Tensor:
-        """Inverse of `logsnr`; accepts -inf and +inf."""
+        """Return the time of a log-SNR, the inverse of `logsnr`. Accepts -inf and +inf."""
         raise NotImplementedError
 
     def logsnr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2): +inf at t_clean, -inf where alpha is 0."""
+        """Return log(alpha^2 / sigma^2): +inf at t_clean, -inf where alpha is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def level(self, t: Tensor) -> Tensor:
-        """sigma / alpha, the sigma of the variance-exploding literature: 0 at t_clean, inf where alpha is 0."""
+        """Return the noise level sigma / alpha, the sigma of the VE literature: 0 at t_clean, inf where alpha is 0."""
         return torch.exp(-self.logsnr(t) / 2)
+
+    def time_of(self, level: Tensor) -> Tensor:
+        """Return the time of a noise level sigma / alpha, the inverse of `level`. Accepts 0 and inf."""
+        return self.time(-2 * level.log())
+
+    def ends(self) -> Tensor:
+        """Return (t_max, t_min) as float64 [2]: the noisiest and the cleanest time at which a network is evaluated."""
+        return torch.tensor([self.t_max, self.t_min], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Flow(Schedule):
-    """Flow matching, rectified flow: alpha = 1 - t, sigma = t."""
+    """Flow matching (2210.02747), rectified flow (2209.03003): alpha = 1 - t, sigma = t."""
 
     def alpha(self, t):
         return 1 - t
@@ -62,7 +70,7 @@ class Flow(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+    """Cosine schedule in continuous time (2202.00512): alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
 
     def alpha(self, t):
         return torch.sin((1 - t) * (math.pi / 2))  # cos(pi t / 2), exactly 0 at t = 1
@@ -76,7 +84,7 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class LinearVP(Schedule):
-    """VP-SDE (Song et al. 2021, eq. 32): log alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2."""
+    """VP-SDE (Song et al. 2011.13456, eq. 32): log alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -98,7 +106,7 @@ class LinearVP(Schedule):
 
 @dataclass(frozen=True)
 class VE(Schedule):
-    """VE-SDE: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t. Noise reaches 0 only at t_clean = -inf."""
+    """VE-SDE (2011.13456): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t. sigma is 0 only at t_clean = -inf."""
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
@@ -117,7 +125,7 @@ class VE(Schedule):
 
 @dataclass(frozen=True)
 class EDM(Schedule):
-    """Karras et al. 2022: alpha = 1, sigma = t, in units of sigma."""
+    """EDM (Karras et al. 2206.00364): alpha = 1, sigma = t. Times are noise levels."""
 
     t_min: float = 0.002
     t_max: float = 80.0
@@ -134,13 +142,13 @@ class EDM(Schedule):
 
 @dataclass(frozen=True)
 class Trig(Schedule):
-    """TrigFlow (Lu & Song 2024): alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2]."""
+    """TrigFlow (Lu & Song 2410.11081): alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2]."""
 
     sigma_data: float = 0.5
     t_max = math.pi / 2
 
     def alpha(self, t):
-        return torch.cos(t).clamp(min=0)  # the float32 next to pi/2 lies past it
+        return torch.cos(t).clamp(min=0)  # float32 pi/2 is slightly above pi/2
 
     def sigma(self, t):
         return self.sigma_data * torch.sin(t)
@@ -151,11 +159,13 @@ class Trig(Schedule):
 
 @dataclass(frozen=True)
 class Table(Schedule):
-    """A discrete variance-preserving model of T steps: entry i of ``alphas_cumprod`` stands at t = (i + 1) / T.
+    """Discrete variance-preserving schedule of T steps: entry i of ``alphas_cumprod`` is at t = (i + 1) / T.
 
-    Between entries the angle atan2(sigma, alpha) is interpolated linearly. It is finite at both ends of the axis, so
-    the data (t = 0) and a zero terminal SNR (alpha = 0 at t = 1) need no special case; at the entries the table itself
-    comes out. On this axis diffusers' "trailing" grid of N steps is the uniform one, t = 1, 1 - 1/N, ..., 0.
+    The angle atan2(sigma, alpha) is interpolated linearly between entries, so the entries are exact. The angle is finite at both
+    ends of the axis: neither the data (t = 0) nor a zero terminal SNR (alpha = 0 at t = 1) is a special case. On this axis the
+    "trailing" grid of diffusers with N steps is the uniform one, t = 1, 1 - 1/N, ..., 0.
+
+    Raises ValueError where ``alphas_cumprod`` does not fall strictly from below 1 to at least 0.
     """
 
     alphas_cumprod: tuple[float, ...]
@@ -214,13 +224,13 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 
 def describe(schedule: Schedule) -> dict:
-    """The schedule as plain JSON data; `schedule_from` turns it back."""
+    """Return the schedule as JSON data. `schedule_from` is the inverse."""
     kind = next(name for name, cls in SCHEDULES.items() if cls is type(schedule))
     return {"kind": kind, **dataclasses.asdict(schedule)}
 
 
 def schedule_from(description: dict | str) -> Schedule:
-    """A schedule from its name or from the result of `describe`. Raises ValueError for an unknown name or field."""
+    """Build a schedule from its name or from the result of `describe`. Raises ValueError for an unknown name or field."""
     fields = {"kind": description} if isinstance(description, str) else dict(description)
     kind = fields.pop("kind", None)
     if kind not in SCHEDULES:
@@ -234,50 +244,71 @@ def schedule_from(description: dict | str) -> Schedule:
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient [] or [B] in the type and on the device of x, shaped to multiply x [B, ...] sample by sample."""
+    """Cast a coefficient [] or [B] to the dtype and device of x [B, ...] and shape it to multiply x sample by sample."""
     assert coefficient.dim() == 0 or coefficient.shape == x.shape[:1], (coefficient.shape, x.shape)
     return coefficient.to(x).reshape(coefficient.shape + (1,) * (x.dim() - 1) if coefficient.dim() else ())
 
 
+def per_sample(mask: Tensor, x: Tensor) -> Tensor:
+    """Shape a mask [B] to select samples of x [B, ...], for `torch.where`."""
+    return mask.reshape(-1, *[1] * (x.dim() - 1)).to(x.device)
+
+
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t from datum and noise, both [B, ...]; t is [] or [B]."""
+    """Return x_t = alpha(t) x0 + sigma(t) eps. x0 and eps are [B, ...]; t is [] or [B]."""
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 
 
 def to_eps(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """The eps that goes with x0 at x_t: (x_t - alpha x0) / sigma."""
+    """Return the noise implied by x0 at x_t: (x_t - alpha x0) / sigma."""
     return (x_t - expand(schedule.alpha(t), x_t) * x0) / expand(schedule.sigma(t), x_t)
 
 
 def to_x0(schedule: Schedule, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """The x0 that goes with eps at x_t: (x_t - sigma eps) / alpha. Needs alpha > 0."""
+    """Return the x0 implied by eps at x_t: (x_t - sigma eps) / alpha. Requires alpha > 0."""
     return (x_t - expand(schedule.sigma(t), x_t) * eps) / expand(schedule.alpha(t), x_t)
 
 
 def move(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Go from t to s as if x0 were true: alpha_s x0 + (sigma_s / sigma_t) (x_t - alpha_t x0). One DDIM step."""
+    """Take one DDIM step from t to s with x0 fixed: alpha_s x0 + (sigma_s / sigma_t) (x_t - alpha_t x0) (2010.02502, eq. 12)."""
     ratio = expand(schedule.sigma(s) / schedule.sigma(t), x_t)
     return expand(schedule.alpha(s), x_t) * x0 + ratio * (x_t - expand(schedule.alpha(t), x_t) * x0)
 
 
+def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Return the x0 for which `move` from t lands on x_s, the inverse of `move`. s must have less noise than t.
+
+        x0 = (x_s - r x_t) / (alpha_s - r alpha_t),        r = sigma_s / sigma_t
+
+    The denominator cancels where t and s are close. It is therefore computed from log-SNRs:
+    alpha_s - r alpha_t = -alpha_s expm1((logsnr_t - logsnr_s) / 2).
+    """
+    ratio = expand(schedule.sigma(s) / schedule.sigma(t), x_t)
+    denominator = -schedule.alpha(s) * torch.expm1((schedule.logsnr(t) - schedule.logsnr(s)) / 2)
+    return (x_s - ratio * x_t) / expand(denominator, x_t)
+
+
+def heun_x0(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, x_s: Tensor, x0_s: Tensor, s: Tensor) -> Tensor:
+    """Return the x0 at t whose `move` to s is Heun's step in sigma / alpha (2206.00364, Alg. 1).
+
+    It is the x0 of the mean of both noise estimates: x0 at x_t, and ``x0_s`` at ``x_s``, where the Euler step from t ended.
+    """
+    eps = (to_eps(schedule, x_t, x0, t) + to_eps(schedule, x_s, x0_s, s)) / 2
+    return to_x0(schedule, x_t, eps, t)
+
+
 def posterior(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x_s given x_t and x0, s with less noise: the weights of eps that is kept and of fresh noise (Ho et al. 2020, eq. 7)."""
+    """Return the two noise weights of x_s given x_t and x0, where s has less noise (Ho et al. 2006.11239, eq. 7).
+
+    x_s = alpha_s x0 + kept eps + fresh z with eps the noise of x_t and z new noise; the result is (kept, fresh).
+    """
     ratio = schedule.alpha(t) * schedule.sigma(s) / (schedule.alpha(s) * schedule.sigma(t))
     return schedule.sigma(s) * ratio, schedule.sigma(s) * (1 - ratio.square()).clamp(min=0).sqrt()
 
 
 def prior_std(schedule: Schedule, t: Tensor) -> float:
-    """Of the noise that sampling starts from at t: sigma(t), and 1 on a discrete table, whose models and pipelines all begin with
-    unit noise even where some signal is left at its end."""
-    return 1.0 if isinstance(schedule, Table) and float(t) == schedule.t_max else float(schedule.sigma(t))
+    """Return the standard deviation of the initial noise at t: sigma(t), but 1 at the end of a discrete table.
 
-
-def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The x0 for which `move` from t lands on x_s at s, its inverse; s must have less noise than t.
-
-    (x_s - r x_t) / (alpha_s - r alpha_t) with r = sigma_s / sigma_t. The denominator cancels where t and s are near,
-    so it is taken from log-SNRs: alpha_s - r alpha_t = -alpha_s expm1((logsnr_t - logsnr_s) / 2).
+    DDPM-type models and diffusers pipelines start from unit noise even if alpha(t_max) > 0.
     """
-    ratio = expand(schedule.sigma(s) / schedule.sigma(t), x_t)
-    denominator = -schedule.alpha(s) * torch.expm1((schedule.logsnr(t) - schedule.logsnr(s)) / 2)
-    return (x_s - ratio * x_t) / expand(denominator, x_t)
+    return 1.0 if isinstance(schedule, Table) and float(t) == schedule.t_max else float(schedule.sigma(t))

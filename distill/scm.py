@@ -1,12 +1,12 @@
-"""Continuous-time consistency (sCM, Lu & Song 2024): the limit of `Consistency` as s goes to t, by a tangent instead of a pair.
+"""Continuous-time consistency (sCM, Lu & Song 2410.11081): the limit of `Consistency` for s -> t, with a tangent instead of a pair.
 
-Written on TrigFlow with unit data, x = cos(a) x0 + sin(a) z, where v = (cos(a) x - f(x, a)) / sin(a); any student is asked there
-through `Rescheduled`. On a consistency function df/da along the path is 0; the loss pulls v against
+The formulas are on TrigFlow with unit data: x = cos(a) x0 + sin(a) z and v = (cos(a) x - f(x, a)) / sin(a). Students on any other
+schedule are evaluated through `on_schedule`. Along the path df/da of a consistency function is 0. The loss moves v against
 
-    g = cos(a) df/da = -cos^2(a) (v - dx/da) - r cos(a) sin(a) (x + dv/da),        r rises from 0 to 1 first
+    g = cos(a) df/da = -cos^2(a) (v - dx/da) - r cos(a) sin(a) (x + dv/da)
 
-normalised to g / (|g| + c). The tangent is taken of the bare network, without gradient; one ordinary forward of the wrapped one
-follows, so that gradients are reduced over processes.
+normalised to g / (|g| + c). r rises from 0 to 1 at the start of the run. The tangent is computed on the unwrapped network without
+gradient. One ordinary forward pass through DDP follows, so that gradients are reduced over processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.consistency import same_dropout
-from distill.denoiser import Denoiser, DenoiserLike, ask_in, to_output
+from distill.denoiser import Denoiser, DenoiserLike, on_schedule, to_output
 from distill.rng import Rng
 from distill.schedule import Trig, add_noise, expand
 from distill.target import Target
@@ -31,10 +31,10 @@ TRIG = Trig(sigma_data=1.0)
 
 @dataclass(frozen=True)
 class ContinuousConsistency:
-    """sCD with a teacher's target, sCT with the datum.
+    """Return the sCM loss |v - sg(v + g)|^2 per pixel, [B]: sCD if ``target`` is a teacher's, sCT if it is the data sample.
 
-    ``mean``, ``deviation``: of ln tan(a), the log noise level. ``warmup``: part of the run over which r rises. ``jvp``: "exact"
-    (forward mode) or "finite" (central differences over ``step``, for operators that have no forward rule).
+    ``mean``, ``deviation``: of ln tan(a), the log noise level. ``warmup``: part of the run over which r rises to 1.
+    ``jvp``: "exact" (forward mode) or "finite" (central differences over ``step``, for operators without a forward-mode rule).
     """
 
     target: Target
@@ -46,7 +46,7 @@ class ContinuousConsistency:
     step: float = 2e-4
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
-        a = torch.atan(torch.exp(self.mean + self.deviation * rng.normal(x0.flatten(1)[:, 0].float()))).to(x0.device)
+        a = torch.atan(torch.exp(self.mean + self.deviation * rng.normal())).to(x0.device)
         cos, sin = (expand(z, x0) for z in (torch.cos(a), torch.sin(a)))
         x = add_noise(TRIG, x0, rng.normal(x0), a)
         r = 1.0 if self.warmup == 0 else min(1.0, progress / self.warmup)
@@ -54,7 +54,7 @@ class ContinuousConsistency:
             x0_hat = self.target(TRIG, x, a, x0, **cond)
             dx = rate(x, x0_hat, a)
             with same_dropout(x0.device):
-                v, dv = tangent(velocity(bare(student), cond), x, a, dx, self.jvp, self.step)
+                v, dv = tangent(velocity(unwrap_ddp(student), cond), x, a, dx, self.jvp, self.step)
             g = -cos * cos * (v - dx) - r * cos * sin * (x + dv)
             size = g.flatten(1).square().mean(1).sqrt()
             g = g / expand(size + self.c, g)
@@ -62,18 +62,18 @@ class ContinuousConsistency:
 
 
 def velocity(student: DenoiserLike, cond: dict) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, a) -> v, the rate at which x goes to what the student answers."""
-    inner = ask_in(student, TRIG)
+    """Return the function (x, a) -> v, the rate of change of x towards the student's x0."""
+    inner = on_schedule(student, TRIG)
     return lambda x, a: rate(x, inner(x, a, **cond), a)
 
 
 def rate(x: Tensor, x0: Tensor, a: Tensor) -> Tensor:
-    """dx/da = cos(a) eps - sin(a) x0 of the path through x that ends at x0: v, on TrigFlow."""
+    """Return dx/da = cos(a) eps - sin(a) x0 of the path through x that ends at x0. It is the v prediction on TrigFlow."""
     return to_output("v", TRIG, x, x0, a)
 
 
-def bare(student: DenoiserLike) -> DenoiserLike:
-    """The student around the network that DDP wraps: forward mode cannot pass through the wrapper. Others as they are."""
+def unwrap_ddp(student: DenoiserLike) -> DenoiserLike:
+    """Return the student without the DDP wrapper, which forward-mode differentiation cannot pass; other denoisers unchanged."""
     if not isinstance(student, Denoiser):
         return student
     return dataclasses.replace(student, net=getattr(student.net, "module", student.net))
@@ -88,11 +88,15 @@ def tangent(
     h: float = 2e-4,
     end: float = TRIG.t_max,
 ) -> tuple[Tensor, Tensor]:
-    """function(x, a) and its derivative along (dx, 1): "exact", or "finite" over steps of ``h``, which averages over what turns
-    faster (the fastest time embeddings turn by a tenth of a radian in 2e-4). ValueError, naming the operator, where one has no
-    forward-mode rule."""
+    """Return function(x, a) and its derivative along (dx, 1).
+
+    ``mode``: "exact" uses forward mode. "finite" uses central differences over ``h``, shorter near the ends 0 and ``end`` of the time
+    axis; they average over everything that oscillates faster than h. (The fastest time embeddings turn by 0.1 rad in 2e-4.)
+
+    Raises ValueError that names the operator if one has no forward-mode rule.
+    """
     if mode == "finite":
-        to_ends = torch.minimum(a, end - a) / 2  # times lie between 0 and ``end``
+        to_ends = torch.minimum(a, end - a) / 2
         by = to_ends.clamp(max=h)
         step = expand(by, x) * dx
         with torch.no_grad():
@@ -103,8 +107,8 @@ def tangent(
             value, derivative = torch.func.jvp(function, (x, a), (dx, torch.ones_like(a)))[:2]
             return value, derivative
     except (NotImplementedError, RuntimeError) as error:
-        said = str(error).splitlines()
-        line = next((part for part in said if "forward" in part.lower() or "functorch" in part.lower()), None)
+        lines = str(error).splitlines()
+        line = next((part for part in lines if "forward" in part.lower() or "functorch" in part.lower()), None)
         if line is None:
             raise
         raise ValueError(f"this network has no exact tangent ({line.strip()}): use --jvp finite") from None

@@ -1,4 +1,4 @@
-"""The training loop of every method: a generator, so that logging, saving and evaluating stay visible in the recipe."""
+"""The training loop of every method. It is a generator: logging, saving and evaluating stay visible in the recipe."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.checkpoint import Resumable, gather_state, restore_state, whole
 from distill.denoiser import Denoiser
+from distill.resume import Resumable, gather_state, restore_state, whole
 from distill.rng import Rng, seed_of
 
 
 class Method(Protocol):
-    """loss = method(student, x0, rng=rng, progress=done, **cond): unreduced, [B]; progress runs from 0 to 1.
+    """Return the loss of each sample, [B], with gradient. ``progress`` runs from 0 to 1 over the run.
 
-    A method whose attribute ``averaged`` is true is also given ``average``, the EMA of the student.
+    A method whose attribute ``averaged`` is true also gets ``average``, the EMA of the student.
     """
 
     def __call__(self, student: Denoiser, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Shares:
-    """How a batch is cut over processes and, where it does not fit at once, over accumulation steps.
+class BatchSplit:
+    """Split a batch over processes and, where it does not fit in memory, over accumulation steps.
 
-    Raises ValueError where ``batch_size`` cannot be cut into equal shares of at most ``microbatch`` samples.
+    Raises ValueError where ``batch_size`` cannot be split into equal parts of at most ``microbatch`` samples.
     """
 
     batch_size: int
@@ -42,7 +42,7 @@ class Shares:
     def __post_init__(self):
         if self.batch_size < 1 or self.batch_size % (self.world * self.accumulate):
             raise ValueError(
-                f"a batch of {self.batch_size} cannot be cut into equal shares for {self.world} processes"
+                f"a batch of {self.batch_size} cannot be split equally over {self.world} processes"
                 f" of {self.accumulate} microbatches each: choose a multiple of {self.world * self.accumulate}"
             )
 
@@ -51,7 +51,7 @@ class Shares:
         return 1 if self.microbatch is None else math.ceil(self.batch_size / (self.world * self.microbatch))
 
     def rows(self, turn: int) -> slice:
-        """The rows of the batch that this process takes in its ``turn``-th microbatch."""
+        """Return the rows of the batch that are this process's ``turn``-th microbatch."""
         size = self.batch_size // (self.world * self.accumulate)
         start = (turn * self.world + self.rank) * size
         return slice(start, start + size)
@@ -59,7 +59,11 @@ class Shares:
 
 @dataclass(frozen=True)
 class Optimization:
-    """What is optimised and for how long, in images. The learning rate falls linearly to 0 after ``constant`` of the run."""
+    """Hold the optimisation settings; lengths are in images.
+
+    The learning rate rises over ``warmup_images`` and falls linearly to 0 after the part ``constant`` of the run. ``clip_norm``: largest
+    gradient norm. ``ema_halflife_images``: half-life of the average of the weights; None for no average.
+    """
 
     images: int
     batch_size: int = 128
@@ -77,7 +81,7 @@ class Optimization:
         return max(1, round(self.images / self.batch_size))
 
     def lr_at(self, step: int) -> float:
-        """The rate of step 0, 1, ..., steps - 1."""
+        """Return the learning rate of step 0, 1, ..., steps - 1."""
         decay = min(1.0, (1 - step / self.steps) / (1 - self.constant)) if self.constant < 1 else 1.0
         warmup = min(1.0, (step + 1) * self.batch_size / self.warmup_images) if self.warmup_images else 1.0
         return self.lr * decay * warmup
@@ -85,8 +89,10 @@ class Optimization:
 
 @dataclass(frozen=True)
 class State:
-    """Where training stands after ``step`` steps. ``loss`` is this process's and stays on the device until it is asked for.
-    ``ema`` is the averaged student, or the student itself where no EMA is kept."""
+    """The state of training after ``step`` steps.
+
+    ``loss``: of this process, a tensor on its device. ``ema``: the averaged student, or the student where no average is kept.
+    """
 
     step: int
     images: int
@@ -112,16 +118,17 @@ def train(
     resumable: Resumable | None = None,
     save_every_images: int | None = None,
 ) -> Iterator[State]:
-    """Trains ``student.net`` in place and yields after every step; the one step is
+    """Train ``student.net`` in place and yield the `State` after every step. One step is
 
         loss = mean(method(student, x0)); clip the reduced gradient; Adam; EMA with beta = 2^(-batch / halflife)
 
-    ``batches(step)`` iterates over (x0, cond) microbatches from that step on, the rows of `Shares` in turn. Every draw is a
-    function of (seed, phase, step, sample): with ``resumable`` a killed run continues to the same bits on the CPU.
-    Raises FloatingPointError at the first step whose gradient is not finite (in half precision the scaler skips those).
+    ``batches(step)`` iterates over the (x0, cond) microbatches of `BatchSplit` from that step on. Every random draw is a function of
+    (seed, phase, step, sample). With ``resumable`` a killed run continues, to the same bits on the CPU.
+
+    Raises FloatingPointError at the first step with a gradient that is not finite. (In fp16 the gradient scaler skips such steps.)
     """
     o = optimization
-    shares = Shares(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
+    split = BatchSplit(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
     generator = torch.Generator(accelerator.device)
     adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
     average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
@@ -129,7 +136,7 @@ def train(
     module = accelerator.unwrap_model(net)
     student = dataclasses.replace(student, net=net)
     if average is not None:
-        average = average.to(accelerator.device)  # whole in every process, also where FSDP2 shards the student
+        average = average.to(accelerator.device)  # unsharded in every process, even if FSDP2 shards the student
     ema = dataclasses.replace(student, net=average if average is not None else module)
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
@@ -141,18 +148,18 @@ def train(
 
     net.train()
     if average is not None:
-        average.train(getattr(method, "averaged", False))  # as a target it drops the units that the student drops
+        average.train(getattr(method, "averaged", False))  # as a target it uses the dropout masks of the student
     stream = iter(batches(first))
     for step in range(first, o.steps):
         torch.manual_seed(seed_of(seed, phase, step, "dropout", accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = o.lr_at(step)
         total = torch.zeros((), device=accelerator.device)
-        for turn in range(shares.accumulate):
+        for turn in range(split.accumulate):
             x0, cond = next(stream)
-            rng = Rng(generator.manual_seed(seed_of(seed, phase, step)), o.batch_size, shares.rows(turn))
-            with _synchronising(accelerator, net, turn == shares.accumulate - 1):
-                loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean() / shares.accumulate
+            rng = Rng(generator.manual_seed(seed_of(seed, phase, step)), o.batch_size, split.rows(turn))
+            with _synchronising(accelerator, net, turn == split.accumulate - 1):
+                loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean() / split.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(net.parameters(), o.clip_norm)

@@ -1,9 +1,9 @@
-"""What becomes of the features of one cell: all of them on the main process for every metric, or only their sums for FID."""
+"""Gather the features of one cell: all of them for every metric, or only their moments for FID."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol as Contract
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,17 +12,22 @@ from torch import Tensor
 
 from eval.metrics import Features, Moments, Reference, measure, measure_moments
 
+INCOMPLETE = "an index is missing or occurs twice"
 
-class Collector(Contract):
-    """``add`` is called with each chunk of this process; ``numbers``, on every process, returns the metrics on the main one."""
+
+class Collector(Protocol):
+    """Take the features of each chunk of this process with `add`. `numbers` returns the metrics on the main process, else {}.
+
+    Every process must call `numbers`.
+    """
 
     def add(self, index: Tensor, labels: Tensor | None, features: Features) -> None: ...
 
     def numbers(self, accelerator: Accelerator, reference: Reference, images: int, classes: int | None) -> dict: ...
 
 
-class Whole:
-    """Every feature, in the order of its index: FID, KID, IS, precision, recall, to the bit whatever the number of processes."""
+class AllFeatures:
+    """Keep every feature, for FID, KID, IS, precision and recall. The numbers do not depend on the number of processes."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor | None, Features]] = []
@@ -36,20 +41,20 @@ class Whole:
             return {}
         index = torch.cat([index for index, _, _ in parts])
         order = index.argsort()
-        assert torch.equal(index[order], torch.arange(images)), "an index is missing or stands twice"
+        assert torch.equal(index[order], torch.arange(images)), INCOMPLETE
 
-        def whole(pick: Callable) -> Tensor | None:
+        def ordered(pick: Callable) -> Tensor | None:
             rows = [pick(part) for part in parts]
             return None if rows[0] is None else torch.cat(rows)[order]
 
-        fid, labels = whole(lambda part: part[2].fid), whole(lambda part: part[1])
+        fid, labels = ordered(lambda part: part[2].fid), ordered(lambda part: part[1])
         assert fid is not None
-        features = Features(fid, whole(lambda part: part[2].logits))
-        return measure(features, reference) | _classes(features.logits, labels, classes)
+        features = Features(fid, ordered(lambda part: part[2].logits))
+        return measure(features, reference) | _class_counts(features.logits, labels, classes)
 
 
-class Sums:
-    """Float64 moments of 20 groups: FID and its interval alone, in memory that does not grow with the number of images."""
+class MomentsOnly:
+    """Keep float64 moments of 20 groups, for FID and its interval. Memory does not grow with the number of images."""
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
@@ -62,20 +67,18 @@ class Sums:
             self.moments += new
 
     def numbers(self, accelerator: Accelerator, reference: Reference, images: int, classes: int | None) -> dict:
-        moments = self.moments or Moments.of(torch.zeros(0, reference.dimension))
-        flat = [
-            torch.from_numpy(part).to(accelerator.device, torch.float64) for part in (moments.n, moments.total, moments.outer)
-        ]
+        own = self.moments or Moments.of(torch.zeros(0, reference.dimension))
+        flat = [torch.from_numpy(part).to(accelerator.device, torch.float64) for part in (own.n, own.total, own.outer)]
         n, total, outer = (accelerator.reduce(part).cpu().numpy() for part in flat)
-        assert n.sum() == images, "an index is missing or stands twice"
+        assert n.sum() == images, INCOMPLETE
         return measure_moments(Moments(n, total, outer), reference) if accelerator.is_main_process else {}
 
 
-COLLECTORS: dict[str, Callable[[], Collector]] = {"all": Whole, "fid": Sums}
+COLLECTORS: dict[str, Callable[[], Collector]] = {"all": AllFeatures, "fid": MomentsOnly}
 
 
-def _classes(logits: Tensor | None, labels: Tensor | None, classes: int | None) -> dict:
-    """By an extractor that scores just these classes: how many images of each it sees, and the part that is what was asked for."""
+def _class_counts(logits: Tensor | None, labels: Tensor | None, classes: int | None) -> dict:
+    """Return the requested and the recognised images of each class, if the extractor classifies into the model's classes."""
     if labels is None or logits is None or logits.shape[1] != classes:
         return {"agreement": None}
     seen = logits.argmax(1)

@@ -1,7 +1,7 @@
-"""Features of 8x8 digits: a small classifier, the embedded counterpart of Inception for the embedded teacher.
+"""Features of 8x8 digits from a small classifier, which replaces Inception for the embedded teacher.
 
-"penultimate" is its last hidden layer, standardised to mean 0 and deviation 1 over the real images, so that every unit weighs
-the same in a Frechet distance; "logits" are its scores of the ten classes. Trained by ``recipes/classifier.py``.
+"penultimate" is the last hidden layer. It has mean 0 and standard deviation 1 over the real images, so that every unit has the
+same weight in a Frechet distance. "logits" are the scores of the ten classes. ``recipes/classifier.py`` trains it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from torch import Tensor, nn, ones, zeros
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from distill import checkpoint
+from distill import files
 
 WEIGHTS = Path(__file__).parent / "digits.safetensors"
 
 
 class DigitsClassifier(nn.Module):
-    """uint8 images [B, C, 8, 8] -> (penultimate [B, 64], logits [B, 10]). Channels are averaged: digits are grey."""
+    """Evaluate uint8 images [B, C, 8, 8] -> (penultimate [B, 64], logits [B, 10]). Digits are grey: channels are averaged."""
 
     mean: Tensor
     std: Tensor
@@ -43,14 +43,15 @@ class DigitsClassifier(nn.Module):
 
 
 def load(path: Path | str = WEIGHTS) -> DigitsClassifier:
+    """Load the classifier, frozen and in evaluation mode. Raises ValueError for a file of other weights."""
     model = DigitsClassifier()
-    tensors, _ = checkpoint.load(path)
-    checkpoint.load_weights(model, tensors, str(path))
+    tensors, _ = files.load(path)
+    files.load_weights(model, tensors, str(path))
     return model.eval().requires_grad_(False)
 
 
 class FeatureExtractorDigits(FeatureExtractorBase):
-    """The classifier under torch-fidelity's interface, registered there as "digits"."""
+    """Wrap the classifier in torch-fidelity's interface, where it is registered as "digits"."""
 
     def __init__(self, name: str, features_list: list[str], **kwargs):
         super().__init__(name, features_list)

@@ -1,4 +1,4 @@
-"""Feature extractors by name: what uint8 images become before any metric sees them."""
+"""Feature extractors by name: torch-fidelity's own, and a user's TorchScript file or module."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from distill.checkpoint import weights_sha256
+from distill.files import weights_sha256
 from eval import fidelity
 from eval.metrics import Features
+from teachers.hub import first_line
 
 OWN = "a TorchScript file (.pt, .ts) or 'package.module:factory' of a module: uint8 [B, 3, H, W] -> features, or (features, logits)"
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """uint8 images [B, C, H, W] -> `Features` on the CPU in float32, autocast and TF32 off."""
+    """Extract `Features` on the CPU from uint8 images [B, C, H, W], in float32 with autocast and TF32 off."""
 
     name: str
     module: nn.Module  # uint8 [B, 3, H, W] -> features [B, D] or (features, logits [B, C] or None)
-    registered: bool = True  # torch-fidelity knows it by its name
+    registered: bool = True  # whether it is one of torch-fidelity's extractors
 
     @classmethod
     def create(cls, name: str, weights: str | None = None) -> Extractor:
-        """ValueError for an unknown name, or where the weights can be had neither from a file nor from the network.
+        """Load the extractor ``name``. ``weights``: a file to use instead of a download.
 
-        What has to be downloaded is fetched by one process of each machine, the others wait for it.
+        One process per machine downloads, the others wait. Raises ValueError for an unknown name and for weights that are
+        missing, unsafe to load, or of another network.
         """
         if weights is not None:
             _check_weights(Path(weights))
@@ -40,17 +42,16 @@ class Extractor:
             if name in fidelity.extractor_names():
                 return cls(name, _registered(name, weights))
             if weights is not None:
-                raise ValueError(f"--features-weights is for torch-fidelity's extractors; {name!r} brings its own")
+                raise ValueError(f"--features-weights is for torch-fidelity's extractors; {name!r} has its own weights")
             return cls(name, _own(name), registered=False)
 
     def fits(self, shape: tuple[int, ...]) -> Extractor:
-        """Itself, after a trial on two images of this shape. ValueError where it cannot take them or gives no features."""
+        """Return the extractor after a trial on two images of ``shape`` [C, H, W]. Raises ValueError if the trial fails."""
         try:
             self(torch.zeros(2, *shape, dtype=torch.uint8))
         except RuntimeError as error:
-            line = str(error).splitlines()[0]
             raise ValueError(
-                f"features {self.name!r} cannot take images of shape {shape} ({line}): accepted are {OWN}"
+                f"features {self.name!r} cannot take images of shape {shape} ({first_line(error)}): accepted are {OWN}"
             ) from None
         return self
 
@@ -59,7 +60,7 @@ class Extractor:
         return self
 
     def __call__(self, images: Tensor) -> Features:
-        """ValueError where the extractor returns something else than features [B, D] and perhaps logits [B, C]."""
+        """Return the features. Raises ValueError if they are not [B, D], with logits [B, C] or without."""
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         with fidelity.float32_exactly(), torch.inference_mode():
@@ -74,7 +75,7 @@ class Extractor:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the extractor's weights."""
+        """The sha256 of the extractor's weights."""
         return weights_sha256(self.module.state_dict())
 
 
@@ -82,18 +83,17 @@ def _registered(name: str, weights: str | None) -> nn.Module:
     if name.startswith("dinov2") and not (Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main").is_dir():
         raise ValueError(
             f"features {name!r}: torch-fidelity would fetch their code from github.com/facebookresearch/dinov2 and run it; "
-            "call torch.hub.load('facebookresearch/dinov2', ...) yourself once if you trust it"
+            "call torch.hub.load('facebookresearch/dinov2', ...) once if you trust it"
         )
     try:
         return fidelity.Registered(name, weights)
-    except OSError as error:  # URLError is one
+    except OSError as error:  # includes URLError
         reason = getattr(error, "reason", error)
         raise ValueError(
-            f"features {name!r}: no weights and no download ({reason}): name a file with --features-weights"
+            f"features {name!r}: no weights and no download ({reason}): give a file with --features-weights"
         ) from None
     except (RuntimeError, KeyError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"{weights}: these are not the weights of {name!r} ({line})") from None
+        raise ValueError(f"{weights}: these are not the weights of {name!r} ({first_line(error)})") from None
 
 
 def _own(name: str) -> nn.Module:
@@ -102,10 +102,9 @@ def _own(name: str) -> nn.Module:
         if not path.is_file():
             raise ValueError(f"{name}: there is no such file; accepted as features are {OWN}")
         try:
-            scripted = torch.jit.load(name, map_location="cpu")
+            return torch.jit.load(name, map_location="cpu").eval()
         except RuntimeError as error:
-            raise ValueError(f"{name}: no TorchScript file ({str(error).splitlines()[0]}): accepted are {OWN}") from None
-        return scripted.eval()
+            raise ValueError(f"{name}: not a TorchScript file ({first_line(error)}): accepted are {OWN}") from None
     module, _, factory = name.partition(":")
     if not factory:
         raise ValueError(f"unknown features {name!r}: accepted are {', '.join(fidelity.extractor_names())}, {OWN}")
@@ -119,7 +118,7 @@ def _own(name: str) -> nn.Module:
 
 
 def _check_weights(path: Path) -> None:
-    """ValueError for a file that is not there, or that would have to run code when it is loaded."""
+    """Raise ValueError for a file that is missing, or that runs code when loaded."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of extractor weights")
     if path.suffix == ".safetensors" or _is_torchscript(path):
@@ -127,8 +126,9 @@ def _check_weights(path: Path) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"{path}: weights that need code to load are refused ({line}): save a plain state dict") from None
+        raise ValueError(
+            f"{path}: weights that need code to load are refused ({first_line(error)}): save a plain state dict"
+        ) from None
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -139,7 +139,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def fingerprint(images: Tensor) -> str:
-    """sha256 of uint8 images, which may be mapped from a file larger than the memory."""
+    """Return the sha256 of uint8 images, possibly memory-mapped from a file larger than the memory."""
     digest = hashlib.sha256()
     for part in images.split(4096):
         digest.update(part.contiguous().numpy().tobytes())

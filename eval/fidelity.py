@@ -1,6 +1,6 @@
-"""The one place where torch-fidelity's functions are imported: metrics of feature tensors, extractors by name.
+"""torch-fidelity's metrics of feature tensors and its extractors. No other file imports torch-fidelity's functions.
 
-Several are semi-private there; tests/test_fidelity.py holds the contract this file relies on.
+Some of these functions are not public there. tests/test_fidelity.py tests what this file relies on.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
 
 
 def extractor_names() -> tuple[str, ...]:
+    """Return the names of all registered extractors."""
     return tuple(FEATURE_EXTRACTORS_REGISTRY)
 
 
 def layers(name: str) -> dict[str, str]:
-    """The layer of an extractor that each metric takes by default: {"fid": ..., "kid": ..., "isc": ..., "prc": ...}."""
+    """Return the extractor's default layer for each metric: {"fid": ..., "kid": ..., "isc": ..., "prc": ...}."""
     cls = FEATURE_EXTRACTORS_REGISTRY[name]
     return {metric: cls.get_default_feature_layer_for_metric(metric) for metric in METRICS}
 
 
 class Registered(nn.Module):
-    """An extractor as torch-fidelity itself creates it, on the CPU: uint8 [B, 3, H, W] -> (FID features, logits or None)."""
+    """Evaluate an extractor that torch-fidelity creates, on the CPU: uint8 [B, 3, H, W] -> (FID features, logits or None)."""
 
     def __init__(self, name: str, weights: str | None):
         super().__init__()
@@ -54,32 +55,35 @@ class Registered(nn.Module):
 
 
 def statistics(features: Tensor) -> dict[str, np.ndarray]:
-    """{"mu", "sigma"} of float32 features [N, D]."""
+    """Return mean "mu" [D] and covariance "sigma" [D, D] of float32 features [N, D]."""
     return fid_features_to_statistics(features)
 
 
 def frechet(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
+    """Return the Frechet distance of two `statistics`: the FID (1706.08500)."""
     return fid_statistics_to_metric(one, two, False)[KEY_METRIC_FID]
 
 
 def kid(generated: Tensor, real: Tensor, subsets: int = 100) -> tuple[float, float]:
-    """Mean and spread over ``subsets`` of at most 1000 images."""
+    """Return mean and standard deviation of the KID (1801.01401) over ``subsets`` random subsets of at most 1000 images."""
     size = min(1000, len(generated), len(real))
     out = kid_features_to_metric(generated, real, kid_subset_size=size, kid_subsets=subsets, verbose=False)
     return out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD]
 
 
 def inception_score(logits: Tensor) -> float:
+    """Return the inception score (1606.03498) of logits [N, C]."""
     return isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    out = prc_features_to_metric(generated, real, save_cpu_ram=True, verbose=False)  # never N x N distances at once
+    """Return precision and recall (1904.06991)."""
+    out = prc_features_to_metric(generated, real, save_cpu_ram=True, verbose=False)  # in blocks of the N x N distances
     return out[KEY_METRIC_PRECISION], out[KEY_METRIC_RECALL]
 
 
 def calculate(generated: Path, real: Path, name: str, weights: str | None, batch_size: int, cuda: bool) -> dict[str, float]:
-    """`torch_fidelity.calculate_metrics` on two folders of PNG files, all metrics on one extractor, under this project's names."""
+    """Return the metrics of `torch_fidelity.calculate_metrics` for two folders of PNG files, all with one extractor."""
     layer = layers(name)
     scored = layer["isc"] != layer["fid"]
     out = calculate_metrics(
@@ -95,7 +99,7 @@ def calculate(generated: Path, real: Path, name: str, weights: str | None, batch
 
 @contextmanager
 def float32_exactly() -> Iterator[None]:
-    """Autocast and TF32 off: features are float32 arithmetic on every device."""
+    """Turn autocast and TF32 off, so that features use float32 arithmetic on every device."""
     was = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

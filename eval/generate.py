@@ -1,16 +1,12 @@
-"""Images by index: image i of a seed is the same whatever the batch, the device's neighbours or the number of processes.
+"""Images by index: image i of a seed is the same in every recipe, and for every number of processes.
 
-Indices 0..n-1 are cut into fixed chunks; process r of W takes chunks r, r + W, ... Every index has its own CPU generator,
-from which its starting noise, then its label, then the noise of each stochastic step are drawn in that order.
+Indices 0..n-1 are cut into fixed chunks; process r of W takes chunks r, r + W, ... Each index has a CPU generator. It draws
+the initial noise, then the label, then the noise of each stochastic step.
 """
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,64 +14,118 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
+from distill.images import to_uint8
 from distill.rng import seed_of
+from distill.sampling import Sampling
 from distill.schedule import Schedule, prior_std
-from distill.solver import named, stochastic
+from eval.machine import clock
+from teachers import Teacher
 
+# part of the protocol's digest: another text makes finished cells of old runs unusable
 LABEL_RULE = "uniform over the classes, drawn from the generator of the index after its noise"
 
 
 def chunks(images: int, size: int, rank: int = 0, world: int = 1) -> list[range]:
-    """The chunks that process ``rank`` of ``world`` takes; together they cover 0..images-1.
+    """Return the chunks of indices that process ``rank`` of ``world`` takes. All processes together cover 0..images-1.
 
-    All are whole: the last one may run past the end, and what it makes there is dropped. A smaller batch would be other
-    arithmetic, and its last digits would hang on the number of images and of threads.
+    Every chunk has ``size`` indices. The last one may go beyond ``images``; the caller drops the excess. A smaller batch could
+    change the last digits.
     """
     return [range(start, start + size) for start in range(0, images, size)][rank::world]
 
 
 @dataclass
-class Start:
-    """What ``indices`` start from: noise [n, ...] of deviation 1, labels [n] or None, and a generator an index."""
+class Noise:
+    """Hold the random inputs of some indices: noise [n, ...] of unit variance, labels [n] or None, and a generator per index."""
 
     noise: Tensor
     labels: Tensor | None
     generators: list[torch.Generator]
 
     def fresh(self, x: Tensor) -> Tensor:
-        """The next standard normal noise like x, each row from its own generator."""
+        """Return new standard normal noise of the shape of x. Each row comes from the generator of its index."""
         rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
         return torch.stack(rows).to(x)
 
 
-def start(indices: range | list[int], shape: tuple[int, ...], classes: int | None, seed: int) -> Start:
+def initial_noise(indices: range | list[int], shape: tuple[int, ...], classes: int | None, seed: int) -> Noise:
+    """Draw the initial noise [n, *shape] and the labels of ``indices``. ``classes`` None draws no labels."""
     generators = [torch.Generator().manual_seed(seed_of("image", seed, index)) for index in indices]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     if classes is None:
-        return Start(noise, None, generators)
+        return Noise(noise, None, generators)
     labels = torch.cat([torch.randint(classes, (1,), generator=generator) for generator in generators])
-    return Start(noise, labels, generators)
+    return Noise(noise, labels, generators)
 
 
 def generate(
     denoiser: DenoiserLike,
-    sampler: str,
+    sampling: Sampling,
     times: Tensor,
-    begin: Start,
+    noise: Noise,
     condition: Callable[[Tensor | None], dict],
     device: torch.device,
 ) -> Tensor:
-    """Samples [n, ...] in [-1, 1] from where ``begin`` stands; x starts as `prior_std` times its noise."""
-    x = prior_std(denoiser.schedule, times[0]) * begin.noise.to(device)
-    cond = condition(None if begin.labels is None else begin.labels.to(device))
-    extra = {"noise": begin.fresh} if stochastic(sampler) else {}
+    """Return samples x0 [n, ...]. The sampler starts from the initial noise times `prior_std`.
+
+    ``condition``: labels [n] or None -> keyword arguments of the denoiser.
+    """
+    x = prior_std(denoiser.schedule, times[0]) * noise.noise.to(device)
+    cond = condition(None if noise.labels is None else noise.labels.to(device))
     with torch.inference_mode():
-        return named(sampler)(denoiser, x, times, **extra, **cond)
+        return sampling.run(denoiser, x, times, noise.fresh, **cond)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold generated images: index [n], labels [n] or None, images [n, C, H, W] in [-1, 1] on the device.
+
+    ``seconds``: time of the sampler. ``decode_seconds``: time of the decoder of a latent model.
+    """
+
+    index: Tensor
+    labels: Tensor | None
+    images: Tensor
+    seconds: float
+    decode_seconds: float
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images as uint8, on the device."""
+        return to_uint8(self.images)
+
+
+def images(
+    model: Teacher,
+    sampling: Sampling,
+    steps: int,
+    indices: Iterable[range | list[int]],
+    seed: int,
+    device: torch.device,
+    *,
+    denoiser: DenoiserLike | None = None,
+    label_of: Callable[[int], int] | None = None,
+) -> Iterator[Batch]:
+    """Generate the images of ``indices``, one `Batch` per range or list.
+
+    ``denoiser`` replaces the model's own, such as one with guidance. ``label_of``: index -> label, instead of the drawn labels.
+    """
+    denoiser = model.denoiser if denoiser is None else denoiser
+    times = sampling.times_for(denoiser.schedule, steps)
+    for part in indices:
+        noise = initial_noise(part, model.shape, model.classes, seed)
+        if label_of is not None:
+            noise.labels = torch.tensor([label_of(i) for i in part])
+        began = clock(device)
+        x0 = generate(denoiser, sampling, times, noise, model.condition, device)
+        sampled = clock(device)
+        decoded = model.decode(x0)
+        yield Batch(torch.tensor(list(part)), noise.labels, decoded, sampled - began, clock(device) - sampled)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A denoiser that counts its calls, in samples; ``count`` is a list of one number that grows."""
+    """Evaluate a denoiser and count its calls per sample. ``count`` is a list of one number, which grows."""
 
     inner: DenoiserLike
     count: list[int]
@@ -84,43 +134,13 @@ class Counted:
     def schedule(self) -> Schedule:
         return self.inner.schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
         self.count[0] += x_t.shape[0]
-        return self.inner(x_t, t, **cond)
+        return self.inner(x_t, t, to, **cond)
 
 
 def counted(denoiser: DenoiserLike, count: list[int]) -> DenoiserLike:
-    """The denoiser with its innermost network counted, so that guidance counts both of its calls."""
+    """Return the denoiser with its innermost network counted, so that guidance counts both of its calls."""
     if hasattr(denoiser, "denoiser"):
         return replace(denoiser, denoiser=counted(denoiser.denoiser, count))  # type: ignore[type-var]
     return Counted(denoiser, count)
-
-
-def from_uint8(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """float32 in [-1, 1] of uint8 images, which may be mapped from a file."""
-    return images.contiguous().to(device).float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """round((x + 1) 127.5) of images in [-1, 1], clamped to 0..255; the one rounding of this project."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def synchronise(device: torch.device) -> float:
-    """The clock after all work queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has had so far: on the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

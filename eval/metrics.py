@@ -1,9 +1,9 @@
-"""Numbers of a set of features against a reference, with intervals.
+"""Metrics of generated features against a reference, with intervals.
 
-The headline numbers are torch-fidelity's own functions on float32 features in the order of their indices. The interval of
-FID is a delete-a-group jackknife over 20 groups: the groups are sums of float64 moments, and leaving one out is a
-subtraction. A naive bootstrap would be wrong here, since duplicates add to the bias of FID. FID alone needs no more than
-these sums, whose size does not grow with the number of images.
+The metrics are torch-fidelity's own functions, on float32 features in the order of their indices. The interval of FID is a
+delete-a-group jackknife over 20 groups. Each group is a sum of float64 moments, so that leaving one out is a subtraction. A
+bootstrap would be wrong: its duplicates add to the bias of FID. The sums alone suffice for FID, and their size does not grow
+with the number of images.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from eval import fidelity
-from eval.generate import cores
-from eval.neighbours import memorisation
+from eval.machine import cores
+from eval.memorisation import memorisation
 
 GROUPS = 20
 T_975 = 2.093  # Student's t, 19 degrees of freedom
@@ -29,7 +29,7 @@ T_975 = 2.093  # Student's t, 19 degrees of freedom
 
 @dataclass(frozen=True)
 class Features:
-    """Features of images 0..n-1 in order: ``fid`` [N, D] (KID, precision and recall too) and ``logits`` [N, C] or None."""
+    """Hold features of images in order: ``fid`` [N, D] for FID, KID, precision and recall, and ``logits`` [N, C] or None."""
 
     fid: Tensor
     logits: Tensor | None = None
@@ -37,7 +37,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Moments:
-    """Float64 sums over samples: their number [G], sum [G, D] and sum of outer products [G, D, D], a row a group."""
+    """Hold float64 sums per group of samples: count [G], sum [G, D] and sum of outer products [G, D, D]."""
 
     n: np.ndarray
     total: np.ndarray
@@ -45,7 +45,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor, index: Tensor | None = None, groups: int = GROUPS) -> Moments:
-        """Sample i, or ``index[i]``, belongs to group i mod ``groups``."""
+        """Sum features [N, D]. Sample i belongs to group i mod ``groups``, or index[i] mod ``groups`` if ``index`` [N] is given."""
         x = features.double().numpy()
         group = (np.arange(len(x)) if index is None else index.numpy()) % groups
         parts = [x[group == g] for g in range(groups)]
@@ -57,7 +57,7 @@ class Moments:
         return self
 
     def statistics(self, without: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [D] and covariance [D, D] of all groups, or of all but one."""
+        """Return mean [D] and covariance [D, D] of all groups, or of all except group ``without``."""
         n, total, outer = self.n.sum(), self.total.sum(0), self.outer.sum(0)
         if without is not None:
             n, total, outer = n - self.n[without], total - self.total[without], outer - self.outer[without]
@@ -67,13 +67,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images' features [N, D], or only their mean and covariance ``given``; FID is the distance to all of them."""
+    """Hold the features [N, D] of the real images, or only their mean and covariance in ``given``."""
 
     features: Tensor | None
     given: dict[str, np.ndarray] | None = None
 
     @cached_property
     def statistics(self) -> dict[str, np.ndarray]:
+        """Mean "mu" [D] and covariance "sigma" [D, D]."""
         if self.features is None:
             assert self.given is not None
             return self.given
@@ -89,16 +90,16 @@ class Reference:
         return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
     def frechet(self, mean: np.ndarray, covariance: np.ndarray) -> float:
-        """FID through the symmetric square root: the same number as torch-fidelity's, for many covariances a reference."""
+        """Return torch-fidelity's FID through the symmetric square root, which is faster for many covariances."""
         cross = np.linalg.eigvalsh(self._root @ covariance @ self._root).clip(0)
         shift = mean - self.statistics["mu"]
         return float(shift @ shift + np.trace(covariance) + np.trace(self.statistics["sigma"]) - 2 * np.sqrt(cross).sum())
 
     def floor(self, images: int, repeats: int = 10) -> float | None:
-        """FID that ``images`` fresh real images would have, for scale; None where only statistics are known.
+        """Return the FID that ``images`` fresh real images would have, or None if only statistics are known.
 
-        Real images against each other have FID c (1/n + 1/m) to first order; c is measured on random halves of the
-        reference and the law gives the value at n = ``images``, m = all of the reference.
+        Two sets of n and m real images have FID c (1/n + 1/m) to first order. c is measured on random halves of the
+        reference. The result is for n = ``images`` and m = all images of the reference.
         """
         if self.features is None:
             return None
@@ -113,9 +114,11 @@ class Reference:
 
 
 def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:
-    """Standard error of a value and its bias-corrected counterpart from its values with each of G groups left out.
+    """Return standard error and bias-corrected value, from the values v_g with each of G groups left out.
 
-    error^2 = (G - 1)/G sum (v_g - mean v)^2; corrected = G value - (G - 1) mean v, which removes a bias in 1/n: FID-infinity.
+        error^2 = (G - 1)/G sum (v_g - mean v)^2,        corrected = G value - (G - 1) mean v
+
+    The correction removes a bias in 1/n. For FID it gives FID-infinity (1911.07023).
     """
     groups = len(left_out)
     mean = sum(left_out) / groups
@@ -124,7 +127,7 @@ def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:
 
 
 def paired_difference(one: dict, two: dict) -> tuple[float, float]:
-    """FID of cell one minus that of cell two, and its standard error, the noise they share cancelling (rows of `measure`)."""
+    """Return the FID of row one minus that of row two, and its standard error. Shared noise cancels."""
     differences = [a - b for a, b in zip(one["fid_left_out"], two["fid_left_out"], strict=True)]
     value = one["fid"] - two["fid"]
     return value, jackknife(value, differences)[0]
@@ -132,7 +135,7 @@ def paired_difference(one: dict, two: dict) -> tuple[float, float]:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """The same threads for torch and for numpy's BLAS however many processes share the machine: last digits depend on them."""
+    """Give torch and numpy's BLAS all cores, however many processes there are: the last digits depend on the threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(cores())
     try:
@@ -143,13 +146,13 @@ def _all_cores() -> Iterator[None]:
 
 
 def fid_with_interval(features: Tensor, reference: Reference) -> dict:
-    """`fid_of` features, the number itself by torch-fidelity."""
+    """Return `fid_of` for features [N, D], with the FID itself from torch-fidelity."""
     fid = fidelity.frechet(fidelity.statistics(features), reference.statistics)
     return fid_of(Moments.of(features), reference, fid)
 
 
 def fid_of(moments: Moments, reference: Reference, fid: float | None = None) -> dict:
-    """fid, fid_interval, fid_infinity with its own interval, and the values with each group left out."""
+    """Return fid and fid_infinity with their 95 % intervals, and the FIDs with each group left out."""
     fid = reference.frechet(*moments.statistics()) if fid is None else fid
     left_out = [reference.frechet(*moments.statistics(without=g)) for g in range(GROUPS)]
     error, infinity = jackknife(fid, left_out)
@@ -164,13 +167,13 @@ def fid_of(moments: Moments, reference: Reference, fid: float | None = None) -> 
 
 @_all_cores()
 def measure_moments(moments: Moments, reference: Reference) -> dict:
-    """What sums alone can tell: FID and its interval."""
+    """Return FID and its interval from moments alone."""
     return fid_of(moments, reference)
 
 
 @_all_cores()
 def measure(features: Features, reference: Reference) -> dict:
-    """All metrics of generated features, as plain numbers; those that need the real features are None without them."""
+    """Return all metrics of generated features. Those that need the real features are None without them."""
     row = fid_with_interval(features.fid, reference)
     row["isc"] = None if features.logits is None else fidelity.inception_score(features.logits)
     if reference.features is None:

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018) as a training distance, from the ``lpips`` package: a perceptual distance of colour images."""
+"""LPIPS (Zhang et al. 1801.03924) as a training distance, from the ``lpips`` package."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Lpips(nn.Module):
-    """LPIPS with VGG features, [B, 3, H, W] in [-1, 1] -> [B], at 224x224 as in the consistency papers.
+    """Evaluate LPIPS with VGG features: two images [B, 3, H, W] in [-1, 1] -> [B]. Images are resized to 224x224 (2303.01469).
 
-    ``weights``: False for random features, which need no file. ValueError without the package, for images that are not of
-    three channels, or where the weights cannot be had.
+    ``weights``: False for random features, which need no file. Raises ValueError without the package, for images without three
+    channels, and if the weights cannot be downloaded.
     """
 
     size = 224
@@ -27,13 +27,13 @@ class Lpips(nn.Module):
         try:
             import lpips
         except ImportError:
-            raise ValueError("--distance lpips needs the lpips package: pip install 'fewstep[lpips]'") from None
+            raise ValueError("--distance lpips needs the lpips package: pip install -e '.[lpips]'") from None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torchvision, about how lpips calls it
+                warnings.simplefilter("ignore")  # torchvision warns about the way lpips calls it
                 self.inner: Any = lpips.LPIPS(net="vgg", pnet_rand=not weights, verbose=False)
         except OSError as error:
-            raise ValueError(f"--distance lpips: the VGG weights cannot be had ({error}); is there a network?") from None
+            raise ValueError(f"--distance lpips: cannot download the VGG weights ({error}); is there a network?") from None
         self.inner.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

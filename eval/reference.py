@@ -1,7 +1,7 @@
-"""References with an identity: the real images' features, computed once, stored, and refused where they do not fit.
+"""References: the features of the real images, computed once, stored with their identity, and refused if it does not match.
 
-Our own files are safetensors that say with which extractor, weights and images they were made. The .npz statistics of EDM,
-guided-diffusion and clean-fid ("mu" and "sigma", Inception) are read too; they name nothing, so their sha256 stands for them.
+A reference of this project is a safetensors file that records extractor, weights and images. The .npz statistics of EDM,
+guided-diffusion and clean-fid ("mu" and "sigma", Inception) are accepted too. Their sha256 is their identity.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
-from distill import checkpoint
+from distill import files
+from distill.images import from_uint8, to_uint8
 from eval import fidelity
 from eval.features import Extractor, fingerprint
-from eval.generate import chunks, from_uint8, to_uint8
+from eval.generate import chunks
 from eval.metrics import Reference
+from eval.progress import progress
 from teachers import Teacher
 
 ACCEPTED = "a .safetensors reference of this project, or an .npz with mu [D] and sigma [D, D]"
-FOREIGN = "inception-v3-compat"  # what the .npz files of the field were made with
+FOREIGN = "inception-v3-compat"  # the extractor of the .npz files
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a reference was made from; two numbers are comparable only against the same one. ``images`` is 0 where unknown."""
+    """Hold what a reference was made from. Numbers are comparable only for equal identities. ``images`` is 0 if unknown."""
 
     features: str
     features_sha256: str
@@ -41,11 +42,12 @@ class Identity:
 
 
 def extract(images: Tensor, extractor: Extractor, chunk: int, accelerator: Accelerator) -> Tensor:
-    """Features [N, D] of uint8 images, shared out over the processes in whole chunks; every process returns all of them."""
+    """Return features [N, D] of uint8 images [N, C, H, W]. The processes share the work, and each returns all features."""
     mine = chunks(len(images), chunk, accelerator.process_index, accelerator.num_processes)
-    hidden = None if accelerator.is_main_process else True
     parts = []
-    for indices in tqdm(mine, desc=f"{extractor.name} features of the real images", leave=False, disable=hidden):
+    for indices in progress(
+        mine, desc=f"{extractor.name} features of the real images", leave=False, show=accelerator.is_main_process
+    ):
         part = images[indices.start : indices.stop]
         if short := chunk - len(part):
             part = torch.cat([part, part[-1:].expand(short, *part.shape[1:])])
@@ -56,7 +58,10 @@ def extract(images: Tensor, extractor: Extractor, chunk: int, accelerator: Accel
 def of_images(
     images: Tensor, name: str, extractor: Extractor, chunk: int, accelerator: Accelerator, cache: Path | None = None
 ) -> tuple[Reference, Identity]:
-    """The reference of a data set; taken from ``cache`` where that holds this very one, and written there otherwise."""
+    """Return the reference of uint8 images [N, C, H, W], read from ``cache`` if that file exists, else written to it.
+
+    Raises ValueError if the file holds another reference.
+    """
     identity = Identity(extractor.name, extractor.fingerprint, name, len(images), fingerprint(images))
     if cache is not None and cache.is_file():
         reference, theirs = load(cache, extractor)
@@ -73,37 +78,36 @@ def of_images(
 def decoder_floor(
     model: Teacher, images: Tensor, extractor: Extractor, reference: Reference, accelerator: Accelerator
 ) -> float:
-    """FID of the real images, encoded and decoded by a latent model's codec, against themselves as they are."""
+    """Return the FID of the real images after encoding and decoding. It bounds the FID of a latent model from below."""
     assert model.codec is not None
     parts = []
     for part in images.split(64):
         x = from_uint8(part, accelerator.device)
-        parts.append(to_uint8(model.codec.decode(model.codec.encode(x))).cpu())
+        parts.append(to_uint8(model.decode(model.codec.encode(x))).cpu())
     features = extract(torch.cat(parts), extractor, 256, accelerator)
     return fidelity.frechet(fidelity.statistics(features), reference.statistics)
 
 
 def save(path: Path, reference: Reference, identity: Identity) -> None:
+    """Write a reference with its identity."""
     assert reference.features is not None
-    checkpoint.save(path, {"features": reference.features}, {"reference": asdict(identity)})
+    files.save(path, {"features": reference.features}, {"reference": asdict(identity)})
 
 
 def load(path: Path, extractor: Extractor) -> tuple[Reference, Identity]:
-    """A stored reference. ValueError, in one line that says what differs, where it was made with another extractor, or is none."""
+    """Load a stored reference. Raises ValueError if it was made with another extractor, or if the file is no reference."""
     if path.suffix == ".npz":
-        reference, identity = _foreign(path, extractor)
+        reference, identity = _foreign(path)
     else:
-        tensors, description = checkpoint.load(path)
+        tensors, description = files.load(path)
         if "reference" not in description:
-            raise ValueError(
-                f"{path}: a {'model' if 'network' in description else 'file'}, no reference: accepted are {ACCEPTED}"
-            )
+            kind = "a model" if "network" in description else "a file"
+            raise ValueError(f"{path}: {kind}, no reference: accepted are {ACCEPTED}")
         if tensors["features"].dtype != torch.float32:
             raise ValueError(f"{path}: features are {tensors['features'].dtype}, torch.float32 is accepted")
         reference, identity = Reference(tensors["features"]), Identity(**description["reference"])
     sha256 = extractor.fingerprint if identity.features_sha256 else ""
-    wanted = replace(identity, features=extractor.name, features_sha256=sha256)
-    _same(identity, wanted, path)
+    _same(identity, replace(identity, features=extractor.name, features_sha256=sha256), path)
     return reference, identity
 
 
@@ -115,7 +119,7 @@ def _same(theirs: Identity, ours: Identity, path: Path) -> None:
             raise ValueError(f"{path}: this reference has {field} {short[0]!r}, here it is {short[1]!r}: they must agree")
 
 
-def _foreign(path: Path, extractor: Extractor) -> tuple[Reference, Identity]:
+def _foreign(path: Path) -> tuple[Reference, Identity]:
     try:
         with np.load(path, allow_pickle=False) as file:
             given = {"mu": file["mu"], "sigma": file["sigma"]}
@@ -127,5 +131,5 @@ def _foreign(path: Path, extractor: Extractor) -> tuple[Reference, Identity]:
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}: accepted is {ACCEPTED}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    given["mu"] = mu.astype(np.float32)  # as torch-fidelity has it, which refuses to mix types
+    given["mu"] = mu.astype(np.float32)  # torch-fidelity's type of mu; it refuses to mix types
     return Reference(None, given), Identity(FOREIGN, "", path.stem, 0, digest, "as the file was made, unknown")

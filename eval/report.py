@@ -1,4 +1,4 @@
-"""The report of a run: report.json, report.csv, report.md and report.html (one file, opens offline), and its pictures."""
+"""The report of a run: report.json, report.csv, report.md, report.html (one file that opens offline), and its pictures."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import csv
 import io
 from pathlib import Path
 
-from distill.checkpoint import write_json, write_text
-from eval.verdict import good, reference_row, verdict, warnings, with_comparisons
+from distill.files import write_json, write_text
+from eval.columns import COLUMNS, FLOOR_NOTE, NOTES, facts, plural, text, used_columns
+from eval.html_page import page
+from eval.image_grid import sample_grid
 from eval.metrics import Reference
-from eval.page import page
 from eval.plots import fid_against, label_shares
-from eval.sheet import sample_grid
 from eval.sweep import picture_path, pictures
-from eval.table import COLUMNS, NOTES, facts, text, used_columns
+from eval.verdict import good, reference_row, verdict, warnings, with_comparisons
 
-SCHEMA = "fewstep-report/2"  # report.schema.json, beside this file, says what it holds
+SCHEMA = "fewstep-report/2"  # described by report.schema.json in this folder
 
 
 def build(title: str, rows: list[dict], protocol: dict, reference: Reference, run: dict, cells: Path) -> dict:
-    """The report as plain data. ``run``: what the run wants to say of itself (command, training, versions); ``cells`` holds
-    the finished cells with their pictures."""
+    """Return the report of a sweep as JSON data.
+
+    ``run``: facts of the run, such as command, training time and versions. ``cells``: folder of the finished cells.
+    """
     rows = with_comparisons(rows, {row["name"]: pictures(picture_path(cells, row["name"])) for row in good(rows)})
     return assemble(title, rows, protocol, reference.floor(protocol["images"]), reference.dimension, run)
 
 
 def assemble(title: str, rows: list[dict], protocol: dict, floor: float | None, dimension: int, run: dict) -> dict:
+    """Return the report of rows that have their comparisons already. ``dimension``: number of features."""
     baseline = reference_row(rows)
     return {
         "schema": SCHEMA,
@@ -42,15 +45,14 @@ def assemble(title: str, rows: list[dict], protocol: dict, floor: float | None, 
 
 
 def write(report: dict, folder: Path, cells: Path) -> None:
-    """Writes every form of the report into ``folder``; ``cells`` holds the finished cells with their pictures."""
+    """Write every form of the report into ``folder``. ``cells``: folder of the finished cells with their pictures."""
     if rows := good(report["rows"]):
         fid_against(rows, "nfe", "network evaluations per image (NFE)", folder / "fid_vs_nfe.png", report["floor"])
         fid_against(rows, "seconds_per_image", "seconds per image", folder / "fid_vs_seconds.png", report["floor"])
-        sample_grid(
-            [(_label(row), pictures(picture_path(cells, row["name"]))) for row in _pictured(rows)], folder / "samples.png"
-        )
-        if any("labels_seen" in row for row in rows):
-            label_shares([row for row in rows if "labels_seen" in row], folder / "labels.png")
+        shown = [(_label(row), pictures(picture_path(cells, row["name"]))) for row in _pictured(rows)]
+        sample_grid(shown, folder / "samples.png")
+        if labelled := [row for row in rows if "labels_seen" in row]:
+            label_shares(labelled, folder / "labels.png")
     write_json(folder / "report.json", report)
     write_text(folder / "report.csv", _csv(report["rows"]))
     write_text(folder / "report.md", _markdown(report))
@@ -58,14 +60,14 @@ def write(report: dict, folder: Path, cells: Path) -> None:
 
 
 def _pictured(rows: list[dict]) -> list[dict]:
-    """The teacher at its most DDIM steps on top, then the students from many steps to few."""
+    """Return the teacher at its largest number of DDIM steps, then the students from many steps to few."""
     top = reference_row(rows)
     students = sorted((row for row in rows if row["role"] == "student"), key=lambda row: -row["steps"])
     return ([top] if top else []) + (students or [row for row in rows if row is not top])
 
 
 def _label(row: dict) -> str:
-    return f"{row['role']} {row['steps']} steps{' searched' if row['times'] else ''}"
+    return f"{row['role']} {plural(row['steps'], 'step')}{' searched' if row['times'] else ''}"
 
 
 def _csv(rows: list[dict]) -> str:
@@ -81,7 +83,7 @@ def _csv(rows: list[dict]) -> str:
 def _markdown(report: dict) -> str:
     used = used_columns(report)
     lines = [f"# {report['title']}", "", report["verdict"], "", *(f"> {warning}" for warning in report["warnings"])]
-    lines += ["", "![FID against NFE](fid_vs_nfe.png)", ""]
+    lines += ["", "![FID against NFE](fid_vs_nfe.png)", "", *([] if report["floor"] is None else [FLOOR_NOTE, ""])]
     lines += ["| " + " | ".join(COLUMNS[c] for c in used) + " |", "|" + "---|" * len(used)]
     lines += ["| " + " | ".join(text(row, c) for c in used) + " |" for row in report["rows"]]
     lines += ["", *(f"- {COLUMNS[c]}: {NOTES[c]}" for c in used if c in NOTES)]

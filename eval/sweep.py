@@ -1,4 +1,4 @@
-"""A sweep: cells (model, sampler, steps), all from the same noise, over any number of processes, finished cell by cell."""
+"""A sweep: measure cells (model, sampling, steps) on shared noise, over any number of processes, and keep each finished cell."""
 
 from __future__ import annotations
 
@@ -13,48 +13,46 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from distill import checkpoint
+from distill import files
 from distill.denoiser import DenoiserLike
-from distill.grid import GRIDS
-from distill.solver import nfe
+from distill.sampling import SEARCHED, Sampling
 from eval.collect import COLLECTORS, Collector
 from eval.features import Extractor
-from eval.generate import LABEL_RULE, chunks, counted, generate, peak_memory_gb, start, synchronise, to_uint8
+from eval.generate import LABEL_RULE, chunks, counted, images, initial_noise
+from eval.machine import clock, peak_memory_gb
 from eval.metrics import Features, Reference
+from eval.progress import note, progress
 from teachers import Teacher
 
-KEPT = 256  # images of each cell that are kept for the sample grids and for the drift, where they are small
+KEPT = 256  # images kept per cell for sample grids and drift; fewer, but at least 16, if they exceed KEPT_BYTES
 KEPT_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. ``label`` names the model in the report; ``role`` is "teacher" or "student"."""
+    """Hold what is measured for one row. ``label`` names the model in the report; ``role`` is "teacher" or "student"."""
 
     label: str
     role: str
     model: Teacher
-    sampler: str
+    sampling: Sampling
     steps: int
-    grid: str = "uniform"
     guidance: float = 1.0
-    times: tuple[float, ...] | None = None  # instead of the grid's, which then only names them
     training_seconds: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.label} {self.sampler}{'' if self.grid in GRIDS else ' ' + self.grid} {self.steps}"
+        return f"{self.label} {self.sampling.label}{' searched' if self.sampling.grid == SEARCHED else ''} {self.steps}"
 
     @property
-    def grid_times(self) -> Tensor:
-        if self.times is not None:
-            return torch.tensor(self.times, dtype=torch.float64)
-        return GRIDS[self.grid](self.denoiser.schedule, self.steps)
+    def times(self) -> Tensor:
+        """The time grid, float64 [steps + 1]."""
+        return self.sampling.times_for(self.denoiser.schedule, self.steps)
 
     @property
     def cost(self) -> int:
-        """Network evaluations an image, at most."""
-        return nfe(self.sampler, self.steps) * (2 if self.guidance != 1 else 1)
+        """The network evaluations per image, at most."""
+        return self.sampling.calls(self.steps) * (2 if self.guidance != 1 else 1)
 
     @property
     def denoiser(self) -> DenoiserLike:
@@ -63,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What has to be equal for two numbers to be comparable; it stands in every report."""
+    """Hold what must be equal for two numbers to be comparable. It is part of every report."""
 
     images: int
     seed: int
@@ -85,38 +83,36 @@ class Protocol:
 
 
 def sweep(
-    cells: list[Cell],
-    protocol: Protocol,
-    extractor: Extractor,
-    reference: Reference,
-    accelerator: Accelerator,
-    folder: Path,
+    cells: list[Cell], protocol: Protocol, extractor: Extractor, reference: Reference, accelerator: Accelerator, folder: Path
 ) -> list[dict]:
-    """One row a cell, in order; finished rows lie in ``folder`` and are not measured again under the same protocol.
+    """Return one row per cell, in order. Cells that are finished in ``folder`` under the same protocol are not measured again.
 
-    A cell whose images are not finite gives a row with "error"; the others go on. Every process returns the same rows.
+    A cell with images that are not finite gives a row with "error", and the others go on. Every process returns the same rows.
     """
     done = [_finished(folder, cell, protocol) for cell in cells] if accelerator.is_main_process else [None] * len(cells)
     broadcast_object_list(done)
     rows: list[dict] = []
     todo = sum(cell.cost for cell, row in zip(cells, done, strict=True) if row is None)
-    hidden = None if accelerator.is_main_process else True
-    with tqdm(total=todo * protocol.images, unit="NFE", unit_scale=True, disable=hidden, smoothing=0.05) as bar:
+    main = accelerator.is_main_process
+    with progress(total=todo * protocol.images, unit="NFE", unit_scale=True, show=main, smoothing=0.05) as bar:
         for number, (cell, row) in enumerate(zip(cells, done, strict=True), 1):
             if row is None:
-                bar.set_description(f"cell {number}/{len(cells)}: {cell.name}")
+                bar.set_description_str(f"cell {number}/{len(cells)}: {cell.name}", refresh=False)
                 row = _measure_cell(cell, protocol, extractor, reference, accelerator, folder, bar)
+                if main:
+                    note(f"cell {number}/{len(cells)}: {cell.name}: {row.get('error') or 'FID {:.4g}'.format(row['fid'])}")
             rows.append(row)
     return rows
 
 
 def picture_path(cells: Path, name: str) -> Path:
+    """Return the file in the folder ``cells`` that holds the first images of the cell ``name``."""
     return cells / f"{_slug(name)}.safetensors"
 
 
 def pictures(path: Path) -> Tensor:
-    """The first images of a finished cell, uint8 [at most KEPT, C, H, W]."""
-    return checkpoint.load(path)[0]["images"]
+    """Load the first images of a finished cell, uint8 [at most KEPT, C, H, W]."""
+    return files.load(path)[0]["images"]
 
 
 def _slug(name: str) -> str:
@@ -133,15 +129,16 @@ def _finished(folder: Path, cell: Cell, protocol: Protocol) -> dict | None:
 
 
 def _head(cell: Cell, protocol: Protocol) -> dict:
-    """What a row says of its cell before anything is measured; a finished row with another head is another cell's."""
+    """Return the part of a row that identifies its cell. A finished row with another head belongs to another cell."""
+    times = cell.sampling.times.get(cell.steps)
     return {
         "name": cell.name,
         "model": cell.label,
         "role": cell.role,
-        "sampler": cell.sampler,
-        "grid": cell.grid,
+        "sampler": cell.sampling.label,
+        "grid": cell.sampling.grid,
         "steps": cell.steps,
-        "times": None if cell.times is None else list(cell.times),
+        "times": None if times is None else list(times),
         "guidance": cell.guidance,
         "images": protocol.images,
         "model_sha256": cell.model.fingerprint,
@@ -168,38 +165,33 @@ def _measure_cell(
     if cell.training_seconds is not None:
         row["training_seconds"] = cell.training_seconds
     if accelerator.is_main_process:
-        checkpoint.save(picture_path(folder, cell.name), {"images": first}, {"images": cell.name})
-        checkpoint.write_json(folder / f"{_slug(cell.name)}.json", row)
+        files.save(picture_path(folder, cell.name), {"images": first}, {"images": cell.name})
+        files.write_json(folder / f"{_slug(cell.name)}.json", row)
     return row
 
 
 def _generate_cell(
     cell: Cell, protocol: Protocol, extractor: Extractor, accelerator: Accelerator, collector: Collector, bar: tqdm
 ) -> tuple[Tensor, dict]:
-    """Hands the features of this process's chunks to ``collector``; the first images, and the cost and faults of making them."""
+    """Give the features of this process's chunks to ``collector``. Return the first images, and costs or "error"."""
     device, world, calls = accelerator.device, accelerator.num_processes, [0]
-    denoiser, times = counted(cell.denoiser, calls), cell.grid_times
     mine = chunks(protocol.images, protocol.chunk, accelerator.process_index, world)
-    first, bad, entered = torch.empty(0), protocol.images, synchronise(device)
+    first, bad, entered = torch.empty(0), protocol.images, clock(device)
     made, seconds, decoding, saturated = 0, 0.0, 0.0, 0.0
-    _warm_up(cell, times, mine, protocol, device)
-    for indices in mine:
-        begin = start(indices, cell.model.shape, cell.model.classes, protocol.seed)
-        began = synchronise(device)
-        x0 = generate(denoiser, cell.sampler, times, begin, cell.model.condition, device)
-        generated = synchronise(device)
-        images = cell.model.decode(x0)
-        seconds, decoding = seconds + generated - began, decoding + synchronise(device) - generated
-        index = torch.tensor(indices)
-        index = index[index < protocol.images]  # what the last chunk makes past the end is dropped
-        if not (finite := images.flatten(1).isfinite().all(1).cpu()[: len(index)]).all():
+    _warm_up(cell, mine, protocol, device)
+    denoiser = counted(cell.denoiser, calls)
+    for batch in images(cell.model, cell.sampling, cell.steps, mine, protocol.seed, device, denoiser=denoiser):
+        seconds, decoding = seconds + batch.seconds, decoding + batch.decode_seconds
+        index = batch.index[batch.index < protocol.images]  # the excess of the last chunk is dropped
+        if not (finite := batch.images.flatten(1).isfinite().all(1).cpu()[: len(index)]).all():
             bad = int(index[~finite][0])
             break
-        made += len(images)
-        saturated += int((images.abs() > 1.1).sum()) / images[0].numel()  # by more than a slight overshoot
-        pixels = to_uint8(images)
-        first = pixels[: _kept(pixels)].cpu() if indices.start == 0 else first
-        features, labels = extractor(pixels), None if begin.labels is None else begin.labels[: len(index)]
+        made += len(batch.images)
+        saturated += int((batch.images.abs() > 1.1).sum()) / batch.images[0].numel()  # a slight overshoot does not count
+        pixels = batch.pixels
+        if index[0] == 0:
+            first = pixels[: max(16, min(KEPT, KEPT_BYTES // pixels[0].numel()))].cpu()
+        features, labels = extractor(pixels), None if batch.labels is None else batch.labels[: len(index)]
         logits = None if features.logits is None else features.logits[: len(index)]
         collector.add(index, labels, Features(features.fid[: len(index)], logits))
         bar.update(len(index) * world * cell.cost)
@@ -211,18 +203,14 @@ def _generate_cell(
     facts = dict(zip(names, (total / made for total in totals), strict=True))
     if cell.model.codec is None:
         del facts["decode_seconds_per_image"]
-    walls, peaks = zip(*gather_object([(synchronise(device) - entered, peak_memory_gb(device))]), strict=True)
+    walls, peaks = zip(*gather_object([(clock(device) - entered, peak_memory_gb(device))]), strict=True)
     return first, facts | {"wall_seconds": max(walls), "peak_memory_gb": max(peaks)}
 
 
-def _kept(pixels: Tensor) -> int:
-    return max(16, min(KEPT, KEPT_BYTES // pixels[0].numel()))
-
-
-def _warm_up(cell: Cell, times: Tensor, mine: list[range], protocol: Protocol, device: torch.device) -> None:
-    """One network call of the size to come, outside the clock and the count."""
+def _warm_up(cell: Cell, mine: list[range], protocol: Protocol, device: torch.device) -> None:
+    """Make one network call of the size to come, which is neither timed nor counted."""
     if mine:
-        begin = start(mine[0], cell.model.shape, cell.model.classes, protocol.seed)
+        noise = initial_noise(mine[0], cell.model.shape, cell.model.classes, protocol.seed)
+        labels = None if noise.labels is None else noise.labels.to(device)
         with torch.inference_mode():
-            labels = None if begin.labels is None else begin.labels.to(device)
-            cell.denoiser(begin.noise.to(device), times[0], **cell.model.condition(labels))
+            cell.denoiser(noise.noise.to(device), cell.times[0], **cell.model.condition(labels))

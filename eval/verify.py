@@ -1,4 +1,4 @@
-"""The proof that a row is what torch-fidelity says: the cell's images as PNG files, and its own command on the two folders."""
+"""Check a row of a report: write the cell's images as PNG files and measure them with torch-fidelity's own command."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eval import fidelity
 from eval.features import Extractor
-from eval.generate import chunks, generate, start, to_uint8
-from eval.sheet import write_folder
+from eval.generate import chunks, images
+from eval.image_grid import write_folder
+from eval.progress import progress
 from eval.sweep import Cell, Protocol
 
 CHECKED = ("fid", "kid", "isc", "precision", "recall")
@@ -21,19 +21,16 @@ CHECKED = ("fid", "kid", "isc", "precision", "recall")
 def verify(
     cell: Cell, row: dict, protocol: Protocol, real: Tensor, extractor: Extractor, weights: str | None, device: torch.device
 ) -> tuple[float, dict[str, float]]:
-    """The largest relative difference between a row and `torch_fidelity.calculate_metrics`, and what that says.
+    """Return the largest relative difference of a row from `torch_fidelity.calculate_metrics`, and the metrics of the latter.
 
-    ``real``: the reference's images uint8 [N, C, H, W]. Differences are of the last digits only, from ragged last batches.
+    ``real``: the images of the reference, uint8 [N, C, H, W]. Only the last digits differ, because batches are cut differently.
     """
+    indices = progress(chunks(protocol.images, protocol.chunk), desc=f"verifying {cell.name}", leave=False)
     with tempfile.TemporaryDirectory() as folder:
         generated, reference = Path(folder, "generated"), Path(folder, "real")
-        count = 0
-        for indices in tqdm(chunks(protocol.images, protocol.chunk), desc=f"verifying {cell.name}", leave=False, disable=None):
-            begin = start(indices, cell.model.shape, cell.model.classes, protocol.seed)
-            x0 = generate(cell.denoiser, cell.sampler, cell.grid_times, begin, cell.model.condition, device)
-            pixels = to_uint8(cell.model.decode(x0)).cpu()[: protocol.images - count]
-            write_folder(pixels, generated, first=count)
-            count += len(pixels)
+        for batch in images(cell.model, cell.sampling, cell.steps, indices, protocol.seed, device, denoiser=cell.denoiser):
+            first = int(batch.index[0])
+            write_folder(batch.pixels.cpu()[: protocol.images - first], generated, first)
         write_folder(real, reference)
         theirs = fidelity.calculate(generated, reference, extractor.name, weights, protocol.chunk, device.type == "cuda")
     ours = {name: row[name] for name in CHECKED if row.get(name) is not None and name in theirs}

@@ -1,10 +1,10 @@
-"""What measuring costs beside the bare network and the bare extractor, as ratios taken in turn in one run.
+"""Measure the overhead over the bare network and the bare extractor, as ratios measured in alternation in one run.
 
     python recipes/benchmark.py --output-dir runs/benchmark
 
-extraction: images a second of the sweep's extraction over those of the bare extractor on the same batches.
-generation: seconds of a sampler's steps over those of as many bare network calls.
-loading: training batches of a memory-mapped .npz of 32x32 colour images, a second of CPU time.
+extraction: images per second of the sweep's extraction, over those of the bare extractor on the same batches.
+generation: seconds of a sampler's steps, over those of equally many bare network calls.
+loading: training images per second of CPU time from a memory-mapped .npz of 32x32 colour images.
 decoding: seconds of Pillow on one core for a folder of 256x256 JPEGs over those of --data FOLDER,size=32.
 starting: seconds from the start of a process until the digits teacher can be sampled.
 processes: seconds of a sweep in one process on one core over those of two processes on two cores (CPUs only).
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,41 +30,47 @@ from accelerate import Accelerator
 from PIL import Image
 
 import teachers
-from distill import checkpoint
-from distill.train import Shares
+from distill import files
+from distill.images import to_uint8
+from distill.sampling import Sampling
+from distill.train import BatchSplit
 from eval.features import Extractor
-from eval.generate import cores, generate, start, synchronise, to_uint8
+from eval.generate import generate, initial_noise
+from eval.machine import clock, cores, default_device
 from eval.reference import extract
-from recipes import data as datasets
-from recipes.common import fail, flag, one_line_errors, parse
+from recipes.common import flags
+from recipes.common.cli import fail, flag, machine_flag, model_flag, one_line_errors, parse
+from recipes.data import sets
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"repeats": 2, "batch_size": 64, "images": 512, "processes": 1}}
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = flag("default", "default, or smoke (less than a minute, figures of no worth)", choices=PRESETS)
-    model: str = flag("digits", "the network: " + teachers.ACCEPTED)
-    features: str = flag("digits", "the extractor")
+    preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
+    model: str = model_flag("digits", "the network (accepted: --help teacher)")
+    features: str = model_flag("digits", "the feature extractor")
     steps: int = flag(8, "steps of the sampler that is timed")
     batch_size: int = flag(256, "images at once")
     images: int = flag(10_240, "images of the sweep on one and on two processes")
-    repeats: int = flag(15, "turns; the median counts")
-    processes: int = flag(2, "processes of the last figure, each on a core of its own; 1 leaves it out")
-    output_dir: str = flag("runs/benchmark", "where benchmark.json goes; an existing file is not overwritten")
+    repeats: int = flag(15, "repetitions; the median is reported")
+    processes: int = flag(2, "processes of the last figure, each on its own core; 1 leaves it out")
+    output_dir: str = machine_flag("runs/benchmark", "directory of benchmark.json; an existing file is not overwritten")
+
+    TOPICS: ClassVar = {"teacher": flags.TOPICS["teacher"]}
 
 
 def ratio(
     one: Callable[[], object], two: Callable[[], object], repeats: int, device: torch.device
 ) -> tuple[float, float, float]:
-    """Median seconds of both, taken in turn after a warm-up, and the median of the ratios one / two of each turn."""
+    """Return the median seconds of both, measured in alternation after a warm-up, and the median of the ratios one / two."""
     seconds: list[tuple[float, float]] = []
     for turn in range(repeats + 1):
         pair = []
         for work in (one, two):
-            began = synchronise(device)
+            began = clock(device)
             work()
-            pair.append(synchronise(device) - began)
+            pair.append(clock(device) - began)
         if turn:
             seconds.append((pair[0], pair[1]))
     a, b = zip(*seconds, strict=True)
@@ -86,19 +93,18 @@ def extraction(config: Config, device: torch.device) -> dict:
 
 def generation(config: Config, device: torch.device) -> dict:
     model = teachers.load(config.model).to(device)
-    begin = start(range(config.batch_size), model.shape, model.classes, 0)
+    begin = initial_noise(range(config.batch_size), model.shape, model.classes, 0)
     times = model.times(config.steps)
-    noise = begin.noise.to(device)
+    noise, t = begin.noise.to(device), times[0].float().to(device)
     cond = model.condition(None if begin.labels is None else begin.labels.to(device))
-    net_time = times[0].float().to(device)
 
     def bare() -> None:
         with torch.inference_mode():
             for _ in range(config.steps):
-                model.denoiser(noise, net_time, **cond)
+                model.denoiser(noise, t, **cond)
 
     def sampled() -> None:
-        to_uint8(generate(model.denoiser, "ddim", times, begin, model.condition, device))
+        to_uint8(generate(model.denoiser, Sampling(), times, begin, model.condition, device))
 
     a, b, r = ratio(sampled, bare, config.repeats, device)
     return {"seconds": a, "bare_seconds": b, "ratio": r, "wanted": "<= 1.03"}
@@ -108,7 +114,9 @@ def loading(config: Config) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         shape = (config.images, 32, 32, 3)
         np.savez(f"{folder}/set.npz", images=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-        batches = datasets.load(f"{folder}/set.npz").batches(Shares(128), 0, "benchmark", torch.device("cpu"))(0)
+        batches = sets.load(f"{folder}/set.npz").batches(
+            BatchSplit(128), 0, "benchmark", torch.device("cpu"), lambda labels: {}
+        )(0)
         stream = iter(batches)
         next(stream)
         count, began = max(8, config.images // 128), time.process_time()
@@ -128,7 +136,7 @@ def decoding(config: Config) -> dict:
             for path in sorted(Path(folder).iterdir()):
                 np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS))
 
-        a, b, r = ratio(alone, lambda: datasets.load(f"{folder},size=32"), 3, torch.device("cpu"))
+        a, b, r = ratio(alone, lambda: sets.load(f"{folder},size=32"), 3, torch.device("cpu"))
     return {"one_core": count / a, "images_per_second": count / b, "ratio": r, "wanted": f"about {cores()}, the cores"}
 
 
@@ -146,7 +154,7 @@ def starting(config: Config) -> dict:
 
 
 def sweep_seconds(config: Config, processes: int) -> float:
-    """Wall seconds of one cell in ``processes`` processes of one thread, each pinned to a core of its own."""
+    """Return the wall seconds of one cell in ``processes`` processes of one thread, each on its own core."""
     with tempfile.TemporaryDirectory() as folder:
         script = str(Path(__file__).parent / "evaluate.py")
         arguments = ["--model", config.model, "--steps", str(config.steps), "--samplers", "ddim", "--baseline-steps", "0"]
@@ -168,13 +176,13 @@ def processes(config: Config) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
+        config = parse(Config, __doc__, PRESETS, argv)
         output = Path(config.output_dir) / "benchmark.json"
         if output.exists():
             fail(f"{output} exists: name another --output-dir")
         if not 1 <= config.processes <= cores():
             raise ValueError(f"--processes {config.processes}: accepted are 1 to the {cores()} cores of this machine")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         if device.type == "cpu":
             torch.set_num_threads(cores())
     out = {"extraction": extraction(config, device), "generation": generation(config, device)}
@@ -183,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         out["processes"] = processes(config)
     for name, figures in out.items():
         print(name.ljust(12), "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
-    checkpoint.write_json(output, out)
+    files.write_json(output, out)
 
 
 if __name__ == "__main__":

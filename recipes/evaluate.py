@@ -1,239 +1,229 @@
-"""FID, KID, IS, precision and recall against step count, for any models, beside the teacher's training-free samplers.
+"""Measure FID, KID, IS, precision and recall against step count, beside the teacher's training-free samplers.
 
     accelerate launch recipes/evaluate.py --model digits runs/progressive-digits --output-dir runs/evaluate
     torchrun --nproc_per_node 2 recipes/evaluate.py --model digits ...             the same numbers from two processes
-    python recipes/evaluate.py --compare runs/a runs/b --output-dir runs/a-and-b   finished runs on one page
 
-A model is anything that --teacher accepts; a run directory stands for the students of all its stages. A student is measured
-under its own sampler at the step counts it was made for, any other model under every --samplers at every --steps.
-Finished cells are kept: a run that was interrupted continues, and more models may be added to it.
+A run's directory stands for the students of all its stages. A student is measured with its own sampler at the step counts that it was
+made for; any other model with every --samplers at every --steps. Finished cells are kept: an interrupted evaluation continues, and
+more models may be added to it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 import teachers
-from distill import solver
-from distill.grid import GRIDS
+from distill.grid_search import gits, step_costs
 from distill.regularize import RESIDUALS, residuals
 from distill.rng import Rng
+from distill.samplers import BASELINES
+from distill.sampling import ACCEPTED, SEARCHED, Sampling
 from distill.schedule import prior_std
-from distill.search import gits, step_costs
-from eval import merge, reference, report
+from eval import reference
 from eval.collect import COLLECTORS
 from eval.features import OWN, Extractor
-from eval.generate import start
+from eval.generate import initial_noise
 from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
-from recipes import data as datasets
-from recipes.common import Run, disk_errors, flag, one_line_errors, parse
-from recipes.matching import check_match, check_sampler, check_steps
-from recipes.measure import OPPONENTS, Measurement, best_grid, opponents, own_cells, training_seconds
+from recipes.common import flags
+from recipes.common.checks import check_match, check_sampler, check_steps, stages_of
+from recipes.common.cli import flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
+from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
+from recipes.common.run import Run, disk_errors
+from recipes.data import sets
+from recipes.data.sets import Data
 from teachers import Teacher
 
-SEARCHED = ("ddim", "dpm++2m", "ipndm")  # samplers that are also measured on a searched grid
+Models = list[tuple[str, list[tuple[str, Teacher]]]]  # spec, and the file and model of each student behind it
+ON_SEARCHED_GRIDS = ("ddim", "dpm++2m", "ipndm")  # samplers that --search-grid also measures on a searched grid
 FINE_STEPS, SEARCH_IMAGES = 60, 256
 
 PRESETS: dict[str, dict] = {
-    "default": {},
+    "default": {},  # the four digits students of the progressive ladder: about 7 minutes on two CPU cores
     "full": {"images": 50_000},
-    "smoke": {"images": 200, "steps": (1, 2), "samplers": ("ddim", "heun"), "baseline_steps": 8},
+    "smoke": {"images": 200, "steps": (1, 2), "samplers": ("ddim", "heun"), "baseline_steps": 8},  # half a minute
 }
 
 
 @dataclass(frozen=True)
-class Config:
-    MAY_CHANGE: ClassVar = (
-        "model",
-        "steps",
-        "samplers",
-        "baseline_steps",
-        "guidance",
-        "search_grid",
-        "verify",
-    )  # each cell knows these of itself
-
-    preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
-    model: tuple[str, ...] = flag(("digits",), "what is measured: " + teachers.ACCEPTED + ", or the directory of a run")
-    data: str = flag("digits", "the real images: " + datasets.ACCEPTED)
-    output_dir: str = flag(
-        "runs/evaluate", "a new directory, or one that holds an evaluation under the same protocol, which is continued"
-    )
+class Config(flags.RunFlags):
+    preset: str = flag("default", "smoke is a trial run of half a minute", choices=PRESETS)
+    model: tuple[str, ...] = model_flag(("digits",), "the models (accepted: --help teacher), or directories of runs")
+    data: str = model_flag("digits", "the real images (accepted: --help data)")
+    output_dir: str = flags.output_dir("runs/evaluate")
     steps: tuple[int, ...] = flag((1, 2, 4, 8), "step counts")
-    baseline_steps: int = flag(64, "DDIM steps of the teacher that ratios are taken against; 0 for none")
-    samplers: tuple[str, ...] = flag(OPPONENTS, "of models that were not distilled: " + solver.ACCEPTED)
-    guidance: float = flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none")
-    images: int = flag(10_000, "generated images a cell")
-    metrics: str = flag("all", "all, or fid alone in memory that does not grow with --images", choices=COLLECTORS)
-    features: str = flag("digits", "feature extractor: digits, any of torch-fidelity's, or " + OWN)
-    features_weights: str | None = flag(None, "file with the extractor's weights, for use without a network")
-    reference: str | None = flag(None, f"a stored reference instead of --data: {reference.ACCEPTED}")
-    search_grid: bool = flag(False, f"also the teacher under {', '.join(SEARCHED)} on a time grid found by dynamic programming")
-    verify: bool = flag(False, "write out the cheapest cell as PNG files and compare with torch_fidelity.calculate_metrics")
-    diagnostics: bool = flag(False, "print how far each model is from three properties of an exact denoiser")
-    compare: tuple[str, ...] = flag((), "no measuring: the reports of these finished runs on one page")
-    chunk: int = flag(256, "images generated at once in a process; part of the protocol")
-    seed: int = flag(0, "seed of noise and labels")
-    log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
-    threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
-    resume: bool = flag(True, "continue an evaluation of the same configuration in the output directory")
+    baseline_steps: int = flag(64, "DDIM steps of the teacher that ratios are taken against; 0 for none", short=False)
+    samplers: tuple[str, ...] = method_flag(BASELINES, f"for models that were not distilled: {ACCEPTED}")
+    guidance: float = method_flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none")
+    search_grid: bool = method_flag(
+        False, f"also measure {', '.join(ON_SEARCHED_GRIDS)} on a time grid found by dynamic programming", short=False
+    )
+    images: int = measuring_flag(10_000, "generated images per cell")
+    metrics: str = measuring_flag("all", "all, or fid alone in memory that does not grow with --images", choices=COLLECTORS)
+    features: str = measuring_flag("digits", "feature extractor: digits, any of torch-fidelity's, or " + OWN)
+    features_weights: str | None = measuring_flag(
+        None, "file with the extractor's weights, for use without a network", short=False
+    )
+    reference: str | None = measuring_flag(None, f"a stored reference instead of --data: {reference.ACCEPTED}", short=False)
+    chunk: int = measuring_flag(256, "images generated at once; part of the protocol", short=False)
+    verify: bool = measuring_flag(
+        False, "write the cheapest cell as PNG files and compare it with torch_fidelity.calculate_metrics", short=False
+    )
+    diagnostics: bool = measuring_flag(
+        False, "print how far each model is from three properties of an exact denoiser", short=False
+    )
 
-
-def expand(spec: str) -> list[str]:
-    """The models a spec stands for: the stages of a run directory from many steps to few, or itself."""
-    stages = [p.parent for p in Path(spec).glob("stages/*/student.safetensors") if p.parent.name.isdigit()]
-    return [str(p / "student.safetensors") for p in sorted(stages, key=lambda p: -int(p.name))] or [spec]
-
-
-def cells_of(config: Config, data: datasets.Data | None, device: torch.device) -> list[Cell]:
-    """The cells of all models. ValueError where a model does not match the data, or a student none of the step counts."""
-    cells: list[Cell] = []
-    several = len(config.model) > 2
-    for spec in config.model:
-        mine: list[Cell] = []
-        for path in expand(spec):
-            model = teachers.load(path)
-            if data is not None:
-                check_match(model, data)
-            if model.sampler:
-                name = f"{Path(spec).stem} " if several else ""
-                label = f"{name}student@{'/'.join(map(str, model.sampler['steps']))}"
-                mine += own_cells(model, label, config.steps, training_seconds(Path(path)))
-            else:
-                mine += teacher_cells(config, model, spec if several else "teacher", device)
-        if not mine:
-            raise ValueError(f"{spec} was distilled for {model.sampler['steps']} steps; --steps names {list(config.steps)}")
-        cells += mine
-    if len({cell.name for cell in cells}) < len(cells):
-        raise ValueError(
-            "two models would stand under one name in the report: give each only once, in directories of their own name"
-        )
-    return cells
-
-
-def teacher_cells(config: Config, model: Teacher, label: str, device: torch.device) -> list[Cell]:
-    """A model that takes any step count, under all samplers, and under DDIM at the step count ratios are against."""
-    baseline = (config.baseline_steps,) if config.baseline_steps else ()
-    check_steps(model, (*config.steps, *baseline))
-    for name in config.samplers:
-        check_sampler(model, name)
-    cells = opponents(model, label, config.steps, config.samplers, config.guidance)
-    cells += opponents(model, label, baseline, ("ddim",), config.guidance)
-    if config.search_grid:
-        samplers = [name for name in SEARCHED if name in config.samplers]
-        cells += searched(model, label, [n for n in config.steps if n > 1], samplers, config, device)
-    return cells
-
-
-def searched(
-    model: Teacher, label: str, steps: list[int], samplers: list[str], config: Config, device: torch.device
-) -> list[Cell]:
-    """Cells on the grids that dynamic programming finds along a fine trajectory of a few hundred images."""
-    denoiser = model.to(device).guided(config.guidance)
-    fine = GRIDS[best_grid(denoiser.schedule, "ddim", FINE_STEPS)](denoiser.schedule, FINE_STEPS)
-    begin = start(range(config.images, config.images + SEARCH_IMAGES), model.shape, model.classes, config.seed)
-    cond = model.condition(None if begin.labels is None else begin.labels.to(device))
-    costs = step_costs(denoiser, (prior_std(denoiser.schedule, fine[0]) * begin.noise).float().to(device), fine, **cond)
-    found = [{n: tuple(gits(costs, fine, n).tolist()) for n in steps}]
-    (times,) = broadcast_object_list(found)  # on GPUs the last digits of the costs may differ between processes
-    return [Cell(label, "teacher", model, name, n, "searched", config.guidance, times[n]) for name in samplers for n in steps]
-
-
-def compare(config: Config) -> None:
-    """One report of several finished runs, where their protocols agree."""
-    merged, cells = merge.merged([Path(folder) for folder in config.compare])
-    run = Run.open(config)
-    if run.main:
-        merge.copy_pictures(cells, run.folder / "cells")
-        report.write(merged, run.folder, run.folder / "cells")
-    run.say(f"{merged['verdict']}\nreport: {run.folder / 'report.html'}")
-    run.close()
+    # each cell holds these itself
+    MAY_CHANGE: ClassVar = ("model", "steps", "samplers", "baseline_steps", "guidance", "search_grid", "verify")
+    TOPICS: ClassVar = flags.TOPICS
+    MOVED: ClassVar = {"--compare": "python recipes/compare.py --runs runs/a runs/b --output-dir runs/a-and-b"}
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
-        if config.compare:
-            return compare(config)
-        if min(config.steps) < 1 or config.images < 40:
-            raise ValueError("--steps are 1 or more, --images 40 or more")
-        data = None if config.reference else datasets.load(config.data)
-        if data is not None:
-            data.pixels  # latents cannot be measured against  # noqa: B018
+        config = parse(Config, __doc__, PRESETS, argv)
+        data = None if config.reference else sets.load(config.data)
+        models = [(spec, [(path, teachers.load(path)) for path in stages_of(spec)]) for spec in config.model]
         extractor = Extractor.create(config.features, config.features_weights)
-        stored = reference.load(Path(config.reference), extractor) if config.reference else None
-        if config.verify and (data is None or not extractor.registered or config.metrics != "all"):
-            raise ValueError("--verify needs --data, one of torch-fidelity's extractors and --metrics all")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        cells = cells_of(config, data, device)
-        extractor.fits(cells[0].model.image_shape)
-        run = Run.open(config)
-        device = run.accelerator.device
-        for cell in cells:
-            cell.model.to(device)
-        real = stored or data
-        assert real is not None
-        measurement = Measurement.of(
-            extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed, metrics=config.metrics
-        )
-    run.say(
-        f"{len(cells)} cells of {config.images:,} images on {run.accelerator.num_processes} process(es), output {run.folder}"
-    )
-    if config.diagnostics and run.main and data is not None:
-        diagnose(cells, data, run)
-    facts = {"models": ", ".join(config.model)} | decoder_floors(cells, data, measurement, run)
-    with disk_errors():
-        out = measurement.report(run, f"FID against step count on {config.data}", cells, facts)
+        run, cells, measurement = prepare(config, models, data, extractor)
+    out = measure(config, run, cells, measurement, data)
     if config.verify and run.main and data is not None:
-        prove(config, measurement, cells, out, data.images, run)
+        compare_with_torch_fidelity(config, measurement, cells, out, data.images, run)
     run.say(f"\n{out['verdict']}\nreport: {run.folder / 'report.html'}")
     run.close()
 
 
-def decoder_floors(cells: list[Cell], data: datasets.Data | None, measurement: Measurement, run: Run) -> dict[str, float]:
-    """Of latent models: the FID of the real images, encoded and decoded, which nothing they generate can be expected to beat."""
+def prepare(config: Config, models: Models, data: Data | None, extractor: Extractor) -> tuple[Run, list[Cell], Measurement]:
+    """Check everything that can be checked, then claim the output directory.
+
+    Raises ValueError, before anything is written, where parts do not fit together.
+    """
+    if min(config.steps) < 1 or config.images < 40:
+        raise ValueError("--steps are 1 or more, --images 40 or more")
+    if data is not None:
+        data.require_pixels()
+    stored = reference.load(Path(config.reference), extractor) if config.reference else None
+    if config.verify and (data is None or not extractor.registered or config.metrics != "all"):
+        raise ValueError("--verify needs --data, one of torch-fidelity's extractors and --metrics all")
+    for _, model in (one for _, group in models for one in group):
+        if data is not None:
+            check_match(model, data)
+    cells = cells_of(config, models)
+    extractor.fits(cells[0].model.image_shape)
+    run = Run.open(config)
+    for cell in cells:
+        cell.model.to(run.device)
+    if config.search_grid:
+        cells += searched_cells(config, cells, run)
+    real = stored or data
+    assert real is not None
+    settings = {"images": config.images, "chunk": config.chunk, "seed": config.seed, "metrics": config.metrics}
+    return run, cells, Measurement.of(extractor, real, run, **settings)  # type: ignore[arg-type]
+
+
+def measure(config: Config, run: Run, cells: list[Cell], measurement: Measurement, data: Data | None) -> dict:
+    """Measure the cells that are not finished, and write the report."""
+    images, processes = f"{config.images:,} images", plural(run.accelerator.num_processes, "process")
+    run.say(f"{plural(len(cells), 'cell')} of {images} on {processes}, output {run.folder}")
+    facts: dict = {"models": ", ".join(config.model)}
+    if data is not None:
+        if config.diagnostics and run.main:
+            print_residuals(cells, data, run)
+        facts |= decoder_floors(cells, data, measurement, run)
+    with disk_errors():
+        return measurement.report(run, f"FID against step count on {config.data}", cells, facts)
+
+
+def cells_of(config: Config, models: Models) -> list[Cell]:
+    """Return the cells of all models. Raises ValueError for a student that was made for none of the step counts."""
+    cells: list[Cell] = []
+    several = len(models) > 2
+    for spec, group in models:
+        mine: list[Cell] = []
+        for path, model in group:
+            if model.distilled:
+                name = f"{Path(spec).stem} " if several else ""
+                label = f"{name}student@{'/'.join(map(str, model.sampling.steps))}"
+                mine += student_cells(model, label, config.steps, training_seconds(Path(path)))
+            else:
+                mine += teacher_cells(config, model, spec if several else "teacher")
+        if not mine:
+            made = ", ".join(map(str, model.sampling.steps))
+            raise ValueError(f"{spec} was distilled for {made} steps; --steps names {', '.join(map(str, config.steps))}")
+        cells += mine
+    if len({cell.name for cell in cells}) < len(cells):
+        raise ValueError("two models would have one name in the report: give each only once, in directories of different names")
+    return cells
+
+
+def teacher_cells(config: Config, model: Teacher, label: str) -> list[Cell]:
+    """Return the cells of a model that takes any step count, and its DDIM cell that ratios are taken against."""
+    baseline = (config.baseline_steps,) if config.baseline_steps else ()
+    check_steps(model, (*config.steps, *baseline))
+    for name in config.samplers:
+        check_sampler(model, Sampling.parse(name))
+    cells = baselines(model, label, config.steps, config.samplers, config.guidance)
+    return cells + baselines(model, label, baseline, ("ddim",), config.guidance)
+
+
+def searched_cells(config: Config, cells: list[Cell], run: Run) -> list[Cell]:
+    """Return cells on time grids that dynamic programming finds along a fine trajectory of a few hundred images."""
+    found: list[Cell] = []
+    steps = [n for n in config.steps if n > 1]
+    for label, model in {cell.label: cell.model for cell in cells if cell.role == "teacher"}.items():
+        denoiser = model.guided(config.guidance)
+        fine = Sampling().on_best_grid(denoiser.schedule, FINE_STEPS).times_for(denoiser.schedule, FINE_STEPS)
+        begin = initial_noise(range(config.images, config.images + SEARCH_IMAGES), model.shape, model.classes, config.seed)
+        cond = model.condition(None if begin.labels is None else begin.labels.to(run.device))
+        x = (prior_std(denoiser.schedule, fine[0]) * begin.noise).float().to(run.device)
+        costs = step_costs(denoiser, x, fine, **cond)
+        # on GPUs the last digits of the costs may differ between processes
+        times = run.from_main(partial(_cheapest, costs, fine, steps))
+        samplings = [Sampling.parse(name, grid=SEARCHED) for name in ON_SEARCHED_GRIDS if name in config.samplers]
+        found += [
+            Cell(label, "teacher", model, replace(sampling, times={n: times[n]}), n, config.guidance)
+            for sampling in samplings
+            for n in steps
+        ]
+    return found
+
+
+def _cheapest(costs: torch.Tensor, fine: torch.Tensor, steps: list[int]) -> dict[int, tuple[float, ...]]:
+    return {n: tuple(gits(costs, fine, n).tolist()) for n in steps}
+
+
+def decoder_floors(cells: list[Cell], data: Data, measurement: Measurement, run: Run) -> dict[str, float]:
+    """Return the FID of the real images after encoding and decoding, for each latent model: the best that it can reach."""
     models = {cell.label: cell.model for cell in cells if cell.model.codec is not None}
-    if data is None:
-        return {}
-    return {
-        f"decoder floor of {label}": decoder_floor(
-            model, data.images, measurement.extractor, measurement.reference, run.accelerator
-        )
-        for label, model in models.items()
-    }
+    known = (measurement.extractor, measurement.reference, run.accelerator)
+    return {f"decoder floor of {label}": decoder_floor(model, data.images, *known) for label, model in models.items()}
 
 
-def diagnose(cells: list[Cell], data: datasets.Data, run: Run, images: int = 256) -> None:
-    """Prints the residuals of `distill/regularize.py` of each model, over some real images."""
-    device = run.accelerator.device
-    x0 = data.x0(slice(images), device)
-    run.say("residuals a pixel: " + ", ".join(RESIDUALS))
+def print_residuals(cells: list[Cell], data: Data, run: Run, images: int = 256) -> None:
+    """Print the residuals of `distill.regularize` for each pixel model, over some real images."""
+    x0 = data.x0(slice(images), run.device)
+    run.say("residuals per pixel".ljust(26) + "  ".join(name.rjust(16) for name in RESIDUALS))
     for label, model in {cell.label: cell.model for cell in cells if cell.model.codec is None}.items():
-        labels = None if data.labels is None else data.labels[:images].to(device)
-        rng = Rng(torch.Generator(device).manual_seed(0), len(x0))
+        labels = None if data.labels is None else data.labels[:images].to(run.device)
+        rng = Rng(torch.Generator(run.device).manual_seed(0), len(x0))
         found = residuals(model.denoiser, x0, rng, **model.condition(labels))
-        run.say(f"  {label.ljust(24)}" + "  ".join(f"{value:.3g}" for value in found.values()))
+        run.say(f"  {label.ljust(24)}" + "  ".join(f"{value:16.3g}" for value in found.values()))
 
 
-def prove(config: Config, measurement: Measurement, cells: list[Cell], out: dict, real: torch.Tensor, run: Run) -> None:
-    """Compares the cheapest cell with torch-fidelity's own command and says so; exit code 1 where they differ."""
+def compare_with_torch_fidelity(
+    config: Config, measurement: Measurement, cells: list[Cell], out: dict, real: torch.Tensor, run: Run
+) -> None:
+    """Compare the cheapest cell with torch-fidelity's own command. Exit code 1 where they differ."""
     finished = {row["name"]: row for row in out["rows"] if "error" not in row}
     cell = min((cell for cell in cells if cell.name in finished), key=lambda cell: cell.cost)
     worst, theirs = verify(
-        cell,
-        finished[cell.name],
-        measurement.protocol,
-        real,
-        measurement.extractor,
-        config.features_weights,
-        run.accelerator.device,
+        cell, finished[cell.name], measurement.protocol, real, measurement.extractor, config.features_weights, run.device
     )
     numbers = ", ".join(f"{name} {value:.6g}" for name, value in theirs.items())
     run.say(f"{cell.name}: torch_fidelity.calculate_metrics says {numbers}; largest relative difference {worst:.1g}")

@@ -1,148 +1,177 @@
-"""Latents of a data set by a latent model's autoencoder, made once: --data DIR then trains on them and decodes no image again.
+"""Encode a data set once with a latent model's autoencoder, so that training needs no images.
 
     python recipes/latents.py --model PIPELINE --data IMAGES,size=256 --output-dir latents/mine
     accelerate launch --num_processes 8 recipes/latents.py --model PIPELINE --data wds:SHARDS --output-dir latents/mine
     accelerate launch recipes/progressive.py --teacher PIPELINE --data latents/mine --reference fid-reference.npz ...
 
-Writes latents-00000.safetensors, ... with latents [n, ...] in the denoiser's own space (scaled and shifted; the mean, where the
-encoder gives a distribution), labels [n] and captions where there are any, and index.json, which names model, scale and count.
+The folder holds latents-00000.safetensors, ... with latents [n, ...], and labels [n] and captions if the data has them. The latents
+are scaled and shifted as the denoiser expects them. An encoder that outputs a distribution gives its mean. index.json records model,
+autoencoder, scale, shift and count.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 import teachers
-from distill import checkpoint
-from eval.generate import from_uint8
-from recipes import data as datasets
-from recipes.common import fail, flag, one_line_errors, parse
-from recipes.matching import check_match
-from recipes.stored import LATENTS, codec_sha256
+from distill import files
+from distill.images import from_uint8
+from eval.progress import progress
+from recipes.common.checks import check_match
+from recipes.common.cli import REQUIRED, flag, machine_flag, model_flag, one_line_errors, parse
+from recipes.common.flags import TOPICS, MachineFlags
+from recipes.data import sets as datasets
+from recipes.data.latent_shards import DTYPES, LATENTS, codec_sha256
 from teachers import Teacher
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"most": 64}}
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Config:
-    preset: str = flag("default", "default, or smoke (the first 64 images)", choices=PRESETS)
-    model: str = flag("digits", "the latent model: " + teachers.ACCEPTED.replace("%", "%%"))
-    data: str = flag("digits", "the images: " + datasets.ACCEPTED)
-    output_dir: str = flag("runs/latents", "a new directory")
-    dtype: str = flag("float16", "numbers of the latents", choices=DTYPES)
-    shard_images: int = flag(8192, "latents a file")
-    batch_size: int = flag(16, "images encoded at once")
-    most: int = flag(0, "only so many images; 0 for all")
-    threads: int = flag(0, "CPU threads; 0 for all cores")
+@dataclass(frozen=True, kw_only=True)
+class Config(MachineFlags):
+    """What is encoded, and how it is stored."""
+
+    TOPICS: ClassVar = TOPICS
+    preset: str = flag("default", "smoke encodes the first 64 images", choices=PRESETS)
+    model: str = model_flag(REQUIRED, "the latent model (accepted: --help teacher)")
+    data: str = model_flag("digits", "the images (accepted: --help data)")
+    most: int = model_flag(0, "largest number of images; 0 for all")
+    dtype: str = model_flag("float16", "number format of the latents", choices=DTYPES)
+    output_dir: str = machine_flag("runs/latents", "a new directory")
+    shard_images: int = machine_flag(8192, "latents per file")
+    batch_size: int = machine_flag(16, "images encoded per batch")
+    threads: int = machine_flag(0, "CPU threads per process; 0 for torch's default", short=False)
 
 
 @dataclass(frozen=True)
 class Shard:
+    """Hold the contents of one file: latents [n, ...], labels [n] and captions [n]."""
+
     latents: Tensor
     labels: Tensor | None
     captions: list[str] | None
 
 
 def encoded(model: Teacher, data: datasets.Data, config: Config, state: PartialState) -> Iterator[tuple[int, Shard]]:
-    """The shards of this process, every ``num_processes``-th of all in the order of the data, with their numbers. ValueError where a
-    latent does not fit into the numbers asked for."""
+    """Yield number and contents of this process's shards: every ``num_processes``-th, in the order of the data.
+
+    Raises ValueError if a latent overflows the number format.
+    """
     assert model.codec is not None
-    most, mine = config.most or None, (state.process_index, state.num_processes)
-    for number, images, labels, captions in data.walk(config.shard_images, most, *mine):
+    for number, images, labels, captions in data.walk(
+        config.shard_images, config.most or None, state.process_index, state.num_processes
+    ):
         codes = (model.codec.encode(from_uint8(part, state.device)) for part in images.split(config.batch_size))
         latents = torch.cat([z.to(DTYPES[config.dtype]).cpu() for z in codes])
         if not torch.isfinite(latents).all():
-            raise ValueError(f"latents of {data.name} are not finite in {config.dtype}: --dtype float32 is accepted too")
+            raise ValueError(f"latents of {data.name} are not finite in {config.dtype}; --dtype float32 is accepted too")
         yield number, Shard(latents, labels, captions)
 
 
 def write(folder: Path, shards: Iterable[tuple[int, Shard]]) -> dict[str, list[int]]:
-    """The files of shards; the shape of each."""
+    """Write one file per shard. Returns {file name: shape of its latents}."""
     shapes = {}
     for number, shard in shards:
         name = f"latents-{number:05d}.safetensors"
         tensors = {"latents": shard.latents} | ({} if shard.labels is None else {"labels": shard.labels})
-        checkpoint.save(folder / name, tensors, {"captions": shard.captions})
+        files.save(folder / name, tensors, {"captions": shard.captions})
         shapes[name] = list(shard.latents.shape)
     return shapes
 
 
-def written(folder: Path, shards: Iterable[tuple[int, Shard]]) -> tuple[dict[str, list[int]], str | None]:
-    """`write`, or what went wrong in it, which all processes have to hear of."""
+def write_everywhere(folder: Path, shards: Iterable[tuple[int, Shard]]) -> dict[str, list[int]]:
+    """Write the shards of all processes. Returns the shapes of all; raises ValueError in all if one process fails."""
+    shapes: dict[str, list[int]] = {}
+    problem = None
     try:
-        return write(folder, shards), None
+        shapes = write(folder, shards)
     except (ValueError, OSError) as error:
-        return {}, str(error)
+        problem = str(error)
+    parts: Any = gather_object([(shapes, problem)])
+    if wrong := next((text for _, text in parts if text), None):
+        raise ValueError(wrong)
+    return {name: shape for some, _ in parts for name, shape in some.items()}
 
 
-def finish(folder: Path, aside: Path, shapes: dict[str, list[int]], facts: dict) -> int:
-    """The index of all shards, and the folder's name; the number of latents."""
-    sizes = {name: shape[0] for name, shape in sorted(shapes.items())}
-    facts |= {"count": sum(sizes.values()), "shape": next(iter(shapes.values()))[1:], "shards": sizes}
-    checkpoint.write_json(aside / "index.json", {"format": LATENTS, **facts})
-    aside.chmod(0o755)
-    aside.rename(folder)
-    return facts["count"]
+@contextmanager
+def shared_folder(folder: Path, state: PartialState) -> Iterator[Path]:
+    """Yield one temporary folder to all processes. On success the main process renames it to ``folder``; on failure it removes it."""
+    with files.replacing_folder(folder) if state.is_main_process else nullcontext(Path()) as own:
+        yield Path(broadcast_object_list([str(own)])[0])
+        if state.is_main_process:
+            refuse_existing(folder)  # another run may have written it in the meantime
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ValueError if ``folder`` exists."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose another --output-dir")
+
+
+def describe(model: Teacher, data: datasets.Data, config: Config) -> dict:
+    """Return the entries of index.json that do not depend on the latents."""
+    assert model.codec is not None
+    return {
+        "format": LATENTS,
+        "model": config.model,
+        "codec_sha256": codec_sha256(model.codec),
+        "scale": model.codec.scale,
+        "shift": model.codec.shift,
+        "codec": model.codec.describe(),
+        "dtype": config.dtype,
+        "data": data.name,
+        "classes": data.classes,
+    }
+
+
+def load_pair(config: Config) -> tuple[Teacher, datasets.Data]:
+    """Load model and data. Raises ValueError for a pixel-space model, for data that are latents, and for shapes that disagree."""
+    model = teachers.load(config.model)
+    if model.codec is None:
+        raise ValueError(f"{config.model} is a pixel-space model without autoencoder; accepted are latent models")
+    data = datasets.load(config.data)
+    if data.latents is not None:
+        raise ValueError(f"{config.data} holds latents already; accepted are images")
+    check_match(model, data)
+    return model, data
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
+        config = parse(Config, __doc__, PRESETS, argv)
         folder = Path(config.output_dir)
-        if folder.exists():
-            fail(f"{folder} exists: name another --output-dir")
+        refuse_existing(folder)
         if min(config.shard_images, config.batch_size) < 1:
-            raise ValueError("--shard-images and --batch-size are 1 or more")
+            raise ValueError("--shard-images and --batch-size must be 1 or more")
         # a process without shards waits for the others
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         if config.threads:
             torch.set_num_threads(config.threads)
-        model = teachers.load(config.model)
-        if model.codec is None:
-            raise ValueError(f"{config.model} works on images and has no autoencoder: accepted are latent models")
-        data = datasets.load(config.data)
-        data.pixels  # latents cannot be encoded again  # noqa: B018
-        check_match(model, data)
+        model, data = load_pair(config)
         model.to(state.device)
-        facts = {
-            "model": config.model,
-            "codec_sha256": codec_sha256(model.codec),
-            "scale": model.codec.scale,
-            "shift": model.codec.shift,
-            "codec": model.codec.describe(),
-        }
-        facts |= {"dtype": config.dtype, "data": data.name, "classes": data.classes}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = [tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent) if state.is_main_process else ""]
-        aside = Path(broadcast_object_list(made)[0])
-        try:
-            total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
-            quiet = None if state.is_main_process else True
-            shards = tqdm(encoded(model, data, config, state), desc="latents", unit="shard", total=total, disable=quiet)
-            parts: Any = gather_object([written(aside, shards)])
-            if wrong := next((error for _, error in parts if error), None):
-                raise ValueError(wrong)
+        index = describe(model, data, config)
+        total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
+        with shared_folder(folder, state) as aside:
+            shards = encoded(model, data, config, state)
+            bar = progress(shards, show=state.is_main_process, desc="latents", unit="shard", total=total)
+            shapes = write_everywhere(aside, bar)
+            sizes = {name: shape[0] for name, shape in sorted(shapes.items())}
+            index |= {"count": sum(sizes.values()), "shape": next(iter(shapes.values()))[1:], "shards": sizes}
             if state.is_main_process:
-                count = finish(folder, aside, {name: shape for shapes, _ in parts for name, shape in shapes.items()}, facts)
-                print(f"{count:,} latents of {data.name}: {folder}")
-        finally:
-            if state.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)
+                files.write_json(aside / "index.json", index)
+        if state.is_main_process:
+            print(f"{index['count']:,} latents of {data.name}: {folder}")
 
 
 if __name__ == "__main__":

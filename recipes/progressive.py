@@ -1,83 +1,102 @@
-"""Progressive distillation (Salimans & Ho 2022): a ladder of students, each doing two steps of the last in one.
+"""Distil a diffusion model progressively: a ladder of students, each doing two steps of the last one in one step.
 
-    accelerate launch recipes/progressive.py                       digits, 64 -> 32 -> ... -> 1, then the sweep and the export
-    accelerate launch recipes/progressive.py --preset full         the same with more images, at most an hour on two cores
-    torchrun --nproc_per_node 2 recipes/progressive.py             two processes (the way to have several on CPUs)
+    accelerate launch recipes/progressive.py                       digits, 64 -> 32 -> ... -> 1 steps, then the report
+    accelerate launch recipes/progressive.py --preset full         the same with more images
+    torchrun --nproc_per_node 2 recipes/progressive.py             two processes (on CPUs too)
 
-Writes runs/progressive-<data>: stages/<steps>/student.safetensors, student.safetensors, report.html, pipeline/ and more.
-What the presets reach stands in EXPERIMENTS.md.
+Salimans & Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512, Alg. 2.
+Writes runs/progressive-digits: stages/<steps>/student.safetensors, student.safetensors, report.html, pipeline/ and more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import teachers
-from distill.denoise import Denoise
-from distill.denoiser import ask_in
+from distill.denoiser import DenoiserLike, on_schedule
 from distill.distance import DISTANCES, WEIGHTS
 from distill.grid import uniform
 from distill.progressive import Progressive
+from distill.regression import Regression
+from distill.sampling import Sampling
 from distill.target import Mix
-from distill.train import Optimization, Shares
-from eval import reference
-from eval.features import Extractor
-from recipes import data as datasets
-from recipes.common import Run, disk_errors, duration, flag, one_line_errors, parse, processes
-from recipes.matching import check_match
-from recipes.measure import OPPONENTS, Measurement, cost_in_calls, measured_against, opponents, own_cells
-from recipes.probing import check_denoiser
-from recipes.stage import deliver, plan, stage
+from distill.train import Optimization
+from recipes.common import flags
+from recipes.common.checks import check_match
+from recipes.common.cli import flag, method_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.training import Experiment
+from recipes.data import sets
+from recipes.data.sets import Data
 from teachers import Teacher
-from teachers.unet import on_table
+from teachers.students import on_table
+from teachers.teacher import require_network
 
 PRESETS: dict[str, dict] = {
-    "default": {},
-    "full": {"images_per_stage": 240_000, "images": 10_000},
-    "smoke": {"start_steps": 8, "images_per_stage": 1024, "images": 200, "sweep_steps": (1, 2)},
+    "default": {},  # FID / teacher's 1.01, 1.07, 1.33, 1.72 at 8, 4, 2, 1 steps (n = 10,000); 7 to 18 minutes on two CPU cores
+    "full": {"images_per_stage": 240_000, "images": 10_000},  # 0.99, 1.04, 1.16, 1.33; about 45 minutes
+    "smoke": {"start_steps": 8, "images_per_stage": 1024, "images": 200, "sweep_steps": (1, 2)},  # about a minute, no quality
 }
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
-    teacher: str = flag("digits", "what is distilled: " + teachers.ACCEPTED.replace("%", "%%"))
-    data: str = flag("digits", "what it is distilled on: " + datasets.ACCEPTED)
-    student: str | None = flag(
-        None, "'table': the teacher's weights on a table that stock pipelines know; the teacher as it is where not given",
+class Config(flags.DistillationFlags):
+    preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
+    output_dir: str = flags.output_dir("runs/progressive-digits")
+    student: str | None = model_flag(
+        None,
+        "table: train the teacher's weights on a table that stock pipelines support; otherwise the teacher is copied",
         choices=("table",),
-    )  # fmt: skip
-    output_dir: str = flag("runs/progressive-digits", "a new directory, or one that holds the same run, which is continued")
-    start_steps: int = flag(64, "steps of the teacher's DDIM sampler")
-    end_steps: int = flag(1, "steps of the last student, start-steps divided by a power of two")
-    images_per_stage: int = flag(32_000, "training images of a stage; the last two stages take twice as many")
-    batch_size: int = flag(128, "images a step, over all processes")
-    microbatch: int | None = flag(None, "most images at once in a process; more accumulate")
-    lr: float = flag(1e-3, "learning rate at the start of a stage; it falls linearly to 0")
-    warmup_images: int = flag(4_000, "images over which the learning rate rises first")
-    weight: str = flag("truncated_snr", "weight of the x0 error", choices=WEIGHTS)
-    distance: str = flag("l2", "distance of student and target", choices=DISTANCES)
-    guidance: float = flag(1.0, "classifier-free guidance baked into the student; 1 is none")
-    mixed_precision: str = flag("no", "autocast of the networks in training", choices=("no", "bf16", "fp16"))
-    images: int = flag(2_000, "generated images a cell of the sweep")
-    sweep_steps: tuple[int, ...] = flag((1, 2, 4, 8), "steps at which the teacher's samplers are measured beside it")
-    features: str = flag("digits", "feature extractor of FID")
-    reference: str | None = flag(
-        None, f"a stored reference instead of --data's images, needed by latents: {reference.ACCEPTED}"
+        short=False,
     )
-    chunk: int = flag(256, "images generated at once in the sweep")
-    seed: int = flag(0, "seed of training and sweep")
-    log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
-    threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
-    resume: bool = flag(True, "continue a run of the same configuration in the output directory")
-    force: bool = flag(False, "distil a teacher that the probe finds to be no denoiser, with a warning")
-
-    MAY_CHANGE: ClassVar = ("force",)
+    start_steps: int = flag(64, "steps of the teacher's DDIM sampler")
+    end_steps: int = flag(1, "steps of the last student: start-steps divided by a power of two")
+    images_per_stage: int = training_flag(32_000, "training images per stage; the stages to 2 and 1 steps take twice as many")
+    weight: str = method_flag("truncated_snr", "weight of the x0 error", choices=WEIGHTS, short=False)
+    distance: str = method_flag("l2", "distance of student and target", choices=DISTANCES, short=False)
+    guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none")
 
 
-def ladder(start: int, end: int) -> list[int]:
-    """The students' step counts. ValueError where ``end`` is not ``start`` divided by a power of two."""
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse(Config, __doc__, PRESETS, argv)
+        e = prepare(config, teachers.load(config.teacher), sets.load(config.data))
+    distil(config, e)
+
+
+def distil(config: Config, e: Experiment) -> None:
+    """Salimans & Ho 2202.00512, Alg. 2."""
+    assert e.teacher is not None
+    steps, student, target = ladder(config), e.student, e.teacher.guided(config.guidance)
+    with e:
+        e.add_baselines(config.start_steps, config.guidance)
+        first = stage_loss(config, on_schedule(target, student.denoiser.schedule), steps[0])
+        e.plan(first, [budget(config, n) for n in steps], evaluations=sum(steps))
+        if needs_warm_start(config, student):
+            student = e.stage("v", as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
+            target = student.denoiser
+        for n in steps:  # N <- N / 2
+            student = e.stage(str(n), student, stage_loss(config, target, n), budget(config, n), Sampling(steps=(n,)))
+            target = student.denoiser  # the student is the next teacher
+
+
+def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
+    """Check that teacher, data and configuration fit together, and claim the output directory.
+
+    Raises ValueError in one line, before anything is written, where they do not.
+    """
+    names = " -> ".join(map(str, [config.start_steps, *ladder(config)]))
+    data = check_match(teacher, data, training=True)
+    require_network(teacher)
+    student = on_table(teacher) if config.student else teacher
+    teacher.guided(config.guidance)
+    record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
+    title = f"progressive distillation of {config.teacher}: {names} steps"
+    return Experiment.open(config, teacher, student, data, title=title, record=record)
+
+
+def ladder(config: Config) -> list[int]:
+    """Return the students' step counts. Raises ValueError where end_steps is not start_steps divided by a power of two."""
+    start, end = config.start_steps, config.end_steps
     steps = [start]
     while steps[-1] > max(1, end) and steps[-1] % 2 == 0:
         steps.append(steps[-1] // 2)
@@ -89,69 +108,27 @@ def ladder(start: int, end: int) -> list[int]:
     return steps[1:]
 
 
-def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
-        steps = ladder(config.start_steps, config.end_steps)
-        teacher, data = teachers.load(config.teacher), datasets.load(config.data)
-        data = check_match(teacher, data, training=True)
-        teacher.parametric  # an oracle has no network  # noqa: B018
-        model = on_table(teacher) if config.student else teacher
-        target = teacher.guided(config.guidance)
-        Shares(config.batch_size, processes(), microbatch=config.microbatch)
-        extractor = Extractor.create(config.features).fits(teacher.image_shape)
-        real = measured_against(config.reference, data, extractor)
-        warning = check_denoiser(teacher, data, config.seed, config.force)
-        run = Run.open(config, config.mixed_precision)
-    if warning:
-        run.say(f"warning: {warning}")
-    device = run.accelerator.device
-    measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
-    cells = opponents(teacher.to(device), "teacher", config.sweep_steps, OPPONENTS, config.guidance)
-    cells += opponents(teacher, "teacher", (config.start_steps,), ("ddim",), config.guidance)
-    title = f"progressive distillation of {config.teacher}: {' -> '.join(map(str, [config.start_steps, *steps]))} steps"
-    model.to(device)
-    first = Progressive(
-        ask_in(target, model.denoiser.schedule), uniform(model.denoiser.schedule, 2 * steps[0]), config.weight, config.distance
-    )
-    stages = [optimization(config, n) for n in steps]
-    plan(run, title, model, first, data, stages, cost_in_calls(cells) + sum(steps), config.images)
-    record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
-
-    seconds = 0.0
-    if config.student or model.parametric.prediction in ("eps", "score"):
-        warm_start = optimization(config, config.start_steps)
-        model, seconds = stage(
-            run, "v", as_v(model), Denoise(Mix(target)), data, warm_start, sampler={}, record=record, seed=config.seed
-        )
-        target = model.denoiser
-    for n, how in zip(steps, stages, strict=True):
-        method = Progressive(target, uniform(model.denoiser.schedule, 2 * n), config.weight, config.distance)
-        sampler = {"name": "ddim", "grid": "uniform", "steps": [n]}
-        model, seconds = stage(
-            run, str(n), model, method, data, how, sampler=sampler, record=record, seed=config.seed, spent=seconds
-        )
-        target = model.denoiser
-        cells += own_cells(model, f"student@{n}", training_seconds=seconds)
-    if run.main:
-        teachers.save(run.folder / "student.safetensors", model)
-
-    facts = {"teacher": config.teacher, "training": duration(seconds)}
-    with disk_errors():
-        report = measurement.report(run, f"Progressive distillation of {config.teacher}", cells, facts)
-    deliver(run, model)
-    run.say(f"\n{report['verdict']}\nreport: {run.folder / 'report.html'}")
-    run.close()
+def stage_loss(config: Config, target: DenoiserLike, steps: int) -> Progressive:
+    """Return the loss of the stage to so many steps."""
+    return Progressive(target, uniform(target.schedule, 2 * steps), WEIGHTS[config.weight], DISTANCES[config.distance])
 
 
-def optimization(config: Config, steps: int) -> Optimization:
-    """How the stage to so many steps is trained: the last two, to 2 and to 1, take twice as many images."""
+def budget(config: Config, steps: int) -> Optimization:
+    """Return the training of the stage to so many steps. The stages to 2 and to 1 steps take twice as many images."""
     images = config.images_per_stage * (2 if steps <= 2 else 1)
     return Optimization(images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images)
 
 
+def needs_warm_start(config: Config, student: Teacher) -> bool:
+    """Return whether the student has to learn the teacher's E[x0 | x_t] as a v network first.
+
+    eps and score networks cannot give x0 at pure noise, and the weights for another table do not fit it yet.
+    """
+    return config.student is not None or student.parametric.prediction in ("eps", "score")
+
+
 def as_v(model: Teacher) -> Teacher:
-    """The same weights read as a v prediction: near the data eps and v agree, and near pure noise eps has no student."""
+    """Return the same weights read as a v prediction, where v and eps agree near the data."""
     return replace(model, denoiser=replace(model.parametric, prediction="v"))
 
 

@@ -1,80 +1,66 @@
-"""Better step times for a student: tried on shared seeds with a cheap figure, confirmed by FID, written into the student.
+"""Search step times for a student: try them on shared seeds with a cheap figure, then decide by FID.
 
     python recipes/search.py --model runs/progressive-digits/stages/4 --steps 2 3 4 --output-dir runs/search
 
-A student's steps follow no differential equation, so its times are found by trying: one at a time is moved along a fine grid
-where that lowers the KID of a thousand images. Of the found and the trained times those with the lower FID are kept.
+The steps of a student are not those of a differential equation, so its times are found by trying. One time after the other is moved
+along a fine grid where that lowers the KID of a thousand images. Of the found and the trained times those with the lower FID are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import teachers
 from distill.grid import uniform
-from distill.search import coordinate_descent
+from distill.grid_search import coordinate_descent
+from distill.sampling import SEARCHED, Sampling
 from eval import fidelity
 from eval.features import Extractor
-from eval.generate import chunks, generate, start, to_uint8
+from eval.generate import chunks, images
 from eval.sweep import Cell
-from recipes import data as datasets
-from recipes import stage
-from recipes.common import Run, disk_errors, flag, one_line_errors, parse
-from recipes.matching import check_match, check_steps
-from recipes.measure import Measurement
+from recipes.common import flags
+from recipes.common.checks import check_match, check_steps
+from recipes.common.cli import flag, machine_flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
+from recipes.common.measurement import Measurement
+from recipes.common.run import Run, disk_errors
+from recipes.common.training import export_pipelines
+from recipes.data import sets
 from teachers import Teacher
 
 PRESETS: dict[str, dict] = {
     "default": {},
     "full": {"proxy_images": 4000, "images": 50_000},
-    "smoke": {"steps": (2,), "nodes": 8, "proxy_images": 100, "images": 100},
+    "smoke": {"steps": (2,), "nodes": 8, "proxy_images": 100, "images": 100},  # about a minute
 }
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = flag("default", "default, full, or smoke (everything in less than a minute)", choices=PRESETS)
-    model: str = flag("digits", "the student: " + teachers.ACCEPTED)
-    data: str = flag("digits", "the real images: " + datasets.ACCEPTED)
-    output_dir: str = flag("runs/search", "a new directory, or one that holds the same search, which is continued")
-    steps: tuple[int, ...] = flag((2, 3, 4), "step counts that are given times")
-    nodes: int = flag(64, "fine grid of equal steps in t that times are taken from")
-    proxy_images: int = flag(1000, "images of the figure that is searched with")
-    images: int = flag(10_000, "images of the FID that decides")
-    features: str = flag("digits", "feature extractor")
-    chunk: int = flag(256, "images generated at once")
-    seed: int = flag(0, "seed of noise and labels; the search takes others than the FID")
-    threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
+class Config(flags.MachineFlags):
+    preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
+    model: str = model_flag("digits", "the student (accepted: --help teacher)")
+    data: str = model_flag("digits", "the real images (accepted: --help data)")
+    output_dir: str = flags.output_dir("runs/search")
+    steps: tuple[int, ...] = flag((2, 3, 4), "step counts to find times for")
+    nodes: int = method_flag(64, "steps of the fine grid, equal in t, that times are taken from")
+    proxy_images: int = method_flag(1000, "images of the KID that is minimised")
+    images: int = measuring_flag(10_000, "images of the FID that decides")
+    features: str = measuring_flag("digits", "feature extractor")
+    chunk: int = measuring_flag(256, "images generated at once", short=False)
+    seed: int = machine_flag(0, "seed of noise and labels; the search uses other seeds than the FID")
 
-
-def proxy(model: Teacher, sampler: str, measurement: Measurement, config: Config, fine: Tensor, device: torch.device):
-    """indices of ``fine`` -> KID of ``proxy_images`` images along these times; the same seeds at every call."""
-    real = measurement.reference.features
-    assert real is not None
-    indices = chunks(config.proxy_images, config.chunk)
-    begins = [start([config.images + i for i in part], model.shape, model.classes, config.seed) for part in indices]
-
-    def merit(path: Sequence[int]) -> float:
-        features = []
-        for begin in begins:
-            x0 = generate(model.denoiser, sampler, fine[list(path)], begin, model.condition, device)
-            features.append(measurement.extractor(to_uint8(model.decode(x0))).fid)
-        kid, _ = fidelity.kid(torch.cat(features)[: config.proxy_images], real, subsets=1)
-        return kid if kid == kid else float("inf")
-
-    return merit
+    TOPICS: ClassVar = flags.TOPICS
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
-        model, data = teachers.load(config.model), datasets.load(config.data)
-        data.pixels  # latents cannot be measured against  # noqa: B018
+        config = parse(Config, __doc__, PRESETS, argv)
+        model, data = teachers.load(config.model), sets.load(config.data)
+        data.require_pixels()
         check_match(model, data)
         check_steps(model, (*config.steps, config.nodes))
         if max(config.steps) > config.nodes:
@@ -83,45 +69,67 @@ def main(argv: list[str] | None = None) -> None:
             )
         extractor = Extractor.create(config.features).fits(data.shape)
         run = Run.open(config)
-        device = run.accelerator.device
         measurement = Measurement.of(extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed)
-    model.to(device)
-    sampler = model.sampler.get("name", "ddim")
-    fine = uniform(model.denoiser.schedule, config.nodes)
-    merit = proxy(model, sampler, measurement, config, fine, device)
-    cells = []
-    for n in config.steps:
-        begin = [round(i * config.nodes / n) for i in range(n + 1)]
-        out: list = [None]
-        if run.main:
-            out = [coordinate_descent(merit, begin, config.nodes + 1)]
-            run.say(
-                f"{n} steps: KID x1000 {1000 * merit(begin):.2f} -> {1000 * out[0][1]:.2f}, times {fine[out[0][0]].tolist()}"
-            )
-        found, _ = broadcast_object_list(out)[0]
-        label = f"student@{n}"
-        cells.append(Cell(label, "student", model, sampler, n, "uniform"))
-        cells.append(Cell(label, "student", model, sampler, n, "searched", times=tuple(fine[found].tolist())))
+    model.to(run.device)
+    cells = [cell for n in config.steps for cell in search(config, run, model, measurement, n)]
     with disk_errors():
         report = measurement.report(run, f"Step times of {config.model}", cells, {"model": config.model})
     if run.main:
-        finish(run, model, sampler, cells, report)
+        keep_better(run, model, cells, report)
     run.say(f"report: {run.folder / 'report.html'}")
     run.close()
 
 
-def finish(run: Run, model: Teacher, sampler: str, cells: list[Cell], report: dict) -> None:
-    """The student with the better times of each step count, and its pipelines."""
+def search(config: Config, run: Run, model: Teacher, measurement: Measurement, n: int) -> tuple[Cell, Cell]:
+    """Return two cells of a step count: uniform times, and the times that minimise KID."""
+    fine = uniform(model.denoiser.schedule, config.nodes)
+    merit = kid_of_times(model, measurement, config, fine, run.device)
+    begin = [round(i * config.nodes / n) for i in range(n + 1)]
+
+    def descend() -> list[int]:
+        path, kid = coordinate_descent(merit, begin, config.nodes + 1)
+        before = 1000 * merit(begin)
+        run.say(f"{plural(n, 'step')}: KID x1000 {before:.2f} -> {1000 * kid:.2f}, times {fine[path].tolist()}")
+        return path
+
+    found = tuple(fine[run.from_main(descend)].tolist())
+    plain = replace(model.sampling, grid="uniform", times={})
+    label = f"student@{n}"
+    searched = replace(plain, grid=SEARCHED, times={n: found})
+    return Cell(label, "student", model, plain, n), Cell(label, "student", model, searched, n)
+
+
+def kid_of_times(
+    model: Teacher, measurement: Measurement, config: Config, fine: Tensor, device: torch.device
+) -> Callable[[Sequence[int]], float]:
+    """Return the function: indices of ``fine`` -> KID of images along these times, with the same seeds at every call."""
+    real = measurement.reference.features
+    assert real is not None
+    seeds = [[config.images + i for i in part] for part in chunks(config.proxy_images, config.chunk)]
+
+    def merit(path: Sequence[int]) -> float:
+        n, times = len(path) - 1, tuple(fine[list(path)].tolist())
+        sampling = replace(model.sampling, grid=SEARCHED, times={n: times})
+        drawn = images(model, sampling, n, seeds, config.seed, device)
+        features = torch.cat([measurement.extractor(batch.pixels).fid for batch in drawn])
+        kid, _ = fidelity.kid(features[: config.proxy_images], real, subsets=1)
+        return kid if kid == kid else float("inf")
+
+    return merit
+
+
+def keep_better(run: Run, model: Teacher, cells: list[Cell], report: dict) -> None:
+    """Write the student with the better times of each step count, and its pipelines."""
     fid = {row["name"]: row["fid"] for row in report["rows"]}
     times = {}
-    for usual, searched in zip(cells[::2], cells[1::2], strict=True):
-        better = min(usual, searched, key=lambda cell: fid[cell.name])
-        times[str(better.steps)] = better.grid_times.tolist()
-        run.say(f"{better.steps} steps: FID {fid[usual.name]:.4f} uniform, {fid[searched.name]:.4f} searched")
-    made = {"name": sampler, "grid": "searched", "steps": [int(n) for n in times], "times": times}
-    better_model = replace(model, sampler=made)
-    teachers.save(run.folder / "student.safetensors", better_model)
-    stage.deliver(run, better_model)
+    for plain, searched in zip(cells[::2], cells[1::2], strict=True):
+        better = min(plain, searched, key=lambda cell: fid[cell.name])
+        times[better.steps] = tuple(better.times.tolist())
+        run.say(f"{plural(better.steps, 'step')}: FID {fid[plain.name]:.4f} uniform, {fid[searched.name]:.4f} searched")
+    made: Sampling = replace(model.sampling, grid=SEARCHED, steps=tuple(times), times=times)
+    student = replace(model, sampling=made)
+    teachers.save(run.folder / "student.safetensors", student)
+    export_pipelines(run, student)
 
 
 if __name__ == "__main__":

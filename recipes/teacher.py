@@ -1,192 +1,180 @@
-"""Trains a diffusion teacher, a diffusers UNet2DModel on any schedule; or, by --probe and --nll, examines any teacher.
+"""Train a diffusion teacher: a diffusers UNet2DModel on any schedule, from data or from another teacher.
 
-    accelerate launch recipes/teacher.py --output-dir runs/teacher-digits          the embedded teacher, 10 minutes on two cores
-    python recipes/teacher.py --prediction edm --schedule edm                      as Karras et al. 2022
+    accelerate launch recipes/teacher.py --output-dir runs/teacher-digits          the embedded teacher
+    python recipes/teacher.py --prediction edm --schedule edm                      as Karras et al., arXiv 2206.00364
     python recipes/teacher.py --teacher SPEC --channels 16 32                      a smaller network that learns E[x0 | x_t] of SPEC
-    python recipes/teacher.py --probe SPEC --nll SPEC --data DATA                  is it a denoiser, read rightly? bits a dimension
 
-The default is v prediction on a discrete cosine table with zero terminal SNR, of 1024 entries, so that every ladder of powers of two
-meets it exactly, in our samplers and in diffusers'.
+The default is v prediction on a discrete cosine table of 1024 entries with zero terminal SNR. Every ladder of powers of two meets its
+entries exactly, in our samplers and in those of diffusers.
 Writes teacher.safetensors, which every --teacher accepts, samples.png, metrics.jsonl and config.json.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 import teachers
-from distill.checkpoint import Resumable
-from distill.denoise import DRAWS, Denoise
 from distill.denoiser import PREDICTIONS, Denoiser
 from distill.distance import WEIGHTS
-from distill.grid import GRIDS
+from distill.regression import DRAWS, Regression
+from distill.resume import Resumable
+from distill.sampling import Sampling
 from distill.schedule import Schedule, schedule_from
-from distill.target import Datum, Mix
-from distill.train import Optimization, Shares, train
-from eval.generate import generate, peak_memory_gb, start, to_uint8
-from eval.sheet import contact_sheet
-from recipes import data as datasets
-from recipes.common import NOT_OF_THE_RUN, Run, duration, flag, one_line_errors, parse, processes, rehearse
-from recipes.matching import check_match, codec_of
-from recipes.measure import best_grid
-from recipes.probing import check_denoiser, examine
+from distill.target import DataSample, Mix
+from distill.train import BatchSplit, Optimization, train
+from eval.generate import images
+from eval.image_grid import contact_sheet
+from eval.machine import peak_memory_gb
+from recipes.common import flags
+from recipes.common.checks import check_denoiser, check_match, codec_of
+from recipes.common.cli import duration, flag, method_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.run import Run, processes, settings_of
+from recipes.common.training import measure_step_time
+from recipes.data import sets
+from recipes.data.sets import Data
 from teachers import Teacher
-from teachers.load import frozen
-from teachers.unet import untrained
+from teachers.students import untrained
+from teachers.teacher import frozen
 
-PRESETS: dict[str, dict] = {"default": {}, "smoke": {"images": 4096, "channels": (16, 32)}}
+PRESETS: dict[str, dict] = {
+    "default": {},  # FID 0.066 with 64 DDIM steps (n = 10,000); 9 minutes on two CPU cores
+    "smoke": {"training_images": 4096, "channels": (16, 32)},  # some seconds, no quality
+}
 SCHEDULES = ("table", "cosine", "linear_vp", "flow", "edm")
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = flag("default", "default, or smoke (everything in less than a minute)", choices=PRESETS)
-    probe: str | None = flag(
-        None, "train nothing; is this a denoiser, and which reading fits it best? " + teachers.ACCEPTED.replace("%", "%%")
+class Config(flags.RunFlags, flags.TrainingFlags):
+    preset: str = flag("default", "smoke is a trial run of some seconds", choices=PRESETS)
+    teacher: str | None = model_flag(None, "learn E[x0 | x_t] of this model instead of the data (accepted: --help teacher)")
+    data: str = model_flag("digits", "the training data (accepted: --help data)")
+    force: bool = model_flag(False, "learn even if the probe finds that the teacher is not a denoiser", short=False)
+    output_dir: str = flags.output_dir("runs/teacher-digits")
+    training_images: int = training_flag(800_000, "training images", was="images")
+    lr: float = training_flag(2e-3, "learning rate; it falls linearly to 0 over the last 30 % of the run")
+    warmup_images: int = training_flag(25_000, "images over which the learning rate rises at the start", short=False)
+    ema_halflife_images: float = training_flag(50_000, "half-life of the average of the weights that is kept", short=False)
+    prediction: str = method_flag(
+        "v", "output of the network; eps and score need --schedule linear_vp or edm", choices=PREDICTIONS
     )
-    nll: str | None = flag(
-        None, "train nothing; negative log-likelihood of the data under this, as --probe, in bits a dimension"
+    schedule: str = method_flag("table", "noise schedule; table: cosine, 1024 entries, zero terminal SNR", choices=SCHEDULES)
+    sigma_data: float | None = method_flag(
+        None, "standard deviation of the data, for prediction edm", short=False, own=lambda v: "measured"
     )
-    teacher: str | None = flag(
-        None, "learn E[x0 | x_t] of this, as --probe, and not from the data alone: denoiser distillation, of any schedule"
+    times: str | None = method_flag(
+        None, "where training draws t", choices=DRAWS, short=False, own=lambda v: _draw_name(v["schedule"])
     )
-    force: bool = flag(False, "learn from a teacher that the probe finds to be no denoiser, with a warning")
-    data: str = flag("digits", "what it is trained on: " + datasets.ACCEPTED)
-    output_dir: str = flag("runs/teacher-digits", "a new directory, or one that holds the same run, which is continued")
-    images: int = flag(800_000, "training images")
-    batch_size: int = flag(128, "images a step, over all processes")
-    microbatch: int | None = flag(None, "most images at once in a process; more accumulate")
-    lr: float = flag(2e-3, "learning rate; it falls linearly to 0 over the last 30 %% of the run")
-    warmup_images: int = flag(25_000, "images over which the learning rate rises first")
-    ema_halflife_images: float = flag(50_000, "half-life of the average of the weights that is kept")
-    prediction: str = flag(
-        "v", "what the network predicts; eps and score need --schedule linear_vp or edm", choices=PREDICTIONS
+    weight: str | None = method_flag(
+        None, "weight of the x0 error", choices=WEIGHTS, short=False, own=lambda v: _weight_name(v["prediction"])
     )
-    schedule: str = flag("table", "noise schedule; table is cosine, 1024 entries, zero terminal SNR", choices=SCHEDULES)
-    sigma_data: float | None = flag(None, "deviation of the data, which prediction edm scales by; measured where not given")
-    times: str | None = flag(
-        None,
-        "where training draws t: uniform, or lognormal in sigma (Karras et al. 2022), which edm takes if not given",
-        choices=DRAWS,
-    )
-    weight: str | None = flag(
-        None, "weight of the x0 error; not given: snr for eps and score, min_snr for x0, else snr_plus_one", choices=WEIGHTS
-    )
-    channels: tuple[int, ...] = flag((32, 48), "channels of the UNet, one a resolution")
-    layers: int = flag(1, "residual blocks a resolution")
-    label_dropout: float = flag(0.1, "part of the labels replaced by the null class, for guidance")
-    mixed_precision: str = flag("no", "autocast of the network", choices=("no", "bf16", "fp16"))
-    seed: int = flag(0, "seed of everything")
-    log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
-    threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
-    resume: bool = flag(True, "continue a run of the same configuration in the output directory")
+    channels: tuple[int, ...] = model_flag((32, 48), "channels of the UNet, one per resolution")
+    layers: int = model_flag(1, "residual blocks per resolution", short=False)
+    label_dropout: float = training_flag(0.1, "part of the labels replaced by the null class, for guidance", short=False)
 
     MAY_CHANGE: ClassVar = ("force",)
-
-    @property
-    def draws(self) -> str:
-        return self.times or ("lognormal" if self.schedule == "edm" else "uniform")
-
-    @property
-    def weighed(self) -> str:
-        return self.weight or {"eps": "snr", "score": "snr", "x0": "min_snr"}.get(self.prediction, "snr_plus_one")
+    TOPICS: ClassVar = flags.TOPICS
+    MOVED: ClassVar = {
+        "--probe": "python recipes/probe.py --model SPEC --data DATA",
+        "--nll": "python recipes/probe.py --model SPEC --data DATA --nll",
+    }
 
 
-def deviation(data: datasets.Data) -> float:
-    """Of all values of up to 4096 samples, as denoisers see them."""
-    return float(data.x0(slice(4096)).std())
+def _draw_name(schedule: str) -> str:
+    return "lognormal" if schedule == "edm" else "uniform"
 
 
-def started(config: Config, data: datasets.Data, classes: int | None) -> Teacher:
-    """The untrained network as a denoiser of the configuration's schedule and prediction."""
-    model = untrained(data.shape, classes, config.channels, config.layers, config.seed)
-    usual = model.parametric
-    schedule: Schedule = usual.schedule if config.schedule == "table" else schedule_from(config.schedule)
-    time = {"table": usual.time, "edm": "thousand_log_sigma"}.get(config.schedule, "thousand_time")
-    sigma_data = usual.sigma_data
-    if config.prediction == "edm":
-        sigma_data = deviation(data) if config.sigma_data is None else config.sigma_data
-        if not sigma_data > 0:
-            raise ValueError(f"--sigma-data {sigma_data:g}: accepted are numbers above 0")
-    denoiser = Denoiser(usual.net, schedule, config.prediction, time, sigma_data)
-    return replace(model, denoiser=denoiser, codec=codec_of(data))
-
-
-def learnt_from(config: Config, data: datasets.Data) -> Teacher | None:
-    """The model of --teacher. ValueError where it does not know the labels that training gives it."""
-    if config.teacher is None:
-        return None
-    teacher = teachers.load(config.teacher)
-    check_match(teacher, data, training=True)
-    if teacher.table is not None:
-        raise ValueError("a new network here is told labels or nothing, and this teacher a text")
-    if config.label_dropout and teacher.classes is not None and teacher.null != data.classes:
-        raise ValueError(f"the teacher's label for none is {teacher.null}, not {data.classes}: use --label-dropout 0")
-    return teacher
+def _weight_name(prediction: str) -> str:
+    return {"eps": "snr", "score": "snr", "x0": "min_snr"}.get(prediction, "snr_plus_one")
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
-        data = datasets.load(config.data)
-        if config.probe or config.nll:
-            return examine(config.probe, config.nll, data, config.seed, config.threads)
-        teacher = learnt_from(config, data)
-        classes = data.classes if teacher is None or teacher.classes is not None else None
-        model = started(config, data, classes)
-        student = model.parametric
-        Shares(config.batch_size, processes(), microbatch=config.microbatch)
+        config = parse(Config, __doc__, PRESETS, argv)
+        data = sets.load(config.data)
+        teacher = None if config.teacher is None else _checked(config, teachers.load(config.teacher), data)
+        model = initial_model(config, data, data.classes if teacher is None or teacher.classes is not None else None)
+        BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
-        run = Run.open(config, config.mixed_precision)
+        run = Run.open(config)
     if warning:
         run.say(f"warning: {warning}")
-    device, world = run.accelerator.device, run.accelerator.num_processes
-    shares = Shares(config.batch_size, world, run.accelerator.process_index, config.microbatch)
-    batches = data.batches(shares, config.seed, "teacher", device, classes is not None, classes, config.label_dropout)
-    target = Datum() if teacher is None else Mix(teacher.to(device).denoiser)
-    method = Denoise(target, config.weighed, times=config.draws)
-    x0, cond = next(iter(batches(0)))
-    seconds, _ = rehearse(method, student, x0, cond)
-    weights = sum(p.numel() for p in student.net.parameters())
-    run.say(f"a teacher of {weights / 1e6:.2f} M weights on {data.name}, {len(data.images):,} images of {data.shape}")
-    run.say(f"  {config.images:,} training images: about {duration(config.images * seconds / world)}, output {run.folder}")
-    run.say(f"  about {1.2 * peak_memory_gb(device):.1f} GB a process\n")
+    fit(config, run, model, teacher, data)
+    run.close()
 
-    optimization = Optimization(
-        config.images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
+
+def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data: Data) -> None:
+    """Minimise E w(t) |D(x_t, t) - x0_hat|^2, where x0_hat is the data sample or a teacher's E[x0 | x_t]."""
+    target = DataSample() if teacher is None else Mix(teacher.to(run.device).denoiser)
+    weight, draw = config.weight or _weight_name(config.prediction), config.times or _draw_name(config.schedule)
+    method = Regression(target, WEIGHTS[weight], draw=DRAWS[draw])
+    split = BatchSplit(config.batch_size, run.accelerator.num_processes, run.accelerator.process_index, config.microbatch)
+    batches = data.batches(split, config.seed, "teacher", run.device, model.condition, model.null, config.label_dropout)
+    student = model.parametric
+    seconds, _ = measure_step_time(method, student, *next(iter(batches(0))))
+    announce(config, run, student, data, seconds)
+    budget = Optimization(
+        config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
         warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images,
     )  # fmt: skip
-    file = run.folder / "teacher.safetensors"
+    file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume")
     if not file.exists():
         states = train(
-            method, student, batches, run.accelerator, optimization,
-            seed=config.seed, phase="teacher", resumable=Resumable(run.folder / "resume"), save_every_images=config.images // 16,
+            method, student, batches, run.accelerator, budget, seed=config.seed, phase="teacher", resumable=resumable,
+            save_every_images=config.training_images // 16,
         )  # fmt: skip
-        for state in run.watch(states, "teacher", config.images, "teacher"):
-            ema = state.ema
+        for state in run.watch(states, "teacher", config.training_images, "teacher"):
+            average = state.ema
         if run.main:
-            record = {
-                "method": "diffusion" if teacher is None else "denoise",
-                "of": config.teacher,
-                "config": {k: v for k, v in asdict(config).items() if k not in NOT_OF_THE_RUN},
-            }
-            frozen(ema.net)
-            teachers.save(file, replace(model, denoiser=ema, record=record))
+            frozen(average.net)
+            kind = "diffusion" if teacher is None else "denoise"
+            record = {"method": kind, "of": config.teacher, "config": settings_of(config)}
+            teachers.save(file, replace(model, denoiser=average, record=record))
     run.accelerator.wait_for_everyone()
     if run.main:
-        Resumable(run.folder / "resume").clear()
-        trained = teachers.load_file(file).to(device)
-        begin = start(range(100), trained.shape, None, config.seed)
-        begin.labels = None if classes is None else torch.arange(100) % classes
-        schedule = trained.denoiser.schedule
-        times = GRIDS[best_grid(schedule, "ddim", 64)](schedule, 64)
-        x0 = generate(trained.denoiser, "ddim", times, begin, trained.condition, device)
-        contact_sheet(to_uint8(trained.decode(x0)).cpu(), run.folder / "samples.png")
+        resumable.clear()
+        draw_samples(teachers.load_file(file).to(run.device), run, config.seed)
     run.say(f"teacher: {file}\nsamples: {run.folder / 'samples.png'}")
-    run.close()
+
+
+def initial_model(config: Config, data: Data, classes: int | None) -> Teacher:
+    """Return the untrained network as a denoiser of the configuration's schedule and prediction."""
+    model = untrained(data.shape, classes, config.channels, config.layers, config.seed)
+    default = model.parametric
+    schedule: Schedule = default.schedule if config.schedule == "table" else schedule_from(config.schedule)
+    time = {"table": default.time, "edm": "thousand_log_sigma"}.get(config.schedule, "thousand_time")
+    sigma_data = default.sigma_data
+    if config.prediction == "edm":
+        sigma_data = float(data.x0(slice(4096)).std()) if config.sigma_data is None else config.sigma_data
+        if not sigma_data > 0:
+            raise ValueError(f"--sigma-data {sigma_data:g}: accepted are numbers above 0")
+    return replace(model, denoiser=Denoiser(default.net, schedule, config.prediction, time, sigma_data), codec=codec_of(data))
+
+
+def _checked(config: Config, teacher: Teacher, data: Data) -> Teacher:
+    """Return the teacher. Raises ValueError where it does not support the labels of this training."""
+    check_match(teacher, data, training=True)
+    if teacher.embeddings is not None:
+        raise ValueError("the new network is conditioned on labels or on nothing, and this teacher on text")
+    if config.label_dropout and teacher.classes is not None and teacher.null != data.classes:
+        raise ValueError(f"the teacher's null label is {teacher.null}, not {data.classes}: use --label-dropout 0")
+    return teacher
+
+
+def announce(config: Config, run: Run, student: Denoiser, data: Data, seconds: float) -> None:
+    """Say what will be trained, how long it should take and how much memory. ``seconds``: per image of a training step."""
+    weights, world = sum(p.numel() for p in student.net.parameters()), run.accelerator.num_processes
+    run.say(f"a teacher of {weights / 1e6:.2f} M weights on {data.name}, {len(data.images):,} images of {data.shape}")
+    run.say(f"  {config.training_images:,} training images: about {duration(config.training_images * seconds / world)}")
+    run.say(f"  about {1.2 * peak_memory_gb(run.device):.1f} GB per process, output {run.folder}\n")
+
+
+def draw_samples(model: Teacher, run: Run, seed: int) -> None:
+    """Write samples.png: 100 images of 64 DDIM steps, the classes in turn."""
+    sampling = Sampling().on_best_grid(model.denoiser.schedule, 64)
+    label_of = None if model.classes is None else lambda i: i % (model.classes or 1)
+    (batch,) = images(model, sampling, 64, [range(100)], seed, run.device, label_of=label_of)
+    contact_sheet(batch.pixels.cpu(), run.folder / "samples.png")
 
 
 if __name__ == "__main__":

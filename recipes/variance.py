@@ -1,79 +1,85 @@
-"""Why distillation learns faster than training: the variance of its targets and gradients, by noise level, and the loss curves.
+"""Measure why distillation learns faster than training: variance of targets and gradients by noise level, and loss curves.
 
     python recipes/variance.py --teacher digits --output-dir runs/variance-digits
 
-Of the datum, of the teacher's E[x0 | x_t], of their best mix and of the batch's posterior mean it measures, against E[x0 | x_t] as
-well as the teacher and the data together tell it (`distill.target.Judge`): the error of the target, variance and squared bias, and the
-signal-to-noise ratio of the gradient it gives an untrained student. Then two students of equal seed are trained for equal images,
-one on data and one on the teacher, and tried on images that neither was trained on.
+Four targets are compared: the data sample, the teacher's E[x0 | x_t], their best mix, and the posterior mean over a batch. For each, the
+error about E[x0 | x_t] (`distill.teacher_bias` estimates it) and the signal-to-noise ratio of the gradient of an untrained student are
+measured. Then two students with equal seed are trained on equally many images, one on the data and one on the teacher, and tested on
+held-out images.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import teachers
-from distill.checkpoint import write_json, write_text
-from distill.denoise import Denoise
-from distill.denoiser import Denoiser, ask_in
-from distill.distance import WEIGHTS
+from distill.denoiser import Denoiser, on_schedule
+from distill.distance import snr_plus_one
+from distill.files import write_json, write_text
+from distill.regression import Regression
 from distill.rng import Rng
 from distill.schedule import Schedule, add_noise
-from distill.target import Datum, Judge, Mix, PosteriorMean, Sample, Target
-from distill.train import Optimization, Shares, train
-from eval.variance import draw, page, verdict
-from recipes import data as datasets
-from recipes.common import Run, flag, one_line_errors, parse, processes
-from recipes.matching import check_match
-from recipes.methods import judged
+from distill.target import DataSample, Mix, PosteriorMean, Target
+from distill.teacher_bias import NoisySample, TeacherBias
+from distill.train import BatchSplit, Optimization, train
+from eval.progress import progress
+from eval.variance_page import draw, page, verdict
+from recipes.common import flags
+from recipes.common.checks import check_match
+from recipes.common.cli import TRACKERS, flag, machine_flag, measuring_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.methods import estimated_bias
+from recipes.common.run import Run, processes
+from recipes.data import sets
+from recipes.data.sets import Data
 from teachers import Teacher
-from teachers.unet import untrained
+from teachers.students import untrained
 
 PRESETS: dict[str, dict] = {
-    "default": {},
-    "smoke": {"levels": 3, "samples": 128, "gradients": 4, "training_images": 2048},
+    "default": {},  # about 5 minutes on two CPU cores
+    "smoke": {"levels": 3, "samples": 128, "gradients": 4, "training_images": 2048},  # about a minute
 }
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = flag("default", "default, or smoke (everything in less than a minute)", choices=PRESETS)
-    teacher: str = flag("digits", "the teacher: " + teachers.ACCEPTED.replace("%", "%%"))
-    data: str = flag("digits", "the real images: " + datasets.ACCEPTED)
-    output_dir: str = flag("runs/variance-digits", "a new directory, or one that holds the same run")
-    levels: int = flag(15, "noise levels")
-    samples: int = flag(1024, "images a noise level")
-    gradients: int = flag(24, "batches whose gradients are compared")
-    batch_size: int = flag(128, "images a batch")
-    training_images: int = flag(64_000, "images that each of the two students is trained on")
-    references: int = flag(4096, "most images by which the teacher is judged")
-    seed: int = flag(0, "seed of everything")
-    log_with: str | None = flag(None, "an Accelerate tracker", choices=("tensorboard", "wandb"))
-    threads: int = flag(0, "CPU threads a process; 0 shares the cores out evenly")
+class Config(flags.MachineFlags):
+    preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
+    teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")
+    data: str = model_flag("digits", "the real images (accepted: --help data)")
+    output_dir: str = flags.output_dir("runs/variance-digits")
+    levels: int = measuring_flag(15, "noise levels")
+    samples: int = measuring_flag(1024, "images per noise level")
+    gradients: int = measuring_flag(24, "batches whose gradients are compared")
+    batch_size: int = training_flag(128, "images per batch")
+    training_images: int = training_flag(64_000, "training images of each of the two students")
+    references: int = measuring_flag(4096, "most images for the estimate of the teacher's bias")
+    seed: int = machine_flag(0, "seed of all random numbers")
+    log_with: str | None = machine_flag(None, "an Accelerate tracker", choices=TRACKERS)
+
+    TOPICS: ClassVar = flags.TOPICS
 
 
 def gradients(
-    student: Denoiser, targets: dict[str, Target], judge: Judge, level: Tensor, config: Config
+    student: Denoiser, targets: dict[str, Target], bias: TeacherBias, level: Tensor, config: Config
 ) -> dict[str, list[float]]:
-    """Of each target: |mean gradient|^2 over the variance of one batch's gradient, and that variance, of v's squared error at one
-    log-SNR.
+    """Return |mean gradient|^2 over the variance of a batch's gradient, and that variance, for each target at one log-SNR.
 
-    The same data and noise for every target. Both mean and variance are unbiased: |mean|^2 is |sample mean|^2 - variance / n.
+    The loss is the squared error of v. All targets see the same data and noise. Both estimates are unbiased: |mean|^2 is
+    |sample mean|^2 - variance / n.
     """
     schedule, generator = student.schedule, torch.Generator().manual_seed(config.seed)
     weights = [p for p in student.net.parameters() if p.requires_grad]
-    total, squares = {name: torch.zeros((), device=judge.data.device) for name in targets}, dict.fromkeys(targets, 0.0)
+    total, squares = {name: torch.zeros((), device=bias.data.device) for name in targets}, dict.fromkeys(targets, 0.0)
     for _ in range(config.gradients):
-        drawn = judge.draw(schedule, level, config.batch_size, generator)
-        answer = student(drawn.x_t, drawn.t, **drawn.cond)
+        drawn = bias.draw(schedule, level, config.batch_size, generator)
+        output = student(drawn.x_t, drawn.t, **drawn.cond)
         for name, target in targets.items():
             x0_hat = target(schedule, drawn.x_t, drawn.t, drawn.x0, **drawn.cond)
-            weight = WEIGHTS["snr_plus_one"](schedule, drawn.t)  # of x0's error in that of v
-            loss = (weight * (answer - x0_hat).square().flatten(1).mean(1)).mean()
+            weight = snr_plus_one(schedule, drawn.t)  # of the error of x0 in that of v
+            loss = (weight * (output - x0_hat).square().flatten(1).mean(1)).mean()
             flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
             total[name] = total[name] + flat
             squares[name] += float(flat.square().sum())
@@ -85,34 +91,34 @@ def gradients(
     return out
 
 
-def measured(config: Config, teacher: Teacher, judge: Judge, fresh: Denoiser) -> dict:
-    """Per noise level: variance and bias of the four targets, gradient variance and signal-to-noise ratio of each."""
+def measured(config: Config, teacher: Teacher, bias: TeacherBias, fresh: Denoiser) -> dict:
+    """Return the error of the four targets, and the variance and signal-to-noise ratio of their gradients, per noise level."""
     schedule, logsnr = teacher.denoiser.schedule, torch.linspace(-8, 8, config.levels)
     generator = torch.Generator().manual_seed(config.seed)
-    found = judge.errors(schedule, logsnr, generator, config.samples)
+    found = bias.errors(schedule, logsnr, generator, config.samples)
     targets: dict[str, Target] = {
-        "datum": Datum(),
+        "data": DataSample(),
         "teacher": Mix(teacher.denoiser, 1.0),
         "mix": Mix(teacher.denoiser, found["best"], logsnr),
         "posterior mean": PosteriorMean(),
     }
     v, b, g = found["variance"], found["bias"], found["best"]
-    error = {"datum": v.tolist(), "teacher": b.tolist(), "mix": ((1 - g) ** 2 * v + g**2 * b).tolist(), "posterior mean": []}
+    error = {"data": v.tolist(), "teacher": b.tolist(), "mix": ((1 - g) ** 2 * v + g**2 * b).tolist(), "posterior mean": []}
     rows: dict[str, dict[str, list[float]]] = {
         name: {"error": error[name], "gradient_snr": [], "gradient_variance": []} for name in targets
     }
-    for level in tqdm(logsnr, desc="noise levels", disable=None):
+    for level in progress(logsnr, desc="noise levels", unit="level"):
         error["posterior mean"].append(
-            error_of_batches(judge.draw(schedule, level, config.samples, generator), schedule, config)
+            error_of_batches(bias.draw(schedule, level, config.samples, generator), schedule, config)
         )
-        for name, (snr, variance) in gradients(fresh, targets, judge, level, config).items():
+        for name, (snr, variance) in gradients(fresh, targets, bias, level, config).items():
             rows[name]["gradient_snr"].append(snr)
             rows[name]["gradient_variance"].append(variance)
     return {"logsnr": logsnr.tolist(), "best": g.tolist(), "targets": rows}
 
 
-def error_of_batches(drawn: Sample, schedule: Schedule, config: Config) -> float:
-    """E|x0_hat - E[x0 | x_t]|^2 a pixel of the posterior means of batches."""
+def error_of_batches(drawn: NoisySample, schedule: Schedule, config: Config) -> float:
+    """Return E|x0_hat - E[x0 | x_t]|^2 per pixel for the posterior means of batches."""
     parts = [slice(i, i + config.batch_size) for i in range(0, config.samples, config.batch_size)]
     of_part = PosteriorMean()
     x0_hat = [
@@ -121,13 +127,12 @@ def error_of_batches(drawn: Sample, schedule: Schedule, config: Config) -> float
     return float((torch.cat(x0_hat) - drawn.expected).square().mean())
 
 
-def curve(run: Run, config: Config, fresh: Teacher, target: Target, data: datasets.Data, held_out: Judge) -> list[list[float]]:
-    """Training from one seed: [images, `excess` on the images held out] about thirty times on the way."""
-    name = "datum" if isinstance(target, Datum) else "teacher"
+def curve(run: Run, config: Config, fresh: Teacher, target: Target, data: Data, held_out: TeacherBias) -> list[list[float]]:
+    """Train a student. Return [images, `excess` on held-out images] at about thirty points."""
+    name = "data" if isinstance(target, DataSample) else "teacher"
     how = Optimization(config.training_images, config.batch_size, warmup_images=4_000)
-    conditional = fresh.classes is not None
-    batches = data.batches(Shares(config.batch_size), config.seed, "variance", run.accelerator.device, conditional)
-    states = train(Denoise(target), fresh.student(), batches, run.accelerator, how, seed=config.seed, phase="variance")
+    batches = data.batches(BatchSplit(config.batch_size), config.seed, "variance", run.device, fresh.condition)
+    states = train(Regression(target), fresh.student(), batches, run.accelerator, how, seed=config.seed, phase="variance")
     points = []
     for state in run.watch(states, name, config.training_images, f"student of the {name}"):
         if state.step % max(1, how.steps // 30) == 0:
@@ -137,20 +142,22 @@ def curve(run: Run, config: Config, fresh: Teacher, target: Target, data: datase
 
 
 @torch.no_grad()
-def excess(student: Denoiser, held_out: Judge, seed: int, n: int = 1024) -> float:
-    """E (|x0 - student|^2 - |x0 - teacher|^2) / sigma^2 a pixel over all noise levels, of images of which neither target came: how
-    much more the student errs in v than the teacher."""
+def excess(student: Denoiser, held_out: TeacherBias, seed: int, n: int = 1024) -> float:
+    """Return how much larger the student's error in v is than the teacher's, per pixel over all noise levels, on held-out images.
+
+    It is E (|x0 - student|^2 - |x0 - teacher|^2) (snr + 1).
+    """
     schedule, rng = student.schedule, Rng(torch.Generator().manual_seed(seed + 2), n)
     index = rng.integers(len(held_out.data)).to(held_out.data.device)
     x0, cond = held_out.data[index], held_out.condition(None if held_out.labels is None else held_out.labels[index])
     t = 0.02 + 0.96 * rng.uniform().to(x0)
     x_t = add_noise(schedule, x0, rng.normal(x0), t)
-    mine, teachers_ = ((x0 - d(x_t, t, **cond)).square() for d in (student, ask_in(held_out.teacher, schedule)))
-    return float(((mine - teachers_).flatten(1).mean(1) * WEIGHTS["snr_plus_one"](schedule, t)).mean())
+    mine, teachers_ = ((x0 - d(x_t, t, **cond)).square() for d in (student, on_schedule(held_out.teacher, schedule)))
+    return float(((mine - teachers_).flatten(1).mean(1) * snr_plus_one(schedule, t)).mean())
 
 
-def parted(data: datasets.Data, seed: int) -> tuple[datasets.Data, datasets.Data]:
-    """Nine tenths of the images and the rest."""
+def split_data(data: Data, seed: int) -> tuple[Data, Data]:
+    """Return nine tenths of the images, and the rest."""
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
     cut = max(1, len(order) // 10)
     first, rest = (
@@ -162,23 +169,23 @@ def parted(data: datasets.Data, seed: int) -> tuple[datasets.Data, datasets.Data
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(Config, __doc__.splitlines()[0], PRESETS, argv)
-        teacher, data = teachers.load(config.teacher), datasets.load(config.data)
+        config = parse(Config, __doc__, PRESETS, argv)
+        teacher, data = teachers.load(config.teacher), sets.load(config.data)
         data = check_match(teacher, data, training=True)
         if processes() > 1 or data.stream is not None:
-            raise ValueError("this report is made by one process, on a set in memory of which some images are held out")
-        if teacher.table is not None:
-            raise ValueError("the students of this report are told labels or nothing, and this teacher a text")
+            raise ValueError("this report needs one process and a set in memory, of which some images are held out")
+        if teacher.embeddings is not None:
+            raise ValueError("the students of this report are conditioned on labels or on nothing, and this teacher on text")
         fresh = untrained(data.shape, teacher.classes, (32, 48), 1, config.seed)
         run = Run.open(config)
-    device = run.accelerator.device
+    device = run.device
     for model in (teacher, fresh):
         model.to(device)
     fresh.parametric.net.train()
-    out = measured(config, teacher, judged(teacher, data, config.references, config.seed, device), fresh.parametric)
-    kept, rest = parted(data, config.seed)
-    held_out = judged(teacher, rest, config.references, config.seed, device)
-    targets: dict[str, Target] = {"datum": Datum(), "teacher": Mix(teacher.denoiser)}
+    out = measured(config, teacher, estimated_bias(teacher, data, config.references, config.seed, device), fresh.parametric)
+    kept, rest = split_data(data, config.seed)
+    held_out = estimated_bias(teacher, rest, config.references, config.seed, device)
+    targets: dict[str, Target] = {"data": DataSample(), "teacher": Mix(teacher.denoiser)}
     out["curves"] = {name: curve(run, config, fresh, target, kept, held_out) for name, target in targets.items()}
     out["verdict"] = verdict(out)
     if run.main:

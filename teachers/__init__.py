@@ -1,5 +1,7 @@
-"""Models from anywhere as one thing: a `Teacher` whose denoiser is E[x0 | x_t]. A student is loaded the same way."""
+"""Models from anywhere as one type: a `Teacher` with a denoiser E[x0 | x_t]. Students are loaded the same way."""
 
-from teachers.load import ACCEPTED, Teacher, load, load_file, save
+from teachers.load import ACCEPTED, load
+from teachers.saved import load_file, save
+from teachers.teacher import Teacher
 
 __all__ = ["ACCEPTED", "Teacher", "load", "load_file", "save"]

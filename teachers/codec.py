@@ -1,4 +1,4 @@
-"""Between images and the latents a latent model works on: an autoencoder, in float32 whatever else runs in half precision."""
+"""The autoencoder of a latent model, which maps between images and latents. It always runs in float32."""
 
 from __future__ import annotations
 
@@ -10,56 +10,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teachers.hub import component, fetch
+
 
 @dataclass(frozen=True)
 class Codec:
-    """Latents are (z - ``shift``) ``scale`` of a diffusers autoencoder's z: unit variance, which the diffusion model was made on.
+    """Map between images and latents. Latents are (z - ``shift``) ``scale`` of a diffusers autoencoder's z, near unit variance.
 
-    ``source``: where the autoencoder lies, {"folder" (or hub id), "part", "class"}. A model's file holds this and not the
-    autoencoder, which is then read when it is first needed (``vae`` None).
+    ``vae``: the autoencoder (AutoencoderKL, VQModel, AutoencoderTiny, ...); None to load it from ``source`` when it is first used.
+    ``source``: where it is, {"folder" (or hub id), "part", "class"}. A model's file holds this and not the autoencoder.
     """
 
-    vae: Any = None  # AutoencoderKL, VQModel, AutoencoderTiny, ...
+    vae: Any = None
     scale: float = 1.0
     shift: float = 0.0
     source: dict = field(default_factory=dict)
 
     @cached_property
     def network(self) -> Any:
-        """The autoencoder. ValueError where its source is gone."""
+        """The autoencoder. Raises ValueError if it is no longer at its source."""
         if self.vae is not None:
             return self.vae
-        from teachers.pipeline import fetch, part_of
-
         where = self.source["folder"]
-        vae = part_of(fetch(where), self.source["part"], self.source["class"], where)
+        vae = component(fetch(where), self.source["part"], self.source["class"], where)
         return vae.eval().requires_grad_(False)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1]."""
+        """Return images [B, C, H, W] in [-1, 1]."""
         with torch.inference_mode(), torch.autocast(latents.device.type, enabled=False):
             return self._on(latents).decode(latents.float() / self.scale + self.shift).sample
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents of images in [-1, 1]; the mean, where the encoder gives a distribution."""
+        """Return the latents of images in [-1, 1]; the mean if the encoder returns a distribution."""
         with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
             out = self._on(images).encode(images.float())
         z = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
         return (z - self.shift) * self.scale
 
     def to(self, device: torch.device) -> Codec:
+        """Move the autoencoder, if it is loaded, and return self."""
         if self.vae is not None:
             self.vae.to(device)
         return self
 
     def describe(self) -> dict:
-        """The codec as plain JSON data; `from_description` turns it back."""
+        """Return the codec as JSON data. `from_description` is the inverse."""
         return {"scale": self.scale, "shift": self.shift, **self.source}
 
     @classmethod
     def from_description(cls, description: dict, beside: Path) -> Codec:
-        """ValueError where the folder of its autoencoder is gone; one of the hub is looked for when it is first needed. A folder that
-        begins with "./" lies ``beside`` the file of the model."""
+        """Build a codec from the result of `describe`. ``beside``: the folder of the model's file; "./" paths are relative to it.
+
+        Raises ValueError if the autoencoder's folder is gone. A hub id is only looked up when the autoencoder is first used.
+        """
         source = {k: description[k] for k in ("folder", "part", "class")}
         if source["folder"].startswith("./"):
             source["folder"] = str((beside / source["folder"]).resolve())

@@ -1,4 +1,4 @@
-"""Denoisers in closed form: what every solver, loss and student of this project is checked against."""
+"""Denoisers in closed form. Samplers, losses and students are tested against them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.images import from_uint8
 from distill.schedule import Cosine, Schedule, expand
-from teachers.load import Teacher
+from teachers.digits import digits
+from teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """E[x0 | x_t] for independent pixels x0 ~ N(mean, std^2): mean + alpha std^2 (x_t - alpha mean) / (alpha^2 std^2 + sigma^2).
+    """Return E[x0 | x_t] of independent x0 ~ N(mean, std^2): mean + alpha std^2 (x_t - alpha mean) / (alpha^2 std^2 + sigma^2).
 
-    ``mean`` and ``std`` have the shape of one sample (or broadcast to it).
+    ``mean`` and ``std`` have the shape of one sample, or broadcast to it.
     """
 
     schedule: Schedule
     mean: Tensor
     std: Tensor
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
         a, s = expand(self.schedule.alpha(t), x_t), expand(self.schedule.sigma(t), x_t)
         mean, variance = self.mean.to(x_t), self.std.to(x_t) ** 2
         return mean + a * variance / (a * a * variance + s * s) * (x_t - a * mean)
 
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The exact probability-flow map from t to s: each pixel keeps its quantile."""
+        """Return the exact probability-flow map from t to s: each coordinate keeps its quantile."""
         a_t, a_s = expand(self.schedule.alpha(t), x_t), expand(self.schedule.alpha(s), x_t)
         s_t, s_s = expand(self.schedule.sigma(t), x_t), expand(self.schedule.sigma(s), x_t)
         mean, variance = self.mean.to(x_t), self.std.to(x_t) ** 2
@@ -40,7 +42,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Mixture:
-    """E[x0 | x_t] for x0 ~ sum_k weights_k N(means_k, std_k^2 I), means [K, ...], stds [K], weights [K] summing to 1.
+    """Return E[x0 | x_t] of x0 ~ sum_k weights_k N(means_k, std_k^2 I): means [K, ...], stds [K], weights [K] that sum to 1.
 
     With stds 0 and equal weights this is the exact denoiser of the finite data set ``means``.
     """
@@ -50,7 +52,7 @@ class Mixture:
     stds: Tensor
     weights: Tensor
 
-    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
         a = self.schedule.alpha(t).to(x_t).reshape(-1, 1)
         s = self.schedule.sigma(t).to(x_t).reshape(-1, 1)
         x, means = x_t.flatten(1), self.means.to(x_t).flatten(1)
@@ -66,23 +68,24 @@ class Mixture:
 
 
 def finite(schedule: Schedule, data: Tensor) -> Mixture:
-    """The exact denoiser of the finite set ``data`` [N, ...]."""
+    """Return the exact denoiser of the finite data set ``data`` [N, ...]."""
     n = len(data)
     return Mixture(schedule, data, torch.zeros(n), torch.full((n,), 1 / n))
 
 
 def load(spec: str) -> Teacher:
-    """oracle:gaussian and oracle:mixture (two dimensions), oracle:digits (the exact denoiser of the 1797 digits)."""
-    name, schedule = spec.removeprefix("oracle:"), Cosine()
+    """Load oracle:gaussian or oracle:mixture (two dimensions), or oracle:digits (the exact denoiser of the 1797 digits).
+
+    Raises ValueError for any other name.
+    """
+    name, schedule, record = spec.removeprefix("oracle:"), Cosine(), {"source": spec}
     if name == "gaussian":
-        return Teacher(Gaussian(schedule, torch.tensor([0.5, -0.25]), torch.tensor([0.5, 0.2])), (2,), record={"source": spec})
+        return Teacher(Gaussian(schedule, torch.tensor([0.5, -0.25]), torch.tensor([0.5, 0.2])), (2,), record=record)
     if name == "mixture":
         angles = torch.arange(8) * (math.pi / 4)
         means = torch.stack([angles.cos(), angles.sin()], 1) * 0.8
-        return Teacher(Mixture(schedule, means, torch.full((8,), 0.1), torch.full((8,), 1 / 8)), (2,), record={"source": spec})
+        return Teacher(Mixture(schedule, means, torch.full((8,), 0.1), torch.full((8,), 1 / 8)), (2,), record=record)
     if name == "digits":
-        from teachers.digits import digits
-
         images, _ = digits()
-        return Teacher(finite(schedule, images.float() / 127.5 - 1), tuple(images.shape[1:]), record={"source": spec})
+        return Teacher(finite(schedule, from_uint8(images)), tuple(images.shape[1:]), record=record)
     raise ValueError(f"unknown oracle {name!r}: accepted are gaussian, mixture, digits")

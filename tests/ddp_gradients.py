@@ -26,7 +26,7 @@ def main():
     x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)).double()
     wrong = []
     methods = {name: method for name, (method, _) in LEARNED.items()}
-    methods["regularized"] = Regularized(methods["cd"], (("consistent", 0.1), ("fokker-planck", 0.01)))
+    methods["regularized"] = Regularized(methods["cd"], (("martingale", 0.1), ("fokker-planck", 0.01)))
     for name, method in methods.items():
         alone = Denoiser(Small().double(), Cosine())
         shared = replace(alone, net=accelerator.prepare(copy.deepcopy(alone.net)))

@@ -1,6 +1,6 @@
-"""Run alone and by torchrun: trains the digits teacher's copy a few steps and writes weights and average to the file that is named.
+"""Run alone and by torchrun: trains the digits teacher's copy a few steps and writes weights and average to a file.
 
-Accelerate shards on accelerators only; on CPUs its state is told to, and its FSDP2 code runs as it is.
+Accelerate shards on accelerators only; on CPUs its state is therefore set by hand; its FSDP2 code is the real one.
 """
 
 import sys
@@ -10,12 +10,13 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
 import teachers
-from distill.checkpoint import save, whole
-from distill.consistency import Consistency, Neighbours
+from distill.consistency import Consistency, Neighbours, truncated_snr
+from distill.files import save
+from distill.resume import whole
 from distill.scm import ContinuousConsistency
 from distill.target import Mix
-from distill.train import Optimization, Shares, train
-from recipes import data as datasets
+from distill.train import BatchSplit, Optimization, train
+from recipes.data import sets as datasets
 
 
 def main(path):
@@ -24,7 +25,7 @@ def main(path):
     teacher, data = teachers.load("digits"), datasets.load("digits")
     pairs = Neighbours(lambda _: 4, grid="uniform")
     methods = {
-        "cd": Consistency(Mix(teacher.denoiser), pairs, "truncated_snr", averaged=True),
+        "cd": Consistency(Mix(teacher.denoiser), pairs, truncated_snr, averaged=True),
         "scd": ContinuousConsistency(Mix(teacher.denoiser), warmup=0.0),
     }
     tensors = {}
@@ -32,7 +33,7 @@ def main(path):
         if accelerator.num_processes > 1:
             plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, **blocks)
             type(accelerator.state)._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-        shares = Shares(32, accelerator.num_processes, accelerator.process_index)
+        shares = BatchSplit(32, accelerator.num_processes, accelerator.process_index)
         batches = data.batches(shares, 0, name, accelerator.device)
         how = Optimization(3 * 32, 32, ema_halflife_images=64)
         for state in train(method, teacher.student(), batches, accelerator, how, seed=0, phase=name):

@@ -1,4 +1,4 @@
-"""Tiny diffusers pipelines of random weights, of every family that can be a teacher."""
+"""Tiny diffusers pipelines with random weights, one of every family that can be a teacher."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-WIDTH = 8  # of every text encoder
+WIDTH = 8  # hidden size of every text encoder
 DDIM = {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "clip_sample": False}
 
 
@@ -68,7 +68,7 @@ def text_unet(context: int = WIDTH, **options) -> UNet2DConditionModel:
 
 
 def clip(folder: Path, projected: bool = False):
-    """A text encoder and its tokenizer, of bytes without merges."""
+    """A text encoder and its tokenizer of single bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
@@ -85,7 +85,7 @@ def clip(folder: Path, projected: bool = False):
 
 
 def t5(width: int = WIDTH):
-    """A text encoder and its tokenizer, of single letters."""
+    """A text encoder and its tokenizer of single letters."""
     from tokenizers import Tokenizer
     from tokenizers.models import Unigram
 
@@ -97,7 +97,7 @@ def t5(width: int = WIDTH):
 
 
 def randomized(net: torch.nn.Module) -> torch.nn.Module:
-    """Without the weights that start at 0, behind which a condition would not be seen."""
+    """Add noise to all weights. Weights that start at 0 would hide the effect of a condition."""
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -143,28 +143,16 @@ def sd3(folder):
         joint_attention_dim=2 * WIDTH, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8,
     )  # fmt: skip
     autoencoder = vae(scaling_factor=1.5, shift_factor=0.06)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return StableDiffusion3Pipeline(
-        randomized(net).eval(),
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
-        autoencoder,
-        one,
-        tokenizer,
-        two,
-        tokenizer,
-        three,
-        letters,
+        randomized(net).eval(), scheduler, autoencoder, one, tokenizer, two, tokenizer, three, letters
     )
 
 
 def pixart(folder, pipeline, **options):
     encoder, tokenizer = t5()
-    small = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 16,
-        "num_layers": 1,
-        "norm_num_groups": 4,
-    }
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
+    small = {**heads, "num_layers": 1, "norm_num_groups": 4}
     net = PixArtTransformer2DModel(**small | options, in_channels=4, out_channels=8, sample_size=8, caption_channels=WIDTH)
     return pipeline(tokenizer, encoder, vae(), randomized(net).eval(), DDIMScheduler(**DDIM))
 

@@ -12,16 +12,26 @@ import torch
 from conftest import ROOT, free_port
 from torch import nn
 
-from distill import checkpoint, grid
-from distill.consistency import Consistency, Gap, Neighbours, bounded, ct_steps, ict_steps, same_dropout
+from distill import files, grid
+from distill.consistency import (
+    Consistency,
+    Gap,
+    Neighbours,
+    ct_steps,
+    ict_steps,
+    inverse_gap,
+    same_dropout,
+    truncated_snr,
+    with_boundary,
+)
 from distill.denoiser import Denoiser
 from distill.distance import PseudoHuber
 from distill.meanflow import FLOW, MeanFlow
 from distill.rng import Rng
+from distill.samplers import consistency, ddim, heun, jump
 from distill.schedule import EDM, VE, Cosine, Flow, Schedule, add_noise, explain
 from distill.scm import TRIG, ContinuousConsistency, tangent, velocity
-from distill.solver import consistency, ddim, heun, jump
-from distill.target import Datum, Mix
+from distill.target import DataSample, Mix
 from teachers.oracle import Gaussian, Mixture
 
 MEAN, STD = torch.tensor([0.5, -0.3]).double(), torch.tensor([0.4, 0.8]).double()
@@ -62,10 +72,10 @@ def test_the_distillation_loss_vanishes_on_the_exact_function_as_the_grid_refine
         assert coarse / fine > (3 if order == 1 else 8), losses
 
 
-def test_training_is_distillation_by_a_teacher_that_returns_the_datum():
+def test_training_is_distillation_by_a_teacher_that_returns_the_data_sample():
     x0, schedule = data(64), Cosine()
 
-    class Knows:
+    class Returns:
         def __init__(self):
             self.schedule = schedule
 
@@ -73,13 +83,13 @@ def test_training_is_distillation_by_a_teacher_that_returns_the_datum():
             return x0
 
     pairs = Neighbours(lambda _: 30)
-    one = Consistency(Datum(), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
-    two = Consistency(Mix(Knows(), 1.0), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
+    one = Consistency(DataSample(), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
+    two = Consistency(Mix(Returns(), 1.0), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
     assert torch.allclose(one, two)
 
 
 def test_the_euler_step_of_training_keeps_the_noise():
-    """Song et al. 2023: with x0_hat the datum, x_s is the same datum under the same noise."""
+    """Song et al. 2023: with the data sample as x0_hat, x_s is that sample with the same noise."""
     schedule, x0 = Cosine(), data(32)
     seen = []
 
@@ -88,9 +98,9 @@ def test_the_euler_step_of_training_keeps_the_noise():
             seen.append((x_t, t))
             return x_t
 
-    Consistency(Datum(), Neighbours(lambda _: 12))(Records(schedule), x0, rng=rng(32), progress=0.0)
+    Consistency(DataSample(), Neighbours(lambda _: 12))(Records(schedule), x0, rng=rng(32), progress=0.0)
     (x_s, s), (x_t, t) = seen
-    inner = t > schedule.t_min  # the last pair ends at the data, where the function is not asked
+    inner = t > schedule.t_min  # the last pair ends at the data, where the function is not evaluated
     noise = (x_t - schedule.alpha(t)[:, None] * x0) / schedule.sigma(t)[:, None]
     assert (t > s)[inner].all() and torch.allclose(x_s[inner], add_noise(schedule, x0, noise, s)[inner], atol=1e-5)
     assert torch.allclose(x_s[~inner], x0[~inner])
@@ -128,7 +138,7 @@ def test_pairs_of_ict_are_as_likely_as_their_equation_says():
     assert torch.equal(times.float()[index + 1], s)
 
 
-def test_gaps_of_ect_start_at_the_datum_and_close_by_their_formula():
+def test_gaps_of_ect_start_at_the_data_and_close_by_their_formula():
     t, s = Gap(q=2.0, stages=4)(EDM(), rng(1000), 0.0)
     assert (s[t < 1.94] == 0).all() and (s[t > 1.96] > 0).all()  # where 1 - (1 + 8 sigmoid(-t)) / 2 changes its sign
     t, s = Gap(q=2.0, stages=4)(EDM(), rng(1000), 0.99)
@@ -151,7 +161,7 @@ class Droppy(nn.Module):
 
 def test_both_sides_of_the_loss_drop_the_same_units_and_the_next_step_others():
     net = Droppy().train()
-    method = Consistency(Datum(), Neighbours(lambda _: 8))
+    method = Consistency(DataSample(), Neighbours(lambda _: 8))
     for _ in range(2):
         method(Denoiser(net, Cosine()), torch.randn(32, 6), rng=rng(32), progress=0.0)
     assert torch.equal(net.masks[0], net.masks[1]) and not torch.equal(net.masks[1], net.masks[2])
@@ -166,9 +176,9 @@ def test_no_gradient_flows_through_the_other_end_and_an_average_takes_its_place(
     student, average = (Denoiser(lambda x, t, n=n: n(x), Flow()) for n in (net, other))
     x0 = torch.randn(16, 2)
     pairs = Neighbours(lambda _: 6)
-    own = Consistency(Datum(), pairs)(student, x0, rng=rng(16), progress=0.0)
-    same = Consistency(Datum(), pairs, averaged=True)(student, x0, rng=rng(16), progress=0.0, average=student)
-    theirs = Consistency(Datum(), pairs, averaged=True)(student, x0, rng=rng(16), progress=0.0, average=average)
+    own = Consistency(DataSample(), pairs)(student, x0, rng=rng(16), progress=0.0)
+    same = Consistency(DataSample(), pairs, averaged=True)(student, x0, rng=rng(16), progress=0.0, average=student)
+    theirs = Consistency(DataSample(), pairs, averaged=True)(student, x0, rng=rng(16), progress=0.0, average=average)
     assert torch.equal(own, same) and not torch.allclose(own, theirs)
     theirs.mean().backward()
     assert other.weight.grad is None and net.weight.grad.abs().sum() > 0
@@ -256,13 +266,13 @@ class Small(nn.Module):
 
 MEANS, DEVIATION, SHARES = torch.tensor([[0.8, 0.0], [-0.5, 0.6], [-0.4, -0.7]]), 0.3, torch.tensor([0.4, 0.3, 0.3])
 ORACLE = Mixture(Cosine(), MEANS, torch.full((3,), DEVIATION), SHARES)
-TEACHER, DATA = Mix(ORACLE, 1), Datum()
+TEACHER, DATA = Mix(ORACLE, 1), DataSample()
 LEARNED = {  # with the distance to the exact map that 1000 steps of 256 samples reach, and a third more
-    "cd": (Consistency(TEACHER, Neighbours(lambda _: 4, grid="uniform"), "truncated_snr", order=2, substeps=2), 0.13),
+    "cd": (Consistency(TEACHER, Neighbours(lambda _: 4, grid="uniform"), truncated_snr, order=2, substeps=2), 0.13),
     "ct": (Consistency(DATA, Neighbours(ct_steps(2, 60))), 0.23),
-    "ict": (Consistency(DATA, Neighbours(ict_steps(10, 80), (-1.1, 2.0)), "inverse_gap", PseudoHuber()), 0.16),
-    "ect": (Consistency(DATA, Gap(), "inverse_gap"), 0.15),
-    "ect with the teacher": (Consistency(TEACHER, Gap(), "inverse_gap"), 0.12),
+    "ict": (Consistency(DATA, Neighbours(ict_steps(10, 80), (-1.1, 2.0)), inverse_gap, PseudoHuber()), 0.16),
+    "ect": (Consistency(DATA, Gap(), inverse_gap), 0.15),
+    "ect with the teacher": (Consistency(TEACHER, Gap(), inverse_gap), 0.12),
     "scd": (ContinuousConsistency(TEACHER), 0.1),
     "sct": (ContinuousConsistency(DATA), 0.16),
     "meanflow": (MeanFlow(TEACHER, power=0.0), 0.18),
@@ -294,9 +304,9 @@ def test_every_method_learns_the_map_of_a_mixture(name):
         optimizer.step()
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(5))
     exact = heun(ORACLE, x.double(), grid.uniform(Cosine(), 200)).float()
-    told = {"to": torch.zeros(2000)} if "meanflow" in name else {}
+    end = {"to": torch.zeros(2000)} if "meanflow" in name else {}
     with torch.no_grad():
-        error = (student(x, torch.ones(2000), **told) - exact).square().mean().sqrt()
+        error = (student(x, torch.ones(2000), **end) - exact).square().mean().sqrt()
     assert error < within, error
 
 
@@ -335,7 +345,7 @@ def test_the_other_end_is_the_data_themselves_at_the_time_of_the_data(schedule, 
     net = nn.Linear(2, 2)
     student, x = Denoiser(lambda x, t: net(x), schedule, prediction), torch.randn(6, 2)
     t = torch.tensor([schedule.t_clean, 0.5] * 3)
-    out = bounded(student, x, t)
+    out = with_boundary(student, x, t)
     assert torch.equal(out[::2], x[::2]) and torch.allclose(out[1::2], student(x[1::2], t[1::2]))
     loss = Consistency(Mix(Gaussian(schedule, MEAN.float(), STD.float())), Neighbours(lambda _: 2), substeps=2)
     assert loss(student, data(50).float(), rng=rng(50), progress=0.0).isfinite().all()
@@ -355,7 +365,7 @@ def test_gamma_0_is_ddim():
 
 
 def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch():
-    """For every method, those with tangents above all: a bare network inside DDP would silently skip the reduction."""
+    """For every method, those with tangents above all: calling the network inside DDP directly would skip the reduction."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     command.append(str(ROOT / "tests" / "ddp_gradients.py"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -373,7 +383,7 @@ def test_sharded_weights_train_like_whole_ones(tmp_path):
             [sys.executable, *launcher, script, str(path)], capture_output=True, text=True, timeout=300, env=env
         )
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-        found.append(checkpoint.load(path)[0])
+        found.append(files.load(path)[0])
     one, other = found
     assert one.keys() == other.keys()
     for key in one:

@@ -9,7 +9,7 @@ from teachers.oracle import Gaussian
 
 
 class Says(nn.Module):
-    """A network that returns what it was told to, and remembers its input."""
+    """A network that returns a given output and records its input."""
 
     def __init__(self, output):
         super().__init__()
@@ -72,7 +72,7 @@ def test_edm_preconditioning_is_table_1_of_karras_et_al():
     assert torch.allclose(net.x, c_in[:, None] * torch.ones(3, 2))
 
 
-def test_a_table_model_is_told_the_index_of_its_entry():
+def test_the_time_input_of_a_table_model_is_the_index_of_its_entry():
     net = Says(torch.zeros(3, 2))
     schedule = Table(tuple(torch.linspace(0.999, 0.001, 1000).double().tolist()))
     Denoiser(net, schedule, "v", "index")(torch.zeros(3, 2), torch.tensor([1.0, 0.5, 0.001]))
@@ -92,8 +92,8 @@ def test_changing_the_schedule_leaves_the_posterior_mean(inner, outer):
     mean, std = torch.tensor([0.3, -1.0]).double(), torch.tensor([0.5, 1.5]).double()
     t = outer.time(torch.linspace(-5, 5, 6, dtype=torch.float64))
     x_t = torch.randn(6, 2).double()
-    asked = Rescheduled(Gaussian(inner, mean, std), outer)(x_t, t)
-    assert torch.allclose(asked, Gaussian(outer, mean, std)(x_t, t), atol=1e-9)
+    found = Rescheduled(Gaussian(inner, mean, std), outer)(x_t, t)
+    assert torch.allclose(found, Gaussian(outer, mean, std)(x_t, t), atol=1e-9)
 
 
 def test_rescheduling_is_finite_at_zero_terminal_snr():
@@ -114,7 +114,7 @@ def test_guidance_is_null_plus_scale_times_the_difference():
     assert torch.equal(out[:, 0], torch.tensor([10 + 3 * (1 - 10.0), 10 + 3 * (2 - 10.0)]))
 
 
-def test_guidance_of_scale_one_asks_the_network_once():
+def test_guidance_of_scale_one_evaluates_the_network_once():
     net = ByLabel()
     Guided(Denoiser(net, Cosine(), "x0"), {"labels": torch.tensor([10])}, 1.0)(
         torch.zeros(2, 4), torch.tensor(0.5), labels=torch.tensor([1, 2])
@@ -134,7 +134,7 @@ def test_wrong_names_and_pairs_are_refused_with_what_is_accepted():
 
 
 @pytest.mark.parametrize("inner", [EDM(), VE()], ids=["EDM", "VE"])
-def test_at_pure_noise_a_denoiser_that_knows_none_is_asked_at_its_own_end(inner):
+def test_pure_noise_is_clamped_to_t_max_of_a_denoiser_without_it(inner):
     """Where alpha is 0 there is no time of equal log-SNR; the answer is near the mean of the data, of deviation 1 here."""
     denoiser = Rescheduled(Gaussian(inner, torch.full((2,), 0.5), torch.ones(2)), Cosine())
     x0 = denoiser(torch.randn(100, 2), torch.ones(()))

@@ -13,7 +13,7 @@ BASE = Gaussian(Cosine(), torch.tensor([0.5, -0.2]), torch.tensor([0.4, 0.7]))
 REFINER = replace(BASE, mean=-BASE.mean)
 
 
-def test_every_sample_is_answered_by_the_expert_of_its_noise_level():
+def test_every_sample_is_evaluated_by_the_expert_of_its_noise_level():
     both = Experts(Cosine(), (BASE, REFINER), (1.0,))
     t = torch.linspace(0.01, 0.99, 40)
     x, noisy = torch.randn(40, 2), Cosine().logsnr(t) <= 1.0
@@ -22,7 +22,7 @@ def test_every_sample_is_answered_by_the_expert_of_its_noise_level():
     assert 5 < noisy.sum() < 35 and torch.equal(both(x, t[0]), REFINER(x, t[0]))
 
 
-def test_an_expert_of_another_schedule_is_asked_in_its_own():
+def test_an_expert_of_another_schedule_is_evaluated_in_its_own():
     elsewhere = Rescheduled(REFINER, Flow())
     t, x = torch.linspace(0.01, 0.99, 20), torch.randn(20, 2)
     same, other = (Experts(Cosine(), (BASE, refiner), (0.0,)) for refiner in (REFINER, elsewhere))
@@ -35,14 +35,14 @@ def test_conditions_are_cut_to_the_rows_of_each_expert(teacher):
     assert torch.allclose(both(x, t, labels=labels), teacher.denoiser(x, t, labels=labels), atol=1e-5)
 
 
-def test_a_spec_names_the_experts_and_the_bounds_between_them():
+def test_a_spec_gives_the_experts_and_the_bounds_between_them():
     model = teachers.load("experts:digits|digits,logsnr=-1")
     assert model.classes == 10 and model.shape == (1, 8, 8) and model.denoiser.logsnr == (-1.0,)
     for wrong, message in (
         ("experts:digits|digits,logsnr=1,0", "accepted is experts:SPEC"),
         ("experts:digits|digits", "accepted is experts:SPEC"),
         ("experts:digits|oracle:gaussian,logsnr=0", "the first expert has"),
-        ("experts:digits|nothing,logsnr=0", "unknown teacher 'nothing'"),
+        ("experts:digits|nothing,logsnr=0", "unknown model 'nothing'"),
     ):
         with pytest.raises(ValueError, match=message):
             teachers.load(wrong)

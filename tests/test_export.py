@@ -7,26 +7,27 @@ import torch
 
 import teachers
 from distill.grid import uniform
-from distill.solver import jump
+from distill.samplers import jump
+from distill.sampling import Sampling
 from recipes import export
-from teachers import portable
-from teachers.card import card, measured
-from teachers.unet import with_two_times
+from teachers.export import one_step
+from teachers.export.card import card, measured
+from teachers.students import with_two_times
 
 
-def one_step(teacher):
+def of_one_step(teacher):
     record = {"method": "progressive", "of": "digits", "data": "digits"}
-    return replace(teacher, sampler={"name": "ddim", "grid": "uniform", "steps": [1]}, record=record)
+    return replace(teacher, sampling=Sampling("ddim", steps=(1,)), record=record)
 
 
 @pytest.fixture()
 def student(teacher, tmp_path):
     path = tmp_path / "run" / "student.safetensors"
-    teachers.save(path, one_step(teacher))
+    teachers.save(path, of_one_step(teacher))
     return path
 
 
-def test_an_export_holds_everything_that_was_asked_for_and_loads_again_as_a_teacher(student, tmp_path, capsys):
+def test_an_export_holds_all_requested_files_and_loads_again_as_a_teacher(student, tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = ["--variants", "fp16", "bf16", "--torch-export", "--onnx", "--license", "apache-2.0"]
     export.main(["--model", str(student), "--output-dir", str(folder), *arguments])
@@ -43,21 +44,21 @@ def test_an_export_holds_everything_that_was_asked_for_and_loads_again_as_a_teac
     assert "pipeline, fp16: largest difference" in out and "one-step.onnx: largest difference" in out
 
 
-@pytest.mark.parametrize("write", [portable.torch_export, portable.onnx])
-def test_the_one_step_program_of_a_student_told_where_it_jumps_is_our_jump(teacher, tmp_path, write):
-    model = with_two_times(replace(teacher, sampler={"name": "jump", "grid": "uniform", "steps": [1]}))
+@pytest.mark.parametrize("write", [one_step.torch_export, one_step.onnx])
+def test_the_one_step_program_of_a_two_time_student_is_our_jump(teacher, tmp_path, write):
+    model = with_two_times(replace(teacher, sampling=Sampling("jump", steps=(1,))))
     torch.nn.init.normal_(model.denoiser.net.unet.time_proj.length_linear.weight, std=0.02)
     assert write(model, tmp_path / "program") < 1e-4
-    noise, labels = portable.inputs(model, 3, 5)
+    noise, labels = one_step.inputs(model, 3, 5)
     with torch.inference_mode():
         ours = jump(model.denoiser, noise, uniform(model.denoiser.schedule, 1), labels=labels)
-        assert torch.allclose(portable.OneStep(model)(noise, labels), ours, atol=1e-5)
+        assert torch.allclose(one_step.OneStep(model)(noise, labels), ours, atol=1e-5)
 
 
 def test_a_program_that_differs_from_the_sampler_is_not_left_behind(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(portable, "TOLERANCE", -1.0)
+    monkeypatch.setattr(one_step, "TOLERANCE", -1.0)
     with pytest.raises(RuntimeError, match="differs from our sampler"):
-        portable.torch_export(one_step(teacher), tmp_path / "p.pt2")
+        one_step.torch_export(of_one_step(teacher), tmp_path / "p.pt2")
     assert not (tmp_path / "p.pt2").exists()
 
 
@@ -93,7 +94,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(student, tmp_pat
     line = failing("--model", "digits", "--onnx", *out, capsys=capsys)
     assert "needs a student of one step; this model was made for any number of steps" in line
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "pip install 'fewstep[onnx]'" in failing("--model", str(student), "--onnx", *out, capsys=capsys)
+    assert "pip install -e '.[onnx]'" in failing("--model", str(student), "--onnx", *out, capsys=capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 

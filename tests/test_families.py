@@ -1,4 +1,4 @@
-"""Every family of diffusers pipelines is a teacher whose E[x0 | x_t], guidance and images are those of its own pipeline."""
+"""A teacher from any family of diffusers pipelines has the E[x0 | x_t], guidance and images of its own pipeline."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
+    DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DiTPipeline,
@@ -27,20 +28,23 @@ from diffusers import (
 from pipelines import FAMILIES, PROMPTS, WIDTH, dit, ldm, pixart, sd, unet, vae
 
 import teachers
-import teachers.pipeline
 from distill.schedule import EDM, Flow, Table
-from teachers import scheduler as schedulers
+from teachers import diffusers_scheduler, prompts
+
+BETAS = {"epsilon": "scaled_linear", "v_prediction": "squaredcos_cap_v2", "sample": "linear"}
 
 
-@pytest.mark.parametrize("name", schedulers.DISCRETE)
-@pytest.mark.parametrize("prediction", schedulers.PREDICTIONS)
+@pytest.mark.parametrize("name", diffusers_scheduler.DISCRETE)
+@pytest.mark.parametrize("prediction", diffusers_scheduler.PREDICTIONS)
 def test_every_scheduler_of_a_discrete_table_is_the_same_table(tmp_path, name, prediction):
     net = unet()
-    options = {"prediction_type": prediction, "beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.015}
+    options = {"prediction_type": prediction, "beta_schedule": BETAS[prediction], "beta_start": 0.001, "beta_end": 0.015}
     if name == "PNDMScheduler" and prediction == "sample":
-        pytest.skip("PNDM knows no sample prediction")
-    DDPMPipeline(net, getattr(diffusers, name)(**options)).save_pretrained(tmp_path)
+        pytest.skip("PNDM has no sample prediction")
+    pipeline = DDIMPipeline if name == "DDIMScheduler" else DDPMPipeline
+    pipeline(net, getattr(diffusers, name)(**options)).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
+    assert teacher.shape == (3, 8, 8) and teacher.classes is None
     theirs = DDIMScheduler(**options, clip_sample=False)
     theirs.set_timesteps(1000)
     x = torch.randn(2, 3, 8, 8)
@@ -95,13 +99,13 @@ def again(model, tmp_path):
     return teachers.load(str(tmp_path / "model.safetensors"))
 
 
-def test_a_score_sde_network_is_told_sigma_and_sees_images_in_0_1(tmp_path):
+def test_a_score_sde_network_is_given_sigma_and_images_in_0_1(tmp_path):
     net = unet(time_embedding_type="fourier")
     ScoreSdeVePipeline(net, ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50)).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
     schedule, x = teacher.denoiser.schedule, 3 * torch.randn(2, 3, 8, 8)
     for sigma in (0.01, 0.7, 50.0):  # of images in [0, 1], where Tweedie's formula is x + sigma^2 score
-        t = schedule.time(-2 * torch.tensor(2 * sigma).log())
+        t = schedule.time_of(torch.tensor(2 * sigma))
         unit = (x + 1) / 2
         expected = 2 * (unit + sigma**2 * net(unit, torch.full((2,), sigma)).sample) - 1
         for model in (teacher, again(teacher, tmp_path)):
@@ -117,11 +121,11 @@ def test_a_karras_ve_network_is_read_as_its_pipeline_reads_it(tmp_path):
     for sigma in (0.05, 1.0, 60.0):
         output = sigma / 2 * net((x + 1) / 2, torch.tensor(sigma / 2)).sample
         expected = theirs.step(output, sigma, 0.0, x).pred_original_sample
-        t = teacher.denoiser.schedule.time(-2 * torch.tensor(sigma).log())
+        t = teacher.denoiser.schedule.time_of(torch.tensor(sigma))
         assert torch.allclose(teacher.denoiser(x, t), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", schedulers.PRECONDITIONED)
+@pytest.mark.parametrize("name", diffusers_scheduler.PRECONDITIONED)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_an_edm_scheduler_preconditions_its_network(tmp_path, name, prediction):
     net, theirs = unet(), getattr(diffusers, name)(sigma_data=0.7, sigma_max=70.0, prediction_type=prediction)
@@ -141,7 +145,7 @@ def test_a_consistency_network_keeps_its_boundary_and_its_classes(tmp_path):
     theirs = CMStochasticIterativeScheduler(sigma_min=0.01, sigma_data=0.4, clip_denoised=False)
     ConsistencyModelPipeline(net, theirs).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
-    assert teacher.classes == 5 and teacher.sampler["name"] == "consistency"
+    assert teacher.classes == 5 and teacher.sampling.name == "consistency"
     x, labels = 3 * torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
     for index in (0, 20, 39):
         theirs.set_timesteps(timesteps=[index])
@@ -154,7 +158,7 @@ def test_a_consistency_network_keeps_its_boundary_and_its_classes(tmp_path):
 
 
 def stock(pipeline, guidance):
-    """What the pipeline itself makes in one step, images in [0, 1] from the noise of seed 5."""
+    """Images in [0, 1] that the pipeline itself makes in one step from the noise of seed 5."""
     pipeline.set_progress_bar_config(disable=True)
     common = {"num_inference_steps": 1, "output_type": "np", "generator": torch.Generator().manual_seed(5)}
     if isinstance(pipeline, LDMPipeline):
@@ -174,7 +178,7 @@ def test_a_latent_teacher_and_its_file_give_the_pixels_of_their_own_pipeline(tmp
     made.save_pretrained(tmp_path / "pipeline")
     pipeline = type(made).from_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    prompted = type(pipeline).__name__ in teachers.pipeline.text.ENCODERS
+    prompted = type(pipeline).__name__ in prompts.ENCODERS
     spec = str(tmp_path / "pipeline")
     teacher = teachers.load(f"{spec},prompts={tmp_path / 'prompts.txt'}" if prompted else spec)
     assert teacher.classes == (3 if prompted else 1000 if family == "DiT" else None)
@@ -193,15 +197,15 @@ def test_a_latent_teacher_and_its_file_give_the_pixels_of_their_own_pipeline(tmp
             assert expected.std() > 0.01 and ((expected > 0) & (expected < 1)).float().mean() > 0.1
 
 
-def test_the_resolution_that_a_pixart_network_is_told_is_that_of_the_image(tmp_path):
-    from teachers.stock import PixArt
+def test_a_pixart_network_is_conditioned_on_the_resolution_of_the_image(tmp_path):
+    from teachers.networks.conditional import PixArt
 
     wide = {"attention_head_dim": 12, "cross_attention_dim": 24}
     net = pixart(tmp_path, PixArtAlphaPipeline, use_additional_conditions=True, **wide).transformer
     x, text, mask = torch.randn(2, 4, 8, 8), torch.randn(2, 5, WIDTH), torch.ones(2, 5)
-    told = {"resolution": torch.tensor([[64.0, 64.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
+    size = {"resolution": torch.tensor([[64.0, 64.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
     with torch.no_grad():
-        expected = net(x, text, torch.tensor([300, 300]), told, encoder_attention_mask=mask).sample[:, :4]
+        expected = net(x, text, torch.tensor([300, 300]), size, encoder_attention_mask=mask).sample[:, :4]
         assert torch.allclose(PixArt(net)(x, torch.tensor([300.0, 300.0]), text, mask), expected, atol=1e-5)
 
 
@@ -214,7 +218,7 @@ def prompted(tmp_path_factory):
     return folder / "pipeline", folder / "prompts.txt"
 
 
-def test_a_flow_networks_x0_is_x_minus_sigma_v_whatever_the_shift_of_its_grid(tmp_path):
+def test_a_flow_networks_x0_is_x_minus_sigma_v_for_any_shift_of_its_grid(tmp_path):
     net, theirs = unet(), FlowMatchEulerDiscreteScheduler(shift=3.0)
     DDPMPipeline(net, theirs).save_pretrained(tmp_path)
     teacher, x = teachers.load(str(tmp_path)), torch.randn(2, 3, 8, 8)
@@ -227,14 +231,12 @@ def test_a_flow_networks_x0_is_x_minus_sigma_v_whatever_the_shift_of_its_grid(tm
     assert torch.equal(teachers.load(str(tmp_path)).denoiser(x, torch.tensor(0.6)), teacher.denoiser(x, torch.tensor(0.6)))
 
 
-def test_a_text_teacher_trains_on_the_rows_of_its_prompts_in_place_of_labels(prompted):
-    from recipes.stage import conditioned
-
+def test_a_text_teacher_is_conditioned_on_the_embeddings_of_its_prompts_in_place_of_labels(prompted):
     teacher = teachers.load(f"{prompted[0]},prompts={prompted[1]}")
     assert teacher.classes == teacher.null == 2 and teacher.record["prompts"] == ["a cat", "two dogs"]
     labels = torch.tensor([1, 0, 1])
-    _, cond = next(iter(conditioned(lambda step: iter([(torch.zeros(3), {"labels": labels})]), teacher)(0)))
-    assert torch.equal(cond["text"], teacher.table["text"][labels]) and "labels" not in cond
+    cond = teacher.condition(labels)
+    assert torch.equal(cond["text"], teacher.embeddings["text"][labels]) and "labels" not in cond
     student = teacher.student()
     x, t = torch.randn(3, *teacher.shape), torch.tensor(0.5)
     assert torch.equal(student(x, t, **cond), teacher.denoiser(x, t, **cond))
@@ -255,8 +257,8 @@ def changed(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_what_is_wrong_with_a_pipeline_is_said_in_one_line(tmp_path, prompted):
-    pipeline, prompts = prompted
+def test_a_broken_pipeline_is_refused_in_one_line_with_the_reason(tmp_path, prompted):
+    pipeline, lines = prompted
     folder = tmp_path / "copy"
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "mine.py").write_text("raise SystemExit('was run')")
@@ -274,24 +276,23 @@ def test_what_is_wrong_with_a_pipeline_is_said_in_one_line(tmp_path, prompted):
     def nothing():
         pass
 
-    given = f"{folder},prompts={prompts}"
+    given = f"{folder},prompts={lines}"
     for change, spec, message in (
-        (nothing, str(folder), "needs prompts: name them as"),
-        (nothing, f"{folder},prompts={tmp_path / 'empty.txt'}", "the file is empty; one prompt a line"),
-        (nothing, f"{folder},prompts={tmp_path / 'none.txt'}", "not a text file that can be read"),
+        (nothing, str(folder), "needs prompts: give"),
+        (nothing, f"{folder},prompts={tmp_path / 'empty.txt'}", "the file is empty; accepted is one prompt per line"),
+        (nothing, f"{folder},prompts={tmp_path / 'none.txt'}", "not a readable text file"),
         (nothing, f"{folder},steps=3", "unknown option 'steps=3'; accepted is prompts=FILE"),
-        (nothing, f"nobody/nothing,prompts={prompts}", "cannot fetch 'nobody/nothing' from the hub"),
         (scheduler(_class_name="VQDiffusionScheduler"), given, "scheduler VQDiffusionScheduler; accepted are DDPMScheduler"),
         (scheduler(prediction_type="velocity"), given, "prediction_type 'velocity'; accepted are epsilon"),
         (scheduler(beta_schedule="mine"), given, "DDIMScheduler: mine"),
         (scheduler(_class_name="EulerDiscreteScheduler", timestep_type="continuous"), given, "accepted are discrete"),
         (without("scheduler"), given, "lacks its scheduler"),
         (without("unet/config.json"), given, "lacks unet/config.json"),
-        (without("unet/diffusion_pytorch_model.safetensors"), given, "lacks its weights as safetensors, of unet"),
-        (without("vae/diffusion_pytorch_model.safetensors"), given, "lacks its weights as safetensors, of vae"),
+        (without("unet/diffusion_pytorch_model.safetensors"), given, "lacks the safetensors weights of unet"),
+        (without("vae/diffusion_pytorch_model.safetensors"), given, "lacks the safetensors weights of vae"),
         (without("text_encoder/model.safetensors"), given, "a text encoder or tokenizer cannot be read"),
         (without("tokenizer"), given, "lacks tokenizer/"),
-        (index(unet=["mine", "Net"]), given, r"unet is code of the pipeline's own \(mine.Net\), which is not run"),
+        (index(unet=["mine", "Net"]), given, r"unet is own code \(mine.Net\), which is not run"),
         (index(unet=["diffusers", "UNet1DModel"]), given, "class UNet1DModel; accepted are pipelines of UNet2DModel"),
         (index(_class_name="StableDiffusionInpaintPipeline"), str(folder), "class UNet2DConditionModel; accepted are"),
         (index(_class_name="StableDiffusionInpaintPipeline"), given, "takes no prompts"),
@@ -305,7 +306,7 @@ def test_what_is_wrong_with_a_pipeline_is_said_in_one_line(tmp_path, prompted):
         shutil.rmtree(folder)
 
 
-def test_a_students_autoencoder_is_read_from_where_it_came_and_its_loss_is_said_at_once(tmp_path):
+def test_a_students_autoencoder_is_read_from_its_source_and_missed_when_the_file_is_loaded(tmp_path):
     ldm(tmp_path, vae()).save_pretrained(tmp_path / "pipeline")
     copy = again(teachers.load(str(tmp_path / "pipeline")), tmp_path)
     assert copy.codec.vae is None and "network" not in vars(copy.codec)
@@ -315,10 +316,9 @@ def test_a_students_autoencoder_is_read_from_where_it_came_and_its_loss_is_said_
         teachers.load(str(tmp_path / "model.safetensors"))
 
 
-def test_the_embedded_teacher_loads_without_any_pipeline():
+def test_the_embedded_teacher_loads_without_diffusers_pipelines():
     code = (
         "import sys, teachers; teachers.load('digits')\n"
-        "loaded = [m for m in sys.modules if m.startswith(('teachers.pipeline', 'teachers.text', 'diffusers.pipelines'))]\n"
-        "assert not loaded, loaded"
+        "assert not [m for m in sys.modules if m.startswith('diffusers.pipelines')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=teachers.__path__[0] + "/..")

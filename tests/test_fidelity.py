@@ -1,4 +1,4 @@
-"""The contract with torch-fidelity: what eval/fidelity.py relies on, on features whose answers are known."""
+"""What eval/fidelity.py relies on in torch-fidelity, on features with known results."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_statistics_are_mean_and_unbiased_covariance():
 
 def test_precision_is_of_the_generated_and_recall_of_the_real():
     real = torch.randn(500, 2)
-    narrow = 0.05 * torch.randn(500, 2)  # lies where real images are, and misses most of them
+    narrow = 0.05 * torch.randn(500, 2)  # within the real images, but without most of them
     precision, recall = fidelity.precision_recall(narrow, real)
     assert precision > 0.95 and recall < 0.1
 
@@ -42,9 +42,8 @@ def test_kid_is_the_unbiased_polynomial_mmd():
 
 
 def test_inception_score_of_certain_and_of_indifferent_classes():
-    assert fidelity.inception_score(100 * torch.eye(10).repeat(100, 1)) == pytest.approx(
-        10, rel=0.06
-    )  # ten splits of 100 images, whose classes are not quite even
+    certain = 100 * torch.eye(10).repeat(100, 1)  # ten splits of 100 images each, with not quite equal classes
+    assert fidelity.inception_score(certain) == pytest.approx(10, rel=0.06)
     assert fidelity.inception_score(torch.zeros(1000, 10)) == pytest.approx(1)
 
 
@@ -74,22 +73,15 @@ def test_the_registered_extractor_gives_calculate_metrics_our_numbers():
     assert fidelity.inception_score(logits) == theirs["inception_score_mean"]
 
 
-def test_the_embedded_classifier_knows_its_digits_and_its_features_are_standardised():
+def test_the_embedded_classifier_recognises_its_digits_and_its_features_are_standardised():
     images, labels = digit_images()
     features, logits = digits.load()(images)
     assert (logits.argmax(1) == labels).float().mean() > 0.99
     assert features.mean(0).abs().max() < 1e-4 and (features.std(0) - 1).abs().max() < 1e-4
 
 
-def test_unknown_features_and_missing_weights_are_named():
-    with pytest.raises(ValueError, match=r"unknown features 'incption': accepted are .*inception-v3-compat.*digits"):
-        Extractor.create("incption")
-    with pytest.raises(ValueError, match="no such file"):
-        Extractor.create("inception-v3-compat", "nowhere.pth")
-
-
 class Own(torch.nn.Module):
-    """Mean colour and spread: features without logits."""
+    """Mean and standard deviation of each colour: features without logits."""
 
     def forward(self, images):
         x = images.float().flatten(2)
@@ -110,23 +102,29 @@ def test_an_extractor_of_ones_own_comes_by_import_path_and_as_torchscript(tmp_pa
     assert torch.allclose(Extractor.create(str(tmp_path / "own.pt"))(images).fid, expected)
 
 
-def test_an_extractor_of_another_shape_is_refused_by_what_is_accepted(tmp_path):
+def test_an_extractor_with_an_output_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"gave \[\(20, 3, 8, 8\)\] for 20 images: accepted are a TorchScript file"):
         Extractor.create("test_fidelity:Wrong")(digit_images()[0][:20])
-    with pytest.raises(ValueError, match="no TorchScript file"):
-        torch.save({"w": torch.zeros(2)}, tmp_path / "w.pt")
-        Extractor.create(str(tmp_path / "w.pt"))
-    with pytest.raises(ValueError, match="No module named 'nowhere'"):
-        Extractor.create("nowhere:Own")
 
 
-def test_extractor_weights_that_need_code_are_refused(tmp_path):
-    torch.save({"w": Own()}, tmp_path / "module.pth")
-    with pytest.raises(ValueError, match="weights that need code to load are refused"):
-        Extractor.create("inception-v3-compat", str(tmp_path / "module.pth"))
-    torch.save({"w": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="these are not the weights of 'inception-v3-compat'"):
-        Extractor.create("inception-v3-compat", str(tmp_path / "other.pth"))
+@pytest.mark.parametrize(
+    "name, weights, message",
+    [
+        ("incption", None, r"unknown features 'incption': accepted are .*inception-v3-compat.*digits"),
+        ("nowhere:Own", None, "No module named 'nowhere'"),
+        ("other.pth.pt", None, "not a TorchScript file"),
+        ("inception-v3-compat", "nowhere.pth", "no such file"),
+        ("inception-v3-compat", "module.pth", "weights that need code to load are refused"),
+        ("inception-v3-compat", "other.pth", "these are not the weights of 'inception-v3-compat'"),
+    ],
+)
+def test_unknown_extractors_and_unfit_weights_are_refused(tmp_path, monkeypatch, name, weights, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": Own()}, "module.pth")
+    for path in ("other.pth", "other.pth.pt"):
+        torch.save({"w": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=message):
+        Extractor.create(name, weights)
 
 
 def test_without_a_network_the_message_names_the_flag(monkeypatch):
@@ -138,7 +136,7 @@ def test_without_a_network_the_message_names_the_flag(monkeypatch):
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match=r"no download \(Name or service not known\): name a file with --features-weights"):
+    with pytest.raises(ValueError, match=r"no download \(Name or service not known\): give a file with --features-weights"):
         Extractor.create("inception-v3-compat")
 
 

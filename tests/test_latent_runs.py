@@ -1,45 +1,41 @@
-"""From images to a stock pipeline, by way of latents: every recipe of a latent or text model, on tiny networks."""
+"""From images to an exported pipeline through latents: all recipes of latent and text-to-image models, on tiny networks."""
 
 import filecmp
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import launch, succeed
+from PIL import Image
 from pipelines import PROMPTS, ldm, sd, vae
 
 import teachers
 from recipes import consistency, evaluate, export, latents, teacher, variance
-from recipes import data as datasets
-from recipes.matching import check_match
+from recipes.common.checks import check_match
+from recipes.data import sets as datasets
 
 HERE = Path(__file__).parent
-SHORT = [
-    "--preset",
-    "smoke",
-    "--training-images",
-    "64",
-    "--batch-size",
-    "32",
-    "--images",
-    "64",
-    "--sweep-steps",
-    "1",
-    "--force",
-]
+SHORT = ["--preset", "smoke", "--training-images", "64", "--batch-size", "32", "--images", "64"]
+SHORT += ["--sweep-steps", "1", "--force"]
 OURS = ["--features", "test_latent_runs:Pool", "--threads", "1"]
 
 
 class Pool(torch.nn.Module):
-    """The mean colours of four quarters."""
+    """Mean colours of the four quarters of an image."""
 
     def forward(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+
+
+def text_model(folder):
+    return f"{folder / 'sd'},prompts={folder / 'prompts.txt'}"
+
+
+def encode(model, data, output):
+    latents.main(f"--model {model} --data {data} --shard-images 40 --threads 1 --output-dir {output}".split())
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +47,12 @@ def made(tmp_path_factory):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     images = np.random.default_rng(0).integers(0, 255, (96, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "plain.npz", images=images)
-    np.savez(folder / "told.npz", images=images, captions=[PROMPTS[i % 3] for i in range(96)])
-    for model, of in ((folder / "ldm", "plain"), (spec(folder), "told")):
-        arguments = ["--model", str(model), "--data", str(folder / f"{of}.npz"), "--shard-images", "40", "--threads", "1"]
-        latents.main([*arguments, "--output-dir", str(folder / of)])
+    np.savez(folder / "captioned.npz", images=images, captions=[PROMPTS[i % 3] for i in range(96)])
+    for model, name in ((folder / "ldm", "plain"), (text_model(folder), "captioned")):
+        encode(model, folder / f"{name}.npz", folder / name)
     measured = ["--images", "64", "--steps", "1", "--samplers", "ddim", "--output-dir", str(folder / "measured"), *OURS]
     evaluate.main(["--model", str(folder / "ldm"), "--data", str(folder / "plain.npz"), *measured])
     return folder
-
-
-def spec(folder):
-    return f"{folder / 'sd'},prompts={folder / 'prompts.txt'}"
 
 
 @pytest.fixture(autouse=True)
@@ -70,34 +61,45 @@ def importable(monkeypatch):
 
 
 def test_two_processes_make_the_latents_of_one(made, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "recipes/latents.py"]
-    command += ["--model", str(made / "ldm"), "--data", str(made / "plain.npz"), "--shard-images", "40"]
-    command += ["--output-dir", str(tmp_path / "two"), "--threads", "1"]
-    subprocess.run(command, check=True, cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    arguments = ["--model", made / "ldm", "--data", made / "plain.npz", "--shard-images", 40, "--threads", 1]
+    succeed("latents", *arguments, "--output-dir", tmp_path / "two", processes=2)
     files = sorted(p.name for p in (made / "plain").iterdir())
     assert len(files) == 4 and filecmp.cmpfiles(made / "plain", tmp_path / "two", files, shallow=False) == (files, [], [])
 
 
+def test_a_failure_in_one_process_ends_all_of_them_in_one_line_and_leaves_nothing(made, tmp_path):
+    images = np.zeros((8, 16, 16, 3), np.uint8)
+    (tmp_path / "set").mkdir()
+    for i in range(8):
+        Image.fromarray(images[i]).save(tmp_path / "set" / f"{i}.png")
+    Image.fromarray(images[0, :4]).save(tmp_path / "set" / "7.png")  # too small, in the shard of the second process
+    arguments = ["--model", made / "ldm", "--data", f"{tmp_path / 'set'},stream=2", "--shard-images", 4, "--threads", 1]
+    done = launch("latents", *arguments, "--output-dir", tmp_path / "l" / "out", processes=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(errors) == 1 and "7.png: 16x4 is smaller than 16x16" in errors[0]
+    assert not list((tmp_path / "l").iterdir())
+
+
 def test_each_process_encodes_only_its_own_shards(made):
-    config = latents.Config(shard_images=40)
+    config = latents.Config(model="ldm", shard_images=40)
     data, model = datasets.load(str(made / "plain.npz")), teachers.load(str(made / "ldm"))
     for rank, numbers in ((0, [0, 2]), (1, [1])):
         state = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
         assert [number for number, _ in latents.encoded(model, data, config, state)] == numbers
 
 
-def test_captions_are_the_labels_of_a_teacher_that_is_told_prompts(made):
-    model = teachers.load(spec(made))
-    for name in ("told.npz", "told"):
+def test_captions_are_the_labels_of_a_teacher_that_is_conditioned_on_prompts(made):
+    model = teachers.load(text_model(made))
+    for name in ("captioned.npz", "captioned"):
         found = check_match(model, datasets.load(str(made / name)))
         assert found.labels.tolist() == [i % 3 for i in range(96)] and found.classes == 3
-    with pytest.raises(ValueError, match=r"the caption 'a cat' is none of the teacher's 1 prompts: a line of prompts=FILE"):
-        datasets.load(str(made / "told")).captioned(["a dog"])
+    with pytest.raises(ValueError, match=r"the caption 'a cat' is none of the teacher's 1 prompts; accepted are the lines of"):
+        datasets.load(str(made / "captioned")).captioned(["a dog"])
 
 
-def test_a_text_teacher_is_distilled_on_captions_and_its_export_stands_on_its_own(made, tmp_path, capsys):
+def test_a_text_teacher_is_distilled_on_captions_and_its_export_needs_no_other_folder(made, tmp_path, capsys):
     shutil.copytree(made / "sd", tmp_path / "sd")
-    run = ["--teacher", f"{tmp_path / 'sd'},prompts={made / 'prompts.txt'}", "--data", str(made / "told"), *SHORT, *OURS]
+    run = ["--teacher", f"{tmp_path / 'sd'},prompts={made / 'prompts.txt'}", "--data", str(made / "captioned"), *SHORT, *OURS]
     run += ["--reference", str(made / "measured" / "reference.safetensors"), "--output-dir", str(tmp_path / "run")]
     consistency.main([*run, "--method", "cd", "--steps", "1", "2"])
     assert "gives the same pixels through diffusers alone" in capsys.readouterr().out
@@ -114,33 +116,32 @@ def test_a_text_teacher_is_distilled_on_captions_and_its_export_stands_on_its_ow
     assert again.fingerprint == model.fingerprint and torch.equal(again.decode(torch.ones(1, 4, 8, 8)), before)
 
 
-def test_new_networks_are_trained_on_latents_and_leave_in_the_pipeline_of_the_autoencoder(made, tmp_path):
-    common = [*SHORT, *OURS, "--data", str(made / "plain"), "--channels", "8", "16", "--steps", "1", "--sampler", "ddim"]
+def test_new_networks_are_trained_on_latents_and_exported_with_the_autoencoder(made, tmp_path):
+    new = ["--channels", "8", "16", *OURS[2:], "--data", str(made / "plain")]
+    common = [*SHORT, *OURS[:2], *new, "--steps", "1", "--sampler", "ddim"]
     common += ["--reference", str(made / "measured" / "reference.safetensors")]
-    consistency.main(
-        ["--method", "ect", "--student", "new", "--teacher", str(made / "ldm"), "--output-dir", str(tmp_path / "a"), *common]
-    )
+    ect = ["--method", "ect", "--student", "new", "--teacher", str(made / "ldm")]
+    consistency.main([*ect, "--output-dir", str(tmp_path / "a"), *common])
     consistency.main(["--method", "ict", "--from-scratch", "--output-dir", str(tmp_path / "b"), *common])
     assert all((tmp_path / run / "pipeline" / "vqvae").is_dir() for run in "ab")
-    teacher.main(["--preset", "smoke", "--data", str(made / "plain"), "--images", "64", "--channels", "8", "16",
-                  "--output-dir", str(tmp_path / "t"), "--threads", "1"])  # fmt: skip
+    teacher.main(["--preset", "smoke", "--images", "64", "--output-dir", str(tmp_path / "t"), *new])
     assert (tmp_path / "t" / "samples.png").is_file() and teachers.load(str(tmp_path / "t" / "teacher.safetensors")).codec
 
 
-def test_what_a_text_teacher_cannot_do_is_said_in_one_line(made, capsys, tmp_path):
-    told = ["--teacher", spec(made), "--data", str(made / "told"), "--output-dir", str(tmp_path / "none")]
-    for recipe, arguments, message in (
-        (variance.main, [], "are told labels or nothing, and this teacher a text"),
-        (consistency.main, ["--target", "posterior-mean", *OURS], "goes by labels"),
-        (teacher.main, ["--label-dropout", "0"], "a new network here is told labels or nothing, and this teacher a text"),
+def test_what_a_text_teacher_does_not_support_ends_in_one_line(made, capsys, tmp_path):
+    arguments = ["--teacher", text_model(made), "--data", str(made / "captioned"), "--output-dir", str(tmp_path / "none")]
+    measured = ["--reference", str(made / "measured" / "reference.safetensors"), *OURS]
+    for recipe, more, message in (
+        (variance.main, [], "conditioned on labels or on nothing, and this teacher on text"),
+        (consistency.main, ["--target", "posterior-mean", *measured], "needs labels, and this model is conditioned on text"),
+        (teacher.main, ["--label-dropout", "0"], "conditioned on labels or on nothing, and this teacher on text"),
         (
             consistency.main,
-            ["--student", "new", *OURS],
-            "the student takes 3 labels and the teacher 3 prompts (text): they must be the same",
+            ["--student", "new", *measured],
+            "takes 3 labels and the teacher 3 prompts (text): they must be the same",
         ),
     ):
-        reference = [] if recipe is not consistency.main else ["--reference", str(made / "measured" / "reference.safetensors")]
         with pytest.raises(SystemExit) as stop:
-            recipe([*told, *arguments, *reference])
+            recipe([*arguments, *more])
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and message in line and not (tmp_path / "none").exists()

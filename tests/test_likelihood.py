@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from distill.denoise import DRAWS
 from distill.distance import WEIGHTS
 from distill.likelihood import bits, bound, flow
+from distill.regression import DRAWS
 from distill.rng import Rng
 from distill.schedule import EDM, Cosine, LinearVP
 from teachers.oracle import Gaussian, finite
@@ -78,9 +78,9 @@ class Smooth:
         self.denoiser, self.schedule = denoiser, EDM(t_min=0.3, t_max=80.0)
 
     def __call__(self, x_t, t):
-        from distill.denoiser import ask_in
+        from distill.denoiser import on_schedule
 
-        return ask_in(self.denoiser, self.schedule)(x_t, t)
+        return on_schedule(self.denoiser, self.schedule)(x_t, t)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

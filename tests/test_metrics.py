@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from eval import fidelity
+from eval.memorisation import memorisation, nearest
 from eval.metrics import GROUPS, Features, Moments, Reference, fid_of, fid_with_interval, jackknife, measure, paired_difference
-from eval.neighbours import memorisation, nearest
 
 
 def gaussian_features(n, d=8, seed=0, shift=0.0):
@@ -26,17 +26,11 @@ def test_leaving_a_group_out_is_dropping_its_samples():
     assert np.allclose(mean, kept.double().mean(0)) and np.allclose(covariance, torch.cov(kept.double().T))
 
 
-def test_the_jackknife_of_a_mean_is_the_textbook_standard_error():
+def test_the_jackknife_has_the_textbook_error_of_a_mean_and_removes_the_bias_of_a_variance():
     x = np.random.default_rng(0).normal(size=20)
-    left_out = [float(np.delete(x, i).mean()) for i in range(20)]
-    error, corrected = jackknife(float(x.mean()), left_out)
+    error, corrected = jackknife(float(x.mean()), [float(np.delete(x, i).mean()) for i in range(20)])
     assert error == pytest.approx(x.std(ddof=1) / np.sqrt(20)) and corrected == pytest.approx(x.mean())
-
-
-def test_the_correction_removes_a_bias_in_one_over_n():
-    """The variance divided by n falls short by exactly 1/n of itself."""
-    x = np.random.default_rng(1).normal(size=20)
-    left_out = [float(np.delete(x, i).var()) for i in range(20)]
+    left_out = [float(np.delete(x, i).var()) for i in range(20)]  # the variance over n is too small by 1/n of itself
     assert jackknife(float(x.var()), left_out)[1] == pytest.approx(x.var(ddof=1))
 
 
@@ -69,28 +63,19 @@ def test_measure_returns_every_metric_of_the_report():
     assert all(np.isfinite(np.asarray(v)).all() for v in row.values())
 
 
-def test_the_interval_covers_the_true_distance_as_often_as_it_promises():
-    """200 repeats: 95 % of them leave between 180 and 198 inside with a probability of 0.998."""
-    shift, reference = 0.1, Reference(gaussian_features(400_000, seed=11))
-    truth = reference.frechet(np.full(8, shift), np.diag(np.linspace(0.5, 2, 8) ** 2))
-    low_high = [
-        fid_with_interval(gaussian_features(1000, seed=1000 + s, shift=shift), reference)["fid_infinity_interval"]
-        for s in range(200)
-    ]
-    assert 180 <= sum(low <= truth <= high for low, high in low_high) <= 198
-
-
-def test_the_interval_of_a_difference_covers_the_true_one():
+def test_the_intervals_of_a_distance_and_of_a_difference_cover_the_truth_as_often_as_they_promise():
+    """Of 200 intervals at 95 %, between 180 and 198 cover the truth with a probability of 0.998."""
     reference = Reference(gaussian_features(400_000, seed=11))
-    covariance = np.diag(np.linspace(0.5, 2, 8) ** 2)
-    truth = reference.frechet(np.full(8, 0.2), covariance) - reference.frechet(np.full(8, 0.1), covariance)
-    covered = 0
+    truth = [reference.frechet(np.full(8, shift), np.diag(np.linspace(0.5, 2, 8) ** 2)) for shift in (0.1, 0.2)]
+    alone = paired = 0
     for s in range(200):
-        noise = gaussian_features(1000, seed=2000 + s)
-        one, two = (fid_with_interval(noise + shift, reference) for shift in (0.2, 0.1))
-        difference, error = paired_difference(one, two)
-        covered += abs(difference - truth) <= 2.093 * error
-    assert 180 <= covered <= 198
+        noise = gaussian_features(1000, seed=1000 + s)
+        one, two = (fid_with_interval(noise + shift, reference) for shift in (0.1, 0.2))
+        low, high = one["fid_infinity_interval"]
+        difference, error = paired_difference(two, one)
+        alone += low <= truth[0] <= high
+        paired += abs(difference - (truth[1] - truth[0])) <= 2.093 * error
+    assert 180 <= alone <= 198 and 180 <= paired <= 198
 
 
 def test_sums_of_chunks_in_any_order_give_the_fid_of_the_whole():

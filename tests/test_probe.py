@@ -1,4 +1,4 @@
-"""The probe: every wrong label of a good denoiser is caught and the right one named, and no right one is accused."""
+"""The probe finds every wrong convention of a good denoiser, gives the right one, and accepts every right one."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,55 +8,57 @@ import pytest
 import torch
 from torch import nn
 
-from distill.denoiser import PREDICTIONS, TIMES, Denoiser, ask_in
+from distill.denoiser import PREDICTIONS, TIMES, Denoiser, on_schedule
+from distill.sampling import Sampling
 from distill.schedule import EDM, Cosine, Flow, LinearVP, Schedule, expand
+from recipes import probe as probe_recipe
 from recipes import progressive
 from recipes import teacher as teacher_recipe
-from recipes.data import Data
-from recipes.probing import check_denoiser
+from recipes.common.checks import check_denoiser
+from recipes.data.sets import Data
 from teachers import Teacher, load, save
 from teachers.codec import Codec
 from teachers.digits import digits
 from teachers.oracle import Gaussian
 from teachers.probe import probe
-from teachers.reading import STATED
-from teachers.unet import untrained
+from teachers.probe_readings import STATED
+from teachers.students import untrained
 
 INVERSE = {
-    "time": lambda schedule, told: told,
-    "thousand_time": lambda schedule, told: told / 1000,
-    "index": lambda schedule, told: (told + 1) / schedule.steps,
-    "log_sigma": lambda schedule, told: schedule.time(-8 * told),
-    "thousand_log_sigma": lambda schedule, told: schedule.time(-told / 125),
+    "time": lambda schedule, c: c,
+    "thousand_time": lambda schedule, c: c / 1000,
+    "index": lambda schedule, c: (c + 1) / schedule.steps,
+    "log_sigma": lambda schedule, c: schedule.time(-8 * c),
+    "thousand_log_sigma": lambda schedule, c: schedule.time(-c / 125),
 }
 
 
 class Reexpressed(nn.Module):
-    """A denoiser as a network of another schedule, prediction and time, which remembers what it was asked."""
+    """A denoiser as a network of another schedule, prediction and time. It keeps its outputs."""
 
     def __init__(
         self, denoiser, schedule: Schedule, prediction: str, time: str, sigma_data=0.5, reverse=False, scale=1.0, shift=0.0
     ):
         super().__init__()
-        self.denoiser, self.schedule, self.told = ask_in(denoiser, schedule), schedule, INVERSE[time]
+        self.denoiser, self.schedule, self.time_of = on_schedule(denoiser, schedule), schedule, INVERSE[time]
         self.coefficients, self.sigma_data, self.reverse = PREDICTIONS[prediction], sigma_data, reverse
         self.scale, self.shift = scale, shift
-        self.known: dict = {}
+        self.outputs: dict = {}
 
-    def forward(self, x, told, labels=None):
-        key = (len(x), float(told[0]), x.double().sum().item(), x.double().square().sum().item())
-        if key not in self.known:
-            self.known[key] = self.answer(x, told, labels)
-        return self.known[key]
+    def forward(self, x, c_noise, labels=None):
+        key = (len(x), float(c_noise[0]), x.double().sum().item(), x.double().square().sum().item())
+        if key not in self.outputs:
+            self.outputs[key] = self.evaluate(x, c_noise, labels)
+        return self.outputs[key]
 
-    def answer(self, x, told, labels):
+    def evaluate(self, x, c_noise, labels):
         schedule = self.schedule
-        t = self.told(schedule, told).clamp(schedule.t_min, schedule.t_max)
+        t = self.time_of(schedule, c_noise).clamp(schedule.t_min, schedule.t_max)
         t = schedule.t_max + schedule.t_min - t if self.reverse else t
         a, s = schedule.alpha(t), schedule.sigma(t)
         c_in, c_skip, c_out = (expand(c, x) for c in self.coefficients(a, s, self.sigma_data))
         x_t = x / c_in
-        plain = (x_t - expand(a, x) * self.shift) / self.scale  # of data that were not scaled, at the noise sigma / scale
+        plain = (x_t - expand(a, x) * self.shift) / self.scale  # of the unscaled data, at the noise sigma / scale
         u = schedule.time(schedule.logsnr(t) + 2 * torch.tensor(self.scale).log())
         ratio = expand(schedule.alpha(u) / a, x)
         x0 = self.scale * self.denoiser(ratio * plain, u, labels=labels) + self.shift
@@ -97,8 +99,8 @@ def of(teacher, net, schedule, prediction, time, **kwargs):
 
 
 @pytest.mark.parametrize("name", TRUTHS)
-def test_every_wrong_label_is_caught_and_the_right_one_named(teacher, real, name):
-    """Wrong predictions, times, and directions of time of one network, and the right ones, which are not accused."""
+def test_every_wrong_convention_is_found_and_the_right_one_given(teacher, real, name):
+    """Wrong predictions, times and directions of time of one network; the right ones are accepted."""
     where, prediction, time = TRUTHS[name]
     schedule = where(teacher)
     net = Reexpressed(teacher.denoiser, schedule, prediction, time)
@@ -121,15 +123,15 @@ def test_every_wrong_label_is_caught_and_the_right_one_named(teacher, real, name
     assert not backward.ok and backward.best == "time axis reversed", backward.lines()
 
 
-def test_an_index_is_told_from_a_thousandfold_time_of_a_table_of_1024(teacher, real):
-    """2 % apart, and so are their errors to 0.4 %: paired differences find it."""
+def test_an_index_is_distinguished_from_a_thousandfold_time_on_a_table_of_1024(teacher, real):
+    """The times differ by 2 % and the errors by 0.4 %; paired differences find it."""
     twin = replace(teacher, denoiser=replace(teacher.denoiser, time="thousand_time"))
     probed = probe(twin, real.images, real.labels, levels=8)
     assert not probed.ok and probed.best == "time index", probed.lines()
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_wrong_sigma_data_is_caught(teacher, real, factor):
+def test_a_wrong_sigma_data_is_found(teacher, real, factor):
     net = Reexpressed(teacher.denoiser, EDM(), "edm", "log_sigma", sigma_data=0.6)
     stated = of(teacher, net, EDM(), "edm", "log_sigma", sigma_data=0.6 * factor)
     probed = probe(stated, real.images, real.labels, **SMALL)
@@ -137,20 +139,20 @@ def test_a_wrong_sigma_data_is_caught(teacher, real, factor):
 
 
 @pytest.mark.parametrize("scale,shift,named", [(0.5, 0.5, "network made for data in [0, 1]")])
-def test_a_network_made_for_other_data_is_caught(teacher, real, scale, shift, named):
+def test_a_network_made_for_other_data_is_found(teacher, real, scale, shift, named):
     net = Reexpressed(teacher.denoiser, Cosine(), "v", "time", scale=scale, shift=shift)
     probed = probe(of(teacher, net, Cosine(), "v", "time"), real.images, real.labels, **SMALL)
     assert not probed.ok and probed.best == named, probed.lines()
 
 
-def test_data_handed_in_as_0_to_1_are_caught(teacher, real):
+def test_data_passed_in_as_0_to_1_are_found(teacher, real):
     probed = probe(teacher, real.images / 2 + 0.5, real.labels, **SMALL)
-    assert not probed.ok and probed.best == "data handed in as [0, 1]", probed.lines()
+    assert not probed.ok and probed.best == "data passed in as [0, 1]", probed.lines()
 
 
 @dataclass(frozen=True)
 class Vae:
-    """Latents z = x / 0.18215, which a latent model takes times 0.18215."""
+    """Latents z = x / 0.18215; a latent model needs them times 0.18215."""
 
     config = None
 
@@ -164,7 +166,7 @@ class Vae:
         return Out()
 
 
-def test_a_missing_latent_scale_is_caught(teacher, real):
+def test_a_missing_latent_scale_is_found(teacher, real):
     right = replace(teacher, codec=Codec(Vae(), 0.18215))
     assert probe(right, real.images, real.labels, **SMALL).ok
     probed = probe(replace(teacher, codec=Codec(Vae(), 1.0)), real.images, real.labels, **SMALL)
@@ -173,7 +175,7 @@ def test_a_missing_latent_scale_is_caught(teacher, real):
 
 @pytest.mark.parametrize("schedule", [Cosine(), LinearVP(), EDM()])
 def test_an_oracle_meets_the_bound_and_one_of_another_mean_or_deviation_does_not(real, schedule):
-    """The exact denoiser of Gaussian data of these pixels' means and deviations is the bound itself."""
+    """The exact denoiser of Gaussian data with the means and deviations of these pixels has the bound as its error."""
     mean, std = real.images.mean(0), real.images.std(0)
     data = mean + std * torch.randn(1024, *mean.shape)
 
@@ -194,7 +196,7 @@ def test_the_bound_is_below_the_mean_and_the_input(teacher, real):
     assert probed.bias[-1] < 0.02 and abs(probed.slope[-1]) < 0.01 and abs(probed.spread[-1] - 1) < 0.02
 
 
-def test_a_network_without_training_is_no_denoiser_under_any_reading(real):
+def test_an_untrained_network_is_no_denoiser_under_any_reading(real):
     new = untrained((1, 8, 8), 10, (8, 16), 1, 0)
     net = nn.Module()
     net.forward = lambda x, t, labels=None: new.denoiser.net(x, t, labels) * 100 + torch.randn(x.shape)
@@ -224,16 +226,18 @@ def test_force_and_students_pass_with_a_warning(mislabelled, teacher, real):
     wrong = load(str(mislabelled))
     assert check_denoiser(teacher, data, 0, False) is None
     assert "misread" in str(check_denoiser(wrong, data, 0, True))
-    student = replace(wrong, sampler={"name": "ddim", "grid": "uniform", "steps": [4]})
+    student = replace(wrong, sampling=Sampling("ddim", steps=(4,)))
     assert "student of ddim" in str(check_denoiser(student, data, 0, False))
 
 
 def test_the_probe_and_the_likelihood_are_printed_and_no_denoiser_ends_in_one_line(mislabelled, capsys):
     with pytest.raises(SystemExit) as exit_:
-        teacher_recipe.main(["--nll", "oracle:digits", "--probe", str(mislabelled), "--threads", "1"])
+        probe_recipe.main(["--model", str(mislabelled), "--threads", "1"])
     said = capsys.readouterr()
     assert exit_.value.code == 2 and said.err.count("\n") == 1 and "misread: with prediction v" in said.err
     assert said.out.splitlines()[0].startswith("log-SNR") and len(said.out.splitlines()) == 18
+    probe_recipe.main(["--model", "oracle:digits", "--nll", "--threads", "1"])
+    assert "variational bound" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from distill.denoiser import Denoiser
 from distill.distance import DISTANCES, WEIGHTS, PseudoHuber, l2
 from distill.progressive import Progressive, two_steps_in_one
 from distill.rng import Rng
+from distill.samplers import ddim
 from distill.schedule import EDM, Cosine, Flow, add_noise, explain, move
-from distill.solver import ddim
 from distill.train import Optimization, train
 from teachers.oracle import Gaussian
 

@@ -16,29 +16,18 @@ import torch
 from conftest import ROOT, succeed
 
 import teachers
-from distill import checkpoint
+from distill import files
 from distill.denoiser import Denoiser
 from distill.schedule import VE, Flow
-from recipes import benchmark, classifier, consistency, evaluate, export, progressive, sample, search, variance
+from fewstep.__main__ import commands
+from recipes import benchmark, classifier, compare, consistency, evaluate, export, progressive, sample, search, variance
 from recipes import teacher as teacher_recipe
-from recipes.methods import METHODS
-from teachers.adapter import wrap
-from teachers.unet import on_table, untrained
+from recipes.common.methods import METHODS
+from teachers.export.deliver import verify
+from teachers.networks.adapters import wrap
+from teachers.students import on_table, untrained
 
-SMALL = (
-    "--threads",
-    "1",
-    "--preset",
-    "smoke",
-    "--start-steps",
-    "4",
-    "--images-per-stage",
-    "512",
-    "--images",
-    "80",
-    "--sweep-steps",
-    "1",
-)
+SMALL = "--threads 1 --preset smoke --start-steps 4 --images-per-stage 512 --images 80 --sweep-steps 1".split()  # noqa: SIM905
 WRITTEN = {
     "config.json", "metrics.jsonl", "student.safetensors", "report.json", "report.csv", "report.md", "report.html",
     "fid_vs_nfe.png", "fid_vs_seconds.png", "samples.png", "labels.png", "pipeline", "stages", "cells", "reference.safetensors",
@@ -56,7 +45,7 @@ def rows(folder):
 
 
 def weights(path):
-    return checkpoint.load(path)[0]
+    return files.load(path)[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +75,12 @@ def test_the_smoke_preset_writes_everything(smoke):
     for row in rows(folder).values():
         assert row.keys() >= COLUMNS
     assert {"student@4 ddim 4", "student@1 ddim 1", "teacher ddim 8", "teacher unipc 2"} <= rows(folder).keys()
-    assert "8 -> 4 -> 2 -> 1 steps" in out and "GB a process" in out and "about" in out
+    assert "8 -> 4 -> 2 -> 1 steps" in out and "GB in each of 1 process" in out and "about" in out
     phases = [json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert set(phases) == {"4", "2", "1"}
 
 
-def test_the_pipeline_gives_the_same_pixels_in_a_process_that_knows_only_diffusers(smoke):
-    import teachers
-    from teachers.export import verify
-
+def test_the_pipeline_gives_the_same_pixels_in_a_process_with_diffusers_alone(smoke):
     folder, out = smoke
     assert "same pixels through diffusers alone" in out
     student = teachers.load(str(folder))
@@ -108,7 +94,7 @@ def test_the_pipeline_gives_the_same_pixels_in_a_process_that_knows_only_diffuse
 
 
 def test_a_student_describes_itself(small):
-    _, description = checkpoint.load(small / "student.safetensors")
+    _, description = files.load(small / "student.safetensors")
     assert description["sampler"] == {"name": "ddim", "grid": "uniform", "steps": [1]}
     assert description["prediction"] == "v" and description["time"] == "index" and description["schedule"]["kind"] == "table"
     assert description["record"]["method"] == "progressive" and description["network"]["family"] == "unet2d"
@@ -129,13 +115,8 @@ def test_two_processes_train_the_same_model_and_measure_the_same_teacher(small, 
             )
 
 
-MACHINE = (
-    "seconds_per_image",
-    "wall_seconds",
-    "peak_memory_gb",
-    "break_even_images",
-    "training_seconds",
-)  # of the machine, not of the images
+# figures of the machine, not of the images
+MACHINE = {"seconds_per_image", "wall_seconds", "peak_memory_gb", "break_even_images", "training_seconds"}
 
 KILL_WHEN = {
     "before the first checkpoint": lambda f: (f / "metrics.jsonl").exists(),
@@ -163,7 +144,7 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_bits(small, tmp_path):
     for name, row in rows(small).items():
         assert rows(folder)[name]["fid"] == row["fid"]
     steps = [(e["phase"], e["step"]) for e in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
-    assert len(steps) == len(set(steps))  # nothing stands twice
+    assert len(steps) == len(set(steps))  # no line is written twice
     assert not list(folder.rglob("*.part")) and not list(folder.rglob("resume-*"))
 
 
@@ -225,7 +206,7 @@ def test_samples_are_the_images_that_were_measured(small, tmp_path):
     assert row["isc"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
 
 
-def test_the_report_of_a_run_is_what_its_schema_says(smoke):
+def test_the_report_of_a_run_fits_its_schema(smoke):
     from jsonschema import validate
 
     validate(json.loads((smoke[0] / "report.json").read_text()), json.loads((ROOT / "eval/report.schema.json").read_text()))
@@ -244,21 +225,8 @@ def test_fid_alone_needs_no_features_and_gives_the_same_number(small, tmp_path):
 
 
 def test_verify_searched_grids_and_a_stored_reference(small, tmp_path, capsys):
-    arguments = (
-        "--model",
-        "digits",
-        small,
-        "--images",
-        150,
-        "--steps",
-        1,
-        3,
-        "--samplers",
-        "ddim",
-        "ipndm",
-        "--baseline-steps",
-        0,
-    )
+    arguments = ("--model", "digits", small, "--images", 150, "--steps", 1, 3, "--samplers", "ddim", "ipndm")
+    arguments += ("--baseline-steps", 0)
     here(evaluate.main, *arguments, "--search-grid", "--verify", "--output-dir", tmp_path / "e")
     assert "torch_fidelity.calculate_metrics says fid" in capsys.readouterr().out
     found = rows(tmp_path / "e")
@@ -273,11 +241,12 @@ def test_finished_runs_are_compared_on_one_page(small, tmp_path, capsys):
     for name in ("a", "b"):
         model = ("digits",) if name == "a" else (small,)
         here(evaluate.main, "--model", *model, *few, "--images", 60, "--output-dir", tmp_path / name)
-    here(evaluate.main, "--compare", tmp_path / "a", tmp_path / "b", "--output-dir", tmp_path / "c")
+    here(compare.main, "--runs", tmp_path / "a", tmp_path / "b", "--output-dir", tmp_path / "c")
     assert rows(tmp_path / "c").keys() == {"teacher ddim 1", "student@1 ddim 1"}
     assert rows(tmp_path / "c")["student@1 ddim 1"]["ratio"] > 0 and (tmp_path / "c" / "report.html").is_file()
     here(evaluate.main, *few, "--images", 50, "--output-dir", tmp_path / "d")
-    message = bad(evaluate.main, ["--compare", tmp_path / "a", tmp_path / "d", "--output-dir", tmp_path / "x"], capsys)
+    capsys.readouterr()
+    message = bad(compare.main, ["--runs", tmp_path / "a", tmp_path / "d", "--output-dir", tmp_path / "x"], capsys)
     assert "cannot be compared: images is 60 and 50" in message and not (tmp_path / "x").exists()
 
 
@@ -323,7 +292,7 @@ def test_searched_step_times_are_written_into_the_student_and_its_pipelines(smal
         64,
     )
     here(search.main, *arguments, "--output-dir", tmp_path / "s")
-    _, description = checkpoint.load(tmp_path / "s" / "student.safetensors")
+    _, description = files.load(tmp_path / "s" / "student.safetensors")
     times = description["sampler"]["times"]
     assert description["sampler"]["steps"] == [2, 3] and [len(t) for t in times.values()] == [3, 4]
     assert all(t[0] == 1 and t[-1] == 0 for t in times.values())
@@ -337,7 +306,7 @@ def test_searched_step_times_are_written_into_the_student_and_its_pipelines(smal
 
 
 @pytest.mark.parametrize("schedule, prediction", [(Flow(), "flow"), (VE(0.02, 2.0), "score")], ids=["flow", "ve"])
-def test_a_teacher_that_no_stock_pipeline_knows_has_a_student_on_a_table_that_one_does(tmp_path, schedule, prediction, capsys):
+def test_a_teacher_without_a_stock_pipeline_has_a_student_on_a_table_with_one(tmp_path, schedule, prediction, capsys):
     model = untrained((1, 8, 8), 10, (8, 16), 1, 0)
     net, network = model.parametric.net, model.network
     if prediction == "score":
@@ -374,12 +343,12 @@ TINY = ("--preset", "smoke", "--training-images", "256", "--images", "60", "--sw
         ("ict", "--from-scratch"), ("ect",), ("ect", "--target-mix", "auto"), ("ect", "--from-scratch", "--target", "posterior-mean"),
         ("scd",), ("sct", "--jvp", "exact"), ("meanflow",), ("meanflow", "--from-scratch", "--sampler", "jump"),
         ("cd", "--student", "new", "--sampler", "ddim"),
-        ("denoise", "--student", "new", "--regularize", "consistent=0.1", "fokker-planck=0.001"),
+        ("denoise", "--student", "new", "--regularize", "martingale=0.1", "fokker-planck=0.001"),
     ],
     ids=" ".join,
 )  # fmt: skip
 def test_every_consistency_method_writes_what_progressive_writes(tmp_path, arguments, monkeypatch):
-    monkeypatch.setattr("recipes.stage.export.verify", lambda *a: 0.0)  # tested with the pipelines themselves
+    monkeypatch.setattr("teachers.export.deliver.verify", lambda *a: 0.0)  # tested with the pipelines themselves
     consistency.main(["--method", *arguments, *TINY, "--output-dir", str(tmp_path / "r")])
     method = arguments[0]
     sampler = "ddim" if "ddim" in arguments else METHODS[method].sampler
@@ -391,19 +360,7 @@ def test_every_consistency_method_writes_what_progressive_writes(tmp_path, argum
 
 
 def test_a_consistency_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path):
-    arguments = (
-        "--method",
-        "ect",
-        *TINY[:2],
-        "--training-images",
-        "2048",
-        "--images",
-        "60",
-        "--sweep-steps",
-        "1",
-        "--threads",
-        "1",
-    )
+    arguments = ("--method", "ect", *TINY, "--training-images", "2048")
     consistency.main([*arguments, "--output-dir", str(tmp_path / "whole")])
     folder = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "recipes/consistency.py"), *arguments, "--output-dir", str(folder)]
@@ -421,10 +378,10 @@ def test_a_consistency_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path
 def test_the_variance_report_is_written(tmp_path):
     variance.main(["--preset", "smoke", "--threads", "1", "--training-images", "512", "--output-dir", str(tmp_path / "v")])
     out = json.loads((tmp_path / "v" / "variance.json").read_text())
-    assert out["targets"].keys() == {"datum", "teacher", "mix", "posterior mean"} and len(out["logsnr"]) == 3
-    noisy, clean = 0, 2  # log-SNR -8 and 8: the datum varies most where little is left of it
-    assert out["targets"]["datum"]["error"][noisy] > 10 * out["targets"]["datum"]["error"][clean]
-    assert out["targets"]["teacher"]["error"][noisy] < out["targets"]["datum"]["error"][noisy] / 10
+    assert out["targets"].keys() == {"data", "teacher", "mix", "posterior mean"} and len(out["logsnr"]) == 3
+    noisy, clean = 0, 2  # log-SNR -8 and 8: the data sample varies most where little is left of it
+    assert out["targets"]["data"]["error"][noisy] > 10 * out["targets"]["data"]["error"][clean]
+    assert out["targets"]["teacher"]["error"][noisy] < out["targets"]["data"]["error"][noisy] / 10
     assert (tmp_path / "v" / "variance.html").read_text().count("<tr>") == 4 and (
         tmp_path / "v" / "variance.png"
     ).stat().st_size > 10_000
@@ -432,9 +389,9 @@ def test_the_variance_report_is_written(tmp_path):
 
 def test_a_network_that_returns_nan_fails_its_cells_and_leaves_the_others(small, tmp_path):
     path = tmp_path / "nan" / "student.safetensors"
-    tensors, description = checkpoint.load(small / "student.safetensors")
+    tensors, description = files.load(small / "student.safetensors")
     tensors["unet.conv_out.bias"] = torch.full_like(tensors["unet.conv_out.bias"], float("nan"))
-    checkpoint.save(path, tensors, {k: v for k, v in description.items() if k != "format"})
+    files.save(path, tensors, {k: v for k, v in description.items() if k != "format"})
     few = ("--images", 60, "--steps", 1, "--baseline-steps", 0)
     here(evaluate.main, "--model", "digits", path, *few, "--output-dir", tmp_path / "e")
     out = rows(tmp_path / "e")
@@ -444,21 +401,11 @@ def test_a_network_that_returns_nan_fails_its_cells_and_leaves_the_others(small,
 
 def test_the_teacher_recipe_makes_a_model_every_recipe_takes(tmp_path):
     folder = tmp_path / "teacher"
-    arguments = ["--preset", "smoke", "--images", "1024", "--output-dir", str(folder)]
+    arguments = ["--preset", "smoke", "--images", "1024", "--output-dir", str(folder)]  # the flag's older name
     teacher_recipe.main(arguments)
     assert {"teacher.safetensors", "samples.png", "metrics.jsonl", "config.json"} <= {p.name for p in folder.iterdir()}
-    sample.main(
-        [
-            "--model",
-            str(folder / "teacher.safetensors"),
-            "--steps",
-            "2",
-            "--images",
-            "4",
-            "--output",
-            str(tmp_path / "grid.png"),
-        ]
-    )
+    few = ["--steps", "2", "--images", "4", "--output", str(tmp_path / "grid.png")]
+    sample.main(["--model", str(folder / "teacher.safetensors"), *few])
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 
@@ -480,15 +427,17 @@ def bad(main, arguments, capsys):
 @pytest.mark.parametrize(
     "main, arguments, message",
     [
-        (
-            progressive.main,
-            ["--techer", "digits"],
-            "unrecognized arguments: --techer digits; accepted are --preset --teacher --data",
-        ),
-        (progressive.main, ["--teacher", "digts"], "unknown teacher 'digts': accepted are 'digits'"),
-        (progressive.main, ["--teacher", "nowhere/x.safetensors"], "no such file"),
+        (progressive.main, ["--techer", "digits"], "unrecognized arguments: --techer digits: nearest are --teacher"),
+        (progressive.main, ["--steps", "4"], "nearest are --end-steps, --sweep-steps, --start-steps"),
+        (progressive.main, ["--help", "distance"], "accepted are --help, --help all, --help teacher, --help data"),
+        (progressive.main, ["--log-with", "wandb"], "the package wandb is not installed: pip install wandb"),
+        (evaluate.main, ["--compare", "a", "b"], "--compare is a command of its own now: python recipes/compare.py --runs"),
+        (teacher_recipe.main, ["--probe", "digits"], "a command of its own now: python recipes/probe.py --model"),
+        (compare.main, [], "the following arguments are required: --runs"),
+        (progressive.main, ["--teacher", "digts"], "unknown model 'digts': accepted are digits"),
+        (progressive.main, ["--teacher", "nowhere/x.safetensors"], "there is no such file"),
         (progressive.main, ["--teacher", "oracle:digits"], "an oracle has no network"),
-        (progressive.main, ["--data", "nowhere.npz"], "unknown data 'nowhere.npz': accepted are 'digits', an .npz"),
+        (progressive.main, ["--data", "nowhere.npz"], "unknown data 'nowhere.npz', no such file or folder"),
         (progressive.main, ["--start-steps", "64", "--end-steps", "3"], "accepted are [32, 16, 8, 4, 2, 1]"),
         (progressive.main, ["--start-steps", "7"], "none: start is odd"),
         (progressive.main, ["--start-steps", "many"], "invalid int value: 'many'"),
@@ -501,7 +450,7 @@ def bad(main, arguments, capsys):
         (evaluate.main, ["--images", "3"], "--images 40 or more"),
         (evaluate.main, ["--steps", "2000"], "2000 steps on a grid of 1,024: accepted are 1 to 1024"),
         (evaluate.main, ["--verify", "--metrics", "fid"], "--verify needs"),
-        (evaluate.main, ["--compare", "nowhere"], "nowhere: holds no finished report"),
+        (compare.main, ["--runs", "nowhere"], "nowhere: there is no finished report"),
         (search.main, ["--steps", "99"], "accepted are at most as many steps as nodes"),
         (consistency.main, ["--method", "cd", "--from-scratch"], "--method cd distils a teacher and --from-scratch has none"),
         (
@@ -525,9 +474,9 @@ def bad(main, arguments, capsys):
         (consistency.main, ["--target", "posterior-mean", "--target-mix", "1"], "choose it or --target-mix"),
         (consistency.main, ["--method", "ict", "--from-scratch", "--student", "table"], "--from-scratch has none: choose new"),
         (consistency.main, ["--sampler", "consistency:2"], "unknown sampler 'consistency:2': accepted are ddim"),
-        (consistency.main, ["--sampler", "jump"], "'jump' needs a network of two times"),
-        (evaluate.main, ["--samplers", "jump"], "'jump' needs a network of two times"),
-        (consistency.main, ["--regularize", "fokker=1"], "accepted is name=weight with a name of consistent, fokker-planck"),
+        (consistency.main, ["--sampler", "jump"], "'jump' needs a two-time network"),
+        (evaluate.main, ["--samplers", "jump"], "'jump' needs a two-time network"),
+        (consistency.main, ["--regularize", "fokker=1"], "accepted is name=weight with a name of martingale, fokker-planck"),
         (consistency.main, ["--teacher", "oracle:digits"], "an oracle has no network"),
         (sample.main, ["--labels", "11"], "this model has 10 classes"),
         (sample.main, ["--model", "oracle:gaussian"], "are no pictures"),
@@ -578,7 +527,7 @@ def test_a_network_without_a_tangent_or_from_other_noise_levels_is_refused_befor
     line = bad(consistency.main, ["--method", "sct", "--jvp", "exact", "--teacher", spec + "cosine", *arguments], capsys)
     assert "no exact tangent" in line and "use --jvp finite" in line
     line = bad(consistency.main, ["--student", spec + "edm", "--teacher", spec + "ve", *arguments], capsys)
-    assert "begins at sigma/alpha 0.002 (t_min) and the teacher knows none below 0.02" in line
+    assert "begins at sigma/alpha 0.002 (t_min), the teacher's at 0.02" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -607,10 +556,17 @@ def test_a_student_is_refused_at_steps_it_was_not_made_for(small, tmp_path, caps
     message = bad(
         evaluate.main, ["--model", small / "student.safetensors", "--steps", "4", "--output-dir", tmp_path / "e"], capsys
     )
-    assert "was distilled for [1] steps; --steps names [4]" in message
-    assert "made for [1] steps, not 3" in bad(
+    assert "was distilled for 1 steps; --steps names 4" in message
+    assert "made for 1 steps, not 3" in bad(
         sample.main, ["--model", small, "--steps", "3", "--output", tmp_path / "a.png"], capsys
     )
+
+
+def test_sample_finds_the_stage_of_a_step_count_in_a_run(small, tmp_path, capsys):
+    sample.main(["--model", str(small), "--steps", "2", "--images", "4", "--output", str(tmp_path / "run.png")])
+    sample.main(["--model", str(small / "stages/2"), "--images", "4", "--output", str(tmp_path / "stage.png")])
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "stage.png").read_bytes()
+    assert "4 images, ddim with 2 steps" in capsys.readouterr().out
 
 
 def test_every_recipe_has_a_smoke_preset(tmp_path, monkeypatch, capsys):
@@ -622,7 +578,7 @@ def test_every_recipe_has_a_smoke_preset(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "b/benchmark.json").read_text()).keys() == {
         "extraction", "generation", "loading", "decoding", "starting",
     }  # fmt: skip
-    for name in (p.stem for p in (ROOT / "recipes").glob("*.py") if "def main(argv" in p.read_text()):
+    for name in commands():
         assert "smoke" in importlib.import_module(f"recipes.{name}").PRESETS, name
 
 
@@ -639,21 +595,9 @@ def test_an_eps_teacher_is_turned_to_v_before_its_ladder(tmp_path):
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    progressive.main(
-        [
-            *SMALL,
-            "--force",
-            "--teacher",
-            str(tmp_path / "ddpm"),
-            "--start-steps",
-            "2",
-            "--images",
-            "40",
-            "--output-dir",
-            str(tmp_path / "run"),
-        ]
-    )
-    _, description = checkpoint.load(tmp_path / "run" / "student.safetensors")
+    few = ["--start-steps", "2", "--images", "40", "--output-dir", str(tmp_path / "run")]
+    progressive.main([*SMALL, "--force", "--teacher", str(tmp_path / "ddpm"), *few])
+    _, description = files.load(tmp_path / "run" / "student.safetensors")
     assert description["prediction"] == "v" and (tmp_path / "run/stages/v/student.safetensors").exists()
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
 
@@ -665,4 +609,4 @@ def test_guidance_is_baked_into_the_student_and_tensorboard_is_written(tmp_path)
     row = rows(tmp_path / "r")
     assert row["teacher ddim 2"]["nfe"] == 4 and row["student@1 ddim 1"]["nfe"] == 1
     assert list((tmp_path / "r" / "trackers").rglob("events.out.*"))
-    assert checkpoint.load(tmp_path / "r" / "student.safetensors")[1]["record"]["guidance"] == 2
+    assert files.load(tmp_path / "r" / "student.safetensors")[1]["record"]["guidance"] == 2

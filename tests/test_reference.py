@@ -1,12 +1,17 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from distill import checkpoint
+import teachers
+from distill import files
 from eval import reference
 from eval.features import Extractor
-from eval.metrics import Features, Reference, measure
+from eval.metrics import Features, measure
+from teachers.codec import Codec
 from teachers.digits import digits
 
 
@@ -32,7 +37,7 @@ def test_a_stored_reference_is_read_back_with_its_identity_and_not_computed_agai
     assert reference.load(path, extractor)[1] == identity
 
 
-def test_other_images_are_refused_where_a_reference_is_stored(stored):
+def test_other_images_than_those_of_the_stored_reference_are_refused(stored):
     path, images, extractor, *_ = stored
     with pytest.raises(ValueError, match=r"this reference has images 300, here it is 299: they must agree"):
         reference.of_images(images[:299], "digits", extractor, 64, Accelerator(cpu=True), path)
@@ -51,15 +56,28 @@ def test_another_extractor_is_refused_by_name_and_by_weights(stored, tmp_path):
         reference.load(path, changed)
 
 
-def test_another_dtype_is_refused(stored, tmp_path):
-    tensors, description = checkpoint.load(stored[0])
+def test_files_of_another_kind_dtype_or_shape_are_refused(stored, teacher, tmp_path):
+    tensors, description = files.load(stored[0])
     description.pop("format")
-    checkpoint.save(tmp_path / "half.safetensors", {"features": tensors["features"].half()}, description)
-    with pytest.raises(ValueError, match=r"features are torch\.float16, torch\.float32 is accepted"):
-        reference.load(tmp_path / "half.safetensors", stored[2])
-    np.savez(tmp_path / "single.npz", mu=np.zeros(4, np.float32), sigma=np.eye(4, dtype=np.float32))
-    with pytest.raises(ValueError, match="mu is float32 and sigma float32: accepted are float32 or float64, and float64"):
-        reference.load(tmp_path / "single.npz", Extractor("inception-v3-compat", stored[2].module))
+    files.save(tmp_path / "half.safetensors", {"features": tensors["features"].half()}, description)
+    teachers.save(tmp_path / "model.safetensors", teacher)
+    single = np.eye(4, dtype=np.float32)
+    np.savez(tmp_path / "single.npz", mu=single[0], sigma=single)
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(4), sigma=np.eye(3))
+    np.savez(tmp_path / "names.npz", mean=np.zeros(4))
+    np.savez(tmp_path / "objects.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    (tmp_path / "edm.pkl").write_bytes(b"\x80\x04.")
+    for name, message in {
+        "half.safetensors": r"features are torch\.float16, torch\.float32 is accepted",
+        "model.safetensors": "a model, no reference",
+        "single.npz": "mu is float32 and sigma float32: accepted are float32 or float64, and float64",
+        "shape.npz": r"mu has shape \(4,\) and sigma \(3, 3\)",
+        "names.npz": "mu is not a file in the archive",
+        "objects.npz": "allow_pickle=False",
+        "edm.pkl": "a pickle, which can run code",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            reference.load(tmp_path / name, stored[2])
 
 
 def test_statistics_of_the_fields_npz_files_give_the_fid_of_the_features_they_came_from(stored, tmp_path):
@@ -69,47 +87,15 @@ def test_statistics_of_the_fields_npz_files_give_the_fid_of_the_features_they_ca
     inception = Extractor("inception-v3-compat", extractor.module)
     given, identity = reference.load(tmp_path / "cifar10-32x32.npz", inception)
     generated = Features(made.features + 0.1 * torch.randn_like(made.features))
-    whole, bare = measure(generated, made), measure(generated, given)
-    assert bare["fid"] == whole["fid"] and bare["fid_interval"] == whole["fid_interval"]
-    assert bare["kid"] is None and bare["precision"] is None and identity.images == 0
+    whole, alone = measure(generated, made), measure(generated, given)
+    assert alone["fid"] == whole["fid"] and alone["fid_interval"] == whole["fid_interval"]
+    assert alone["kid"] is None and alone["precision"] is None and identity.images == 0
     assert given.floor(100) is None
     with pytest.raises(ValueError, match="has features 'inception-v3-compat', here it is 'digits'"):
         reference.load(tmp_path / "cifar10-32x32.npz", extractor)
 
 
-def test_files_that_need_unpickling_are_refused(stored, tmp_path):
-    np.savez(tmp_path / "objects.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        reference.load(tmp_path / "objects.npz", stored[2])
-    (tmp_path / "edm.pkl").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match="a pickle, which can run code"):
-        reference.load(tmp_path / "edm.pkl", stored[2])
-
-
-def test_a_model_file_is_no_reference(tmp_path, teacher, stored):
-    import teachers
-
-    teachers.save(tmp_path / "m.safetensors", teacher)
-    with pytest.raises(ValueError, match="a model, no reference"):
-        reference.load(tmp_path / "m.safetensors", stored[2])
-
-
-def test_statistics_of_a_wrong_shape_are_refused(stored, tmp_path):
-    np.savez(tmp_path / "x.npz", mu=np.zeros(4), sigma=np.eye(3))
-    with pytest.raises(ValueError, match=r"mu has shape \(4,\) and sigma \(3, 3\)"):
-        reference.load(tmp_path / "x.npz", stored[2])
-    np.savez(tmp_path / "y.npz", mean=np.zeros(4))
-    with pytest.raises(ValueError, match="mu is not a file in the archive"):
-        reference.load(tmp_path / "y.npz", stored[2])
-    assert isinstance(stored[3], Reference)
-
-
-def test_the_decoders_own_floor_is_0_for_a_perfect_codec_and_positive_for_a_coarse_one(teacher, stored):
-    from dataclasses import replace
-    from types import SimpleNamespace
-
-    from teachers.codec import Codec
-
+def test_the_floor_of_a_decoder_is_0_for_a_perfect_codec_and_positive_for_a_coarse_one(teacher, stored):
     class Vae(torch.nn.Module):
         def __init__(self, coarse):
             super().__init__()

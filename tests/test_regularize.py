@@ -11,7 +11,7 @@ from distill.denoiser import Denoiser
 from distill.regularize import RESIDUALS, Regularized, residuals
 from distill.rng import Rng
 from distill.schedule import EDM, Cosine, Flow, add_noise
-from distill.target import Datum
+from distill.target import DataSample
 from teachers.oracle import Gaussian
 
 N = 20_000
@@ -29,7 +29,7 @@ def rng():
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), Flow(), EDM()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("name", ["consistent", "fokker-planck"])
+@pytest.mark.parametrize("name", ["martingale", "fokker-planck"])
 def test_the_residual_vanishes_on_the_exact_denoiser_and_not_on_a_wrong_one(name, schedule):
     exact = Gaussian(schedule, MEAN, STD)
     x_t, t = at(schedule)
@@ -59,8 +59,8 @@ def test_the_consistency_residual_vanishes_on_the_consistency_function_and_not_o
         """The exact function; its own DDIM step leaves the path, so the step is made small."""
 
     small = {"by": 1e-3}
-    on_function = RESIDUALS["consistency"](Path(schedule), x_t, t, rng(), **small).mean()
-    on_denoiser = RESIDUALS["consistency"](Gaussian(schedule, MEAN, STD), x_t, t, rng(), **small).mean()
+    on_function = RESIDUALS["self-consistency"](Path(schedule), x_t, t, rng(), **small).mean()
+    on_denoiser = RESIDUALS["self-consistency"](Gaussian(schedule, MEAN, STD), x_t, t, rng(), **small).mean()
     assert on_denoiser > 0 and on_function < on_denoiser
 
 
@@ -68,17 +68,17 @@ def test_a_regularized_method_is_the_method_plus_its_weighted_terms():
     torch.manual_seed(0)
     student = Denoiser(Small(), Cosine())
     x0 = data(64).float()
-    method = Consistency(Datum(), Neighbours(lambda _: 8))
-    bare = method(student, x0, rng=Rng(torch.Generator().manual_seed(0), 64), progress=0.0)
+    method = Consistency(DataSample(), Neighbours(lambda _: 8))
+    plain = method(student, x0, rng=Rng(torch.Generator().manual_seed(0), 64), progress=0.0)
     with_terms = [
-        Regularized(method, (("consistent", w), ("fokker-planck", w)))(
+        Regularized(method, (("martingale", w), ("fokker-planck", w)))(
             student, x0, rng=Rng(torch.Generator().manual_seed(0), 64), progress=0.0
         )
         for w in (0.0, 0.1, 0.2)
     ]
-    assert torch.allclose(with_terms[0], bare)
-    assert torch.allclose(with_terms[2] - bare, 2 * (with_terms[1] - bare), atol=1e-4) and not torch.allclose(
-        with_terms[1], bare
+    assert torch.allclose(with_terms[0], plain)
+    assert torch.allclose(with_terms[2] - plain, 2 * (with_terms[1] - plain), atol=1e-4) and not torch.allclose(
+        with_terms[1], plain
     )
     with_terms[1].mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.net.parameters())

@@ -1,4 +1,4 @@
-"""What a report says of its rows, the JSON schema, and the page in a real browser."""
+"""The comparisons and words of a report, its JSON schema, and its page in a real browser."""
 
 import json
 import math
@@ -9,9 +9,8 @@ import torch
 from conftest import ROOT
 from jsonschema import Draft202012Validator
 
-from distill import checkpoint
-from eval import merge, report, variance
-from eval import verdict as compare
+from distill import files
+from eval import compare, report, variance_page, verdict
 from eval.metrics import GROUPS
 from eval.sweep import picture_path
 
@@ -43,64 +42,69 @@ def pictures_of(rows):
 
 def test_equivalent_evaluations_lie_on_the_log_log_line_through_the_teachers_front():
     halfway = math.sqrt(4.0 * 1.0)  # in log FID between 4 and 16 evaluations
-    assert compare.equivalent_nfe(row("student", "ddim", 1, halfway), TEACHER) == pytest.approx(8)
-    assert compare.equivalent_nfe(row("student", "ddim", 1, 1.0), TEACHER) == pytest.approx(16)
-    assert compare.equivalent_nfe(row("student", "ddim", 1, 9.0), TEACHER) == 1
-    assert compare.equivalent_nfe(row("student", "ddim", 1, 0.1), TEACHER) is None
+    for fid, nfe in ((halfway, 8), (1.0, 16), (9.0, 1)):
+        assert verdict.equivalent_nfe(row("student", "ddim", 1, fid), TEACHER) == pytest.approx(nfe)
+    assert verdict.equivalent_nfe(row("student", "ddim", 1, 0.1), TEACHER) is None
 
 
-def test_training_is_earned_back_after_its_seconds_over_those_saved_an_image():
+def test_training_time_is_regained_after_its_seconds_over_those_saved_per_image():
     student = row("student", "ddim", 1, 1.0, training_seconds=300.0)
-    out = compare.with_comparisons([*TEACHER, student], pictures_of([*TEACHER, student]))[-1]
+    out = verdict.with_comparisons([*TEACHER, student], pictures_of([*TEACHER, student]))[-1]
     assert out["equivalent_nfe"] == pytest.approx(16)
     assert out["break_even_images"] == pytest.approx(300 / (16e-3 - 1e-3))
     worse = row("student", "ddim", 16, 4.0, training_seconds=300.0)
-    assert compare.with_comparisons([*TEACHER, worse], pictures_of([*TEACHER, worse]))[-1]["break_even_images"] is None
+    assert verdict.with_comparisons([*TEACHER, worse], pictures_of([*TEACHER, worse]))[-1]["break_even_images"] is None
 
 
 def test_drift_is_0_for_a_copy_1_for_other_images_and_scales_with_the_distance():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 200, (500, 1, 8, 8), generator=generator, dtype=torch.uint8)
     others = torch.randint(0, 200, (500, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    assert compare.drift(images, images) == 0
-    assert compare.drift(others, images) == pytest.approx(1, abs=0.02)
-    near, far = (compare.drift(images + offset, images) for offset in (5, 10))
+    assert verdict.drift(images, images) == 0
+    assert verdict.drift(others, images) == pytest.approx(1, abs=0.02)
+    near, far = (verdict.drift(images + offset, images) for offset in (5, 10))
     assert far == pytest.approx(2 * near)
 
 
-def test_the_front_is_what_nothing_beats_in_both():
+def test_no_row_beats_the_front_in_both_cost_and_fid():
     rows = [row("teacher", "a", 2, 1.0), row("teacher", "b", 2, 0.5), row("teacher", "c", 4, 0.7), row("teacher", "d", 8, 0.2)]
-    assert [r["sampler"] for r in compare.pareto(rows, "nfe")] == ["b", "d"]
+    assert [r["sampler"] for r in verdict.pareto(rows, "nfe")] == ["b", "d"]
 
 
 def test_the_verdict_counts_only_significant_wins():
     rival = row("teacher", "unipc", 4, 1.0)
     won = row("student", "ddim", 4, 0.9)
-    assert compare.verdict([rival, won]).startswith("Up to 4 network evaluations use the student")
+    said = verdict.verdict([rival, won])
+    assert said.startswith("Use the student up to 4 network evaluations. There its FID is 0.900; the teacher's best")
+    assert "(unipc) has 1.000. The difference is 0.100 ± 0.000 (95 % interval). No sampler of the teacher" in said
+    one = [row("teacher", "ddim", 1, 2.0), row("student", "ddim", 1, 0.9), rival | {"fid": 0.8}]
+    assert "up to 1 network evaluation. There" in verdict.verdict(one) and "need about 3.3 evaluations" in verdict.verdict(one)
     noisy = won | {"fid_left_out": [0.9 + 0.05 * (-1) ** g for g in range(GROUPS)]}
-    assert compare.verdict([rival, noisy]).startswith("No student beats")
-    assert compare.verdict([rival]).startswith("There is nothing to compare")
+    assert verdict.verdict([rival, noisy]).startswith("No student is better")
+    assert verdict.verdict([rival]).startswith("There is nothing to compare")
 
 
 def test_a_reader_is_warned_of_too_few_images_and_of_failed_cells():
-    few = compare.warnings([], PROTOCOL | {"images": 60}, 64)
-    assert any("do not determine the covariance of 64 features" in w for w in few) and any("biased" in w for w in few)
-    assert compare.warnings([], PROTOCOL, 64) == []
+    few = verdict.warnings([], PROTOCOL | {"images": 60}, 64)
+    assert "do not determine the covariance of 64 features" in few[0] and "biased" in few[1]
+    assert verdict.warnings([], PROTOCOL, 64) == []
     failed = {"error": "image 3 of cell 'x' is not finite"}
-    assert compare.warnings([failed], PROTOCOL, 64) == [failed["error"]]
-    assert "outside [-1, 1]" in compare.warnings([row("student", "ddim", 1, 1.0) | {"saturated_pixels": 0.5}], PROTOCOL, 64)[0]
+    assert verdict.warnings([failed], PROTOCOL, 64) == [failed["error"]]
+    assert (
+        "50% of the values" in verdict.warnings([row("student", "ddim", 1, 1.0) | {"saturated_pixels": 0.5}], PROTOCOL, 64)[0]
+    )
 
 
 @pytest.fixture
 def written(tmp_path):
-    """A finished run's folder, with a failed cell and markup in its title."""
+    """Return a function that writes the folder of a finished run, with a failed cell and markup in its title."""
 
     def make(name, rows, protocol=PROTOCOL):
         folder = tmp_path / name
         for r in rows:
             images = torch.randint(0, 255, (16, 1, 8, 8), dtype=torch.uint8)
-            checkpoint.save(picture_path(folder / "cells", r["name"]), {"images": images}, {})
-        rows = compare.with_comparisons(rows, pictures_of(rows))
+            files.save(picture_path(folder / "cells", r["name"]), {"images": images}, {})
+        rows = verdict.with_comparisons(rows, pictures_of(rows))
         failed = {k: v for k, v in row("student", "ddim", 2, 0).items() if k in SCHEMA.schema["$defs"]["cell"]["required"]}
         rows.append(failed | {"error": "image 3 of cell 'student ddim 2' is not finite"})
         out = report.assemble("A <b>title</b>", rows, protocol, 0.2, 64, {"command": "x < y"})
@@ -110,17 +114,17 @@ def written(tmp_path):
     return make
 
 
-def test_report_json_is_what_its_schema_says(written):
+def test_the_schema_describes_report_json(written):
     out = json.loads((written("a", [*TEACHER, row("student", "ddim", 1, 0.6)]) / "report.json").read_text())
     SCHEMA.validate(out)
     del out["rows"][0]["fid_interval"]
     assert not SCHEMA.is_valid(out)
 
 
-def test_finished_runs_are_merged_on_one_page_and_told_apart(written):
+def test_finished_runs_are_merged_on_one_page_with_different_names(written):
     one = written("one", [*TEACHER, row("student", "ddim", 1, 0.6)])
     two = written("two", [*TEACHER, row("student", "ddim", 1, 0.7, model_sha256="other")])
-    out, sources = merge.merged([one, two])
+    out, sources = compare.merged([one, two])
     assert [r["name"] for r in out["rows"]] == [*(r["name"] for r in TEACHER), "student ddim 1", "two student ddim 1"]
     assert sources["two student ddim 1"].parent == two / "cells"
     SCHEMA.validate(out)
@@ -129,9 +133,9 @@ def test_finished_runs_are_merged_on_one_page_and_told_apart(written):
 def test_protocols_are_not_mixed(written):
     one, two = written("one", TEACHER), written("two", TEACHER, PROTOCOL | {"images": 10_000, "seed": 1})
     with pytest.raises(ValueError, match="cannot be compared: images is 5000 and 10000, seed is 0 and 1"):
-        merge.merged([one, two])
-    with pytest.raises(ValueError, match="holds no finished report"):
-        merge.merged([one, one / "nowhere"])
+        compare.merged([one, two])
+    with pytest.raises(ValueError, match="there is no finished report"):
+        compare.merged([one, one / "nowhere"])
 
 
 @pytest.fixture(scope="module")
@@ -148,29 +152,34 @@ def browser():
 
 
 @pytest.mark.parametrize("width", [1280, 390], ids=["wide", "phone"])
-def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_asks_for_nothing(written, browser, width):
+def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_loads_nothing_else(written, browser, width):
     rows = [*TEACHER, row("student", "ddim", 1, 0.6)]
     folder = written("a", rows)
     page = browser.new_page(viewport={"width": width, "height": 900})
-    asked, said = [], []
-    page.on("request", lambda request: asked.append(request.url))
+    loaded, said = [], []
+    page.on("request", lambda request: loaded.append(request.url))
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto((folder / "report.html").as_uri())
-    assert [url for url in asked if not url.startswith("data:")] == [(folder / "report.html").as_uri()] and said == []
+    assert [url for url in loaded if not url.startswith("data:")] == [(folder / "report.html").as_uri()] and said == []
     assert page.title() == "A <b>title</b>"
     shown = page.eval_on_selector_all("img", "images => images.map(i => [i.alt, i.complete && i.naturalWidth > 100])")
     assert {"FID against NFE", "FID against seconds per image", "samples by step count"} <= {alt for alt, ok in shown if ok}
     assert page.locator("tbody tr").count() == len(rows) + 1
     assert "is not finite" in page.locator("tr.error").inner_text() and page.locator("tr.front").count() == 2
+    assert "Most FIDs of a good model therefore lie below the floor" in page.inner_text("body")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # wide tables scroll in their own box
     page.close()
 
 
-def test_the_variance_page_says_how_many_images_the_teachers_student_needed():
-    curves = {"datum": [[100, 0.5], [400, 0.3]], "teacher": [[100, 0.3], [400, 0.1]]}
-    assert "ended 0.3 above" in variance.verdict({"curves": curves}) and "after 25% of its images" in variance.verdict(
-        {"curves": curves}
-    )
-    slower = {"datum": curves["teacher"], "teacher": curves["datum"]}
-    assert "which the student of the teacher did not reach" in variance.verdict({"curves": slower})
+def test_the_variance_page_gives_the_images_that_the_teachers_student_needed(tmp_path):
+    curves = {"data": [[100, 0.5], [400, 0.3]], "teacher": [[100, 0.3], [400, 0.1]]}
+    said = variance_page.verdict({"curves": curves})
+    assert "ended 0.3 above" in said and "after 25% of the images" in said
+    slower = {"data": curves["teacher"], "teacher": curves["data"]}
+    assert "The student trained on the teacher did not reach this error" in variance_page.verdict({"curves": slower})
+    target = {"error": [0.1, 0.0], "gradient_snr": [1.0, 2.0]}
+    out = {"logsnr": [-8.0, 8.0], "best": [0.5, 1.0], "targets": dict.fromkeys(variance_page.COLOURS, target), "curves": curves}
+    variance_page.draw(out, tmp_path / "variance.png")
+    page = variance_page.page(out | {"verdict": said}, tmp_path)
+    assert "<th>data sample</th><th>teacher</th>" in page and page.count("<tr>") == 3 and "data:image/png;base64" in page

@@ -3,7 +3,8 @@ import torch
 
 from distill.denoiser import Rescheduled
 from distill.schedule import EDM, Cosine, Flow, add_noise
-from distill.target import Datum, Judge, Mix, PosteriorMean, posterior_mean
+from distill.target import DataSample, Mix, PosteriorMean, posterior_mean
+from distill.teacher_bias import TeacherBias
 from teachers.oracle import Gaussian, Mixture, finite
 
 SCHEDULE = Cosine()
@@ -17,16 +18,16 @@ def noisy(n=2000, seed=0):
     return x0, add_noise(SCHEDULE, x0, torch.randn(n, 2, generator=g), t), t
 
 
-def test_a_mix_goes_from_the_datum_to_the_teacher():
+def test_a_mix_goes_from_the_data_sample_to_the_teacher():
     x0, x_t, t = noisy(50)
     expected = ORACLE(x_t, t)
-    assert torch.equal(Mix(ORACLE, 0)(SCHEDULE, x_t, t, x0), x0) and torch.equal(Datum()(SCHEDULE, x_t, t, x0), x0)
+    assert torch.equal(Mix(ORACLE, 0)(SCHEDULE, x_t, t, x0), x0) and torch.equal(DataSample()(SCHEDULE, x_t, t, x0), x0)
     assert torch.allclose(Mix(ORACLE, 1)(SCHEDULE, x_t, t, x0), expected)
     assert torch.allclose(Mix(ORACLE, 0.25)(SCHEDULE, x_t, t, x0), 0.75 * x0 + 0.25 * expected, atol=1e-6)
 
 
-def test_the_teachers_target_has_the_datums_mean_and_none_of_its_conditional_variance():
-    """At one x_t the datum varies by sigma^2 std^2 / (alpha^2 std^2 + sigma^2), the closed form of a Gaussian."""
+def test_the_teachers_target_has_the_mean_of_the_data_and_none_of_its_conditional_variance():
+    """At one x_t the data sample varies by sigma^2 std^2 / (alpha^2 std^2 + sigma^2), the closed form of a Gaussian."""
     t = torch.tensor(0.5)
     g = torch.Generator().manual_seed(1)
     x0 = ORACLE.mean + ORACLE.std * torch.randn(200_000, 2, generator=g)
@@ -41,7 +42,7 @@ def test_a_part_by_noise_level_is_linear_between_its_levels_and_flat_outside():
     levels = torch.tensor([-4.0, 0.0, 4.0])
     mix = Mix(ORACLE, torch.tensor([1.0, 0.5, 0.0]), levels)
     t = SCHEDULE.time(torch.tensor([-9.0, -4.0, -2.0, 0.0, 1.0, 4.0, 8.0]))
-    assert torch.allclose(mix.part(SCHEDULE, t), torch.tensor([1, 1, 0.75, 0.5, 0.375, 0, 0]), atol=1e-4)
+    assert torch.allclose(mix.weight(SCHEDULE, t), torch.tensor([1, 1, 0.75, 0.5, 0.375, 0, 0]), atol=1e-4)
 
 
 def test_a_part_outside_0_to_1_is_refused():
@@ -51,7 +52,7 @@ def test_a_part_outside_0_to_1_is_refused():
         Mix(ORACLE, torch.tensor([0.0, -0.1]), torch.tensor([0.0, 1.0]))
 
 
-def test_a_teacher_of_another_schedule_is_asked_in_its_own():
+def test_a_teacher_is_evaluated_on_its_own_schedule():
     x0, x_t, t = noisy(20)
     elsewhere = Rescheduled(ORACLE, Flow())
     assert torch.allclose(Mix(elsewhere, 1)(SCHEDULE, x_t, t, x0), ORACLE(x_t, t), atol=1e-5)
@@ -95,7 +96,7 @@ class Labelled:
 
 
 def found(teacher, averaged=1.0, n=4000):
-    return Judge(teacher, noisy(n, seed=1)[0]).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), n, averaged)
+    return TeacherBias(teacher, noisy(n, seed=1)[0]).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), n, averaged)
 
 
 LEVELS = torch.linspace(-4, 4, 5)
@@ -124,12 +125,12 @@ def test_an_exact_teacher_is_trusted_though_few_samples_say_so_and_64_targets_ar
     assert (found(ORACLE, 64)["best"] > 0.85).all() and found(ORACLE, 64)["best"].mean() > 0.95
 
 
-def test_a_class_that_no_other_datum_has_is_judged_by_all_of_them():
+def test_a_class_with_one_sample_is_compared_with_all_samples():
     labels, data = torch.arange(40), noisy(40)[0]
-    told = Judge(Labelled(), data, labels).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=400)
-    assert all(torch.isfinite(values).all() for values in told.values())
-    with pytest.raises(ValueError, match="two data or more, here are 1"):
-        Judge(ORACLE, data[:1])
+    errors = TeacherBias(Labelled(), data, labels).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=400)
+    assert all(torch.isfinite(values).all() for values in errors.values())
+    with pytest.raises(ValueError, match="at least 2 data samples, here are 1"):
+        TeacherBias(ORACLE, data[:1])
 
 
 def test_on_a_mixture_the_exact_teacher_is_trusted_and_a_shifted_one_is_found_out():
@@ -138,11 +139,11 @@ def test_on_a_mixture_the_exact_teacher_is_trusted_and_a_shifted_one_is_found_ou
     oracle = Mixture(SCHEDULE, means, torch.full((2,), std), torch.tensor([0.5, 0.5]))
     g = torch.Generator().manual_seed(0)
     data = means[torch.randint(2, (6000,), generator=g)] + std * torch.randn(6000, 2, generator=g)
-    exact = Judge(oracle, data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000, averaged=1)
+    exact = TeacherBias(oracle, data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000, averaged=1)
     assert (exact["best"] > 0.99).all()
     z = torch.randn(20_000, 2, generator=g)
     t = SCHEDULE.time(LEVELS)
-    for level, found_variance in zip(t, exact["variance"], strict=True):  # by sampling, which knows no regression
+    for level, found_variance in zip(t, exact["variance"], strict=True):  # by sampling, without a regression
         x0 = means[torch.randint(2, (20_000,), generator=g)] + std * torch.randn(20_000, 2, generator=g)
         x_t = add_noise(SCHEDULE, x0, z, level)
         assert torch.isclose((x0 - oracle(x_t, level)).square().mean(), found_variance, rtol=0.1, atol=1e-4)
@@ -153,11 +154,13 @@ def test_on_a_mixture_the_exact_teacher_is_trusted_and_a_shifted_one_is_found_ou
         def __call__(self, x_t, t, **cond):
             return oracle(x_t, t) + 0.2
 
-    shifted = Judge(Shifted(), data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000)
+    shifted = TeacherBias(Shifted(), data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000)
     assert torch.allclose(shifted["bias"], torch.full((5,), 0.04), atol=0.01)
 
 
 def test_what_a_teacher_generalises_is_no_error_of_it():
     """Of forty data the exact answer is to repeat them; the oracle of the Gaussian they came from is not worse for not doing so."""
-    errors = Judge(ORACLE, noisy(40)[0]).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=2000, averaged=1)
+    errors = TeacherBias(ORACLE, noisy(40)[0]).errors(
+        SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=2000, averaged=1
+    )
     assert errors["best"][3:].min() > 0.9

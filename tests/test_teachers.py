@@ -5,50 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
 import teachers
 from distill.denoiser import Rescheduled
+from distill.sampling import Sampling
 from distill.schedule import EDM, Cosine, Flow, Table, add_noise
+from teachers.custom import wrap
+from teachers.export import deliver
 from teachers.oracle import Gaussian, Mixture, finite
-from teachers.unet import with_two_times
+from teachers.students import with_two_times
 
 
-def small_unet(**options):
-    return UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), **options,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("pipeline, scheduler", [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_a_pipeline_folder_gives_its_schedulers_pred_original_sample(tmp_path, pipeline, scheduler, prediction, betas):
-    unet = small_unet().eval()
-    pipeline(unet, scheduler(prediction_type=prediction, beta_schedule=betas)).save_pretrained(tmp_path)
-    teacher = teachers.load(str(tmp_path))
-    assert teacher.shape == (3, 8, 8) and teacher.classes is None
-    theirs = DDIMScheduler(prediction_type=prediction, beta_schedule=betas, clip_sample=False)
-    theirs.set_timesteps(1000)
-    x = torch.randn(2, 3, 8, 8)
-    for index in (0, 300, 900):
-        with torch.no_grad():
-            expected = theirs.step(unet(x, index).sample, index, x).pred_original_sample
-            got = teacher.denoiser(x, torch.tensor((index + 1) / 1000, dtype=torch.float64))
-        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_class_labels_reach_a_conditional_pipelines_network(tmp_path):
-    DDPMPipeline(small_unet(num_class_embeds=5), DDPMScheduler()).save_pretrained(tmp_path)
-    teacher = teachers.load(str(tmp_path))
-    x, t = torch.randn(1, 3, 8, 8), torch.tensor(0.5)
-    a, b = (teacher.denoiser(x, t, **teacher.condition(torch.tensor([c]))) for c in (0, 4))
-    assert teacher.classes == 5 and not torch.allclose(a, b)
-
-
-def test_a_saved_model_comes_back_whole(tmp_path, teacher):
+def test_a_saved_model_is_loaded_unchanged(tmp_path, teacher):
     teachers.save(tmp_path / "m.safetensors", teacher)
     again = teachers.load(str(tmp_path / "m.safetensors"))
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([3, 7])
@@ -57,19 +26,51 @@ def test_a_saved_model_comes_back_whole(tmp_path, teacher):
     assert again.denoiser.schedule == teacher.denoiser.schedule
 
 
-def tiny(width=4):
-    class Tiny(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c = nn.Conv2d(3, 3, 3, padding=1)
+class ByLabel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(2.0))
 
-        def forward(self, x, t, labels=None):
-            return self.c(x) * t[:, None, None, None]
-
-    return Tiny()
+    def forward(self, x, t, y=None):
+        return self.w * x + (0 if y is None else y[:, None])
 
 
-def test_any_module_is_a_teacher_through_its_factory(tmp_path, monkeypatch):
+def test_a_module_object_is_a_teacher_and_is_loaded_into_a_module_of_the_caller(tmp_path):
+    net, x, t, labels = ByLabel().requires_grad_(True), torch.randn(3, 2), torch.tensor(0.5), torch.arange(3)
+    model = wrap(net, shape=(2,), schedule="flow", prediction="x0", classes=3, labels="y")
+    assert torch.equal(model.denoiser(x, t, labels=labels), 2 * x + labels[:, None]) and torch.equal(
+        model.denoiser(x, t), 2 * x
+    )
+    assert not net.training and not net.w.requires_grad and model.denoiser.schedule == Flow()
+    model.denoiser.net.net.w.fill_(3.0)
+    path = tmp_path / "m.safetensors"
+    teachers.save(path, model)
+    again = teachers.load_file(path, net=ByLabel())
+    assert torch.equal(again.denoiser(x, t, labels=labels), 3 * x + labels[:, None])
+    assert again.describe() == model.describe() and again.fingerprint == model.fingerprint
+    plain = wrap(ByLabel(), shape=(2,), schedule=Cosine(), prediction="v")  # without an adapter
+    assert plain.network == {"family": "given", "config": {"class": f"{__name__}.ByLabel"}}
+
+
+def test_a_module_is_refused_where_none_is_needed_and_missed_where_one_is(tmp_path, teacher):
+    mine, digits = tmp_path / "mine.safetensors", tmp_path / "digits.safetensors"
+    teachers.save(mine, wrap(ByLabel(), shape=(2,), schedule="flow", prediction="x0", labels="y"))
+    teachers.save(digits, teacher)
+    for path, net, message in (
+        (mine, None, f"needs your module {__name__}.ByLabel: use teachers.load_file"),
+        (mine, nn.Linear(2, 2), "1 weights missing: net.bias|2 weights missing"),
+        (digits, ByLabel(), "net=ByLabel: this model's file builds its own network"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            teachers.load_file(path, net=net)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no network description"):
+        teachers.save(tmp_path / "x.safetensors", replace(teacher, network=None))
+    with pytest.raises(ValueError, match="unknown schedule 'flaw': accepted are flow"):
+        wrap(ByLabel(), shape=(2,), schedule="flaw", prediction="x0")
+
+
+def test_a_factory_makes_a_teacher(tmp_path, monkeypatch):
     (tmp_path / "mymodule.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
@@ -85,7 +86,7 @@ def test_any_module_is_a_teacher_through_its_factory(tmp_path, monkeypatch):
     teachers.save(tmp_path / "m.safetensors", teacher)
     assert torch.equal(teachers.load(str(tmp_path / "m.safetensors")).denoiser(x, torch.tensor(0.5)), 3 * x)
     for spec, message in {
-        "mymodule:make,schedule=flow,shape=2": "schedule, prediction and shape must be named",
+        "mymodule:make,schedule=flow,shape=2": "schedule, prediction, shape are required",
         "mymodule:make,schedule=flow,prediction=x0,shape=2,wrong=1": "unknown wrong",
         "mymodule:nothing,schedule=flow,prediction=x0,shape=2": "cannot import",
         "nomodule:make,schedule=flow,prediction=x0,shape=2": "cannot import",
@@ -113,36 +114,36 @@ def factory(tmp_path, monkeypatch):
     return {"w": torch.tensor(3.0)}
 
 
-def test_networks_of_other_code_bases_are_read_by_their_own_conventions(factory):
-    """score_sde (Song et al. 2021): VE scores of images in [0, 1], told sigma, and VP eps, told 999 t; Karras et al. 2022: their whole
-    preconditioned network, told sigma, and its inside, told ln(sigma) / 4."""
+def test_networks_of_other_code_bases_are_read_in_their_own_conventions(factory):
+    """score_sde (2011.13456): VE scores of images in [0, 1] with time input sigma, and VP eps with 999 t. EDM (2206.00364): the
+    preconditioned network with sigma, and the network inside it with ln(sigma) / 4."""
     from nets import Net
 
     net, x = Net(), torch.randn(5, 2)
-    tell = lambda z, told: net(z, torch.full((5,), told)).detach()  # noqa: E731
+    output = lambda z, c_noise: net(z, torch.full((5,), c_noise)).detach()  # noqa: E731
     ve = teachers.load("nets:Net,schedule=ve,prediction=score,time=level,range=unit,shape=2").denoiser
     sigma = 0.6  # of images in [0, 1], half of that on [-1, 1]
     unit = (x + 1) / 2
-    t = ve.schedule.time(-2 * torch.tensor(2 * sigma).log())
-    assert torch.allclose(ve(x, t), 2 * (unit + sigma**2 * tell(unit, sigma)) - 1, atol=1e-4)
+    t = ve.schedule.time_of(torch.tensor(2 * sigma))
+    assert torch.allclose(ve(x, t), 2 * (unit + sigma**2 * output(unit, sigma)) - 1, atol=1e-4)
     wide = teachers.load("nets:Net,schedule=ve,schedule.sigma_max=348,prediction=score,time=level,range=unit,shape=2").denoiser
     assert float(wide.schedule.sigma(torch.tensor(1.0))) == pytest.approx(348)
     vp = teachers.load("nets:Net,schedule=linear_vp,prediction=eps,time=thousand_time,span=999,shape=2").denoiser
     t = torch.tensor(0.4)
     alpha, s = vp.schedule.alpha(t), vp.schedule.sigma(t)
-    assert torch.allclose(vp(x, t), (x - s * tell(x, 999 * 0.4)) / alpha, atol=1e-4)
+    assert torch.allclose(vp(x, t), (x - s * output(x, 999 * 0.4)) / alpha, atol=1e-4)
     whole = teachers.load("nets:Net,schedule=edm,prediction=x0,time=level,shape=2").denoiser
-    assert torch.allclose(whole(x, torch.tensor(7.0)), tell(x, 7.0), atol=1e-5)
+    assert torch.allclose(whole(x, torch.tensor(7.0)), output(x, 7.0), atol=1e-5)
     inside = teachers.load("nets:Net,schedule=edm,prediction=edm,time=log_sigma,sigma_data=0.7,shape=2").denoiser
     scale = (7.0**2 + 0.7**2) ** 0.5
-    expected = 0.49 / scale**2 * x + 7 * 0.7 / scale * tell(x / scale, math.log(7.0) / 4)
+    expected = 0.49 / scale**2 * x + 7 * 0.7 / scale * output(x / scale, math.log(7.0) / 4)
     assert torch.allclose(inside(x, torch.tensor(7.0)), expected, atol=1e-5)
     for wrong, message in (
-        ("time=level,range=unit", "accepted is unit, with prediction=score, time=level and schedule=ve or edm"),
+        ("time=level,range=unit", "accepted is range=unit with prediction=score, time=level and schedule=ve or edm"),
         ("span=9", "accepted with time="),
-        ("time=thousand_time,span=x", "span=x: a number is accepted"),
+        ("time=thousand_time,span=x", "span=x: accepted is a number"),
         ("schedule.sigma=3", "schedule ve: .*sigma"),
-        ("part=ema", "accepted with weights=FILE"),
+        ("part=ema", "accepted together with weights=FILE"),
     ):
         with pytest.raises(ValueError, match=message):
             teachers.load("nets:Net,schedule=ve,prediction=eps,shape=2," + wrong)
@@ -165,11 +166,11 @@ def test_weights_come_from_safetensors_and_from_pickles_of_tensors_alone(factory
     (tmp_path / "torn.pt").write_bytes((tmp_path / "b.pt").read_bytes()[:300])
     (tmp_path / "page.pt").write_text("<html>not found</html>")
     for file, message in {
-        "code.pt": "which is never done here: where you trust that code, python -c .* makes a file that is accepted",
-        "d.pt": "holds several state dicts, one has to be named: part=ema or part=model",
-        "d.pt,part=best": "holds several state dicts",
-        "torn.pt": "not a whole file of tensors; a state dict as .safetensors or .pt is accepted",
-        "page.pt": "not a whole file of tensors",
+        "code.pt": "would run code from it, which is refused; if you trust it, convert it: python -c",
+        "d.pt": "no state dict None in this file; accepted are part=ema or part=model",
+        "d.pt,part=best": "no state dict 'best'",
+        "torn.pt": "not a complete file of tensors; accepted is a state dict as .safetensors or .pt",
+        "page.pt": "not a complete file of tensors",
         "other.pt": "1 weights missing: w",
         "number.pt": "holds no tensors",
         "none.pt": "there is no such file",
@@ -179,8 +180,8 @@ def test_weights_come_from_safetensors_and_from_pickles_of_tensors_alone(factory
         assert "\n" not in str(error.value)
 
 
-def test_unknown_specs_say_what_is_accepted(tmp_path):
-    with pytest.raises(ValueError, match="unknown teacher 'digts': accepted are 'digits'"):
+def test_messages_about_unknown_specs_list_what_is_accepted(tmp_path):
+    with pytest.raises(ValueError, match="unknown model 'digts': accepted are digits"):
         teachers.load("digts")
     with pytest.raises(ValueError, match="unknown oracle"):
         teachers.load("oracle:delphi")
@@ -188,30 +189,8 @@ def test_unknown_specs_say_what_is_accepted(tmp_path):
         teachers.load(str(tmp_path / "x.safetensors"))
     with pytest.raises(ValueError, match="no diffusers pipeline"):
         teachers.load(str(tmp_path))
-    with pytest.raises(ValueError, match="cannot fetch 'nobody/nothing' from the hub"):
+    with pytest.raises(ValueError, match="'nobody/nothing' is no folder here and cannot be fetched from the hub"):
         teachers.load("nobody/nothing")
-
-
-def test_pipelines_that_cannot_be_read_are_refused_by_what_is_wrong(tmp_path):
-    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
-    config = tmp_path / "scheduler" / "scheduler_config.json"
-    original = config.read_text()
-    for change, message in (
-        ({"prediction_type": "velocity"}, "prediction_type 'velocity'; accepted are epsilon"),
-        ({"_class_name": "EulerScheduler"}, "scheduler EulerScheduler; accepted are DDPMScheduler"),
-    ):
-        config.write_text(json.dumps({**json.loads(original), **change}))
-        with pytest.raises(ValueError, match=message):
-            teachers.load(str(tmp_path))
-    config.write_text(
-        json.dumps({**json.loads(original), "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True})
-    )
-    with pytest.raises(ValueError, match="divides by alpha"):
-        teachers.load(str(tmp_path))
-    config.write_text(original)
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks its weights"):
-        teachers.load(str(tmp_path))
 
 
 def test_oracles_have_no_weights_to_copy():
@@ -243,90 +222,75 @@ def test_the_exact_denoiser_of_a_data_set_is_the_softmax_over_its_points():
     assert torch.allclose(finite(Cosine(), data)(x, t), expected)
 
 
-def test_the_embedded_teachers_table_meets_every_ladder_of_powers_of_two(teacher):
+def test_powers_of_two_steps_meet_the_entries_of_the_embedded_teachers_table(teacher):
     schedule = teacher.denoiser.schedule
     assert isinstance(schedule, Table) and schedule.steps % 64 == 0
     assert schedule.alphas_cumprod[-1] == 0 and teacher.denoiser.prediction == "v"
 
 
-def test_guidance_needs_a_null_class(tmp_path, teacher):
-    DDPMPipeline(small_unet(num_class_embeds=5), DDPMScheduler()).save_pretrained(tmp_path)
+def test_guidance_needs_a_null_class(teacher):
     with pytest.raises(ValueError, match="needs a teacher trained with a null class"):
-        teachers.load(str(tmp_path)).guided(2.0)
+        replace(teacher, null=None).guided(2.0)
     assert teacher.guided(1.0) is teacher.denoiser and teacher.guided(2.0).scale == 2.0
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        {"name": "ddim", "grid": "searched", "steps": [3], "times": {"3": [1.0, 0.61, 0.3333, 0.0]}},
-        {"name": "ddim", "grid": "uniform", "steps": [5]},
-        {"name": "consistency", "grid": "uniform", "steps": [3]},
-        {"name": "consistency", "grid": "searched", "steps": [2], "times": {"2": [0.99, 0.4, 0.0]}},
-        {"name": "consistency:0.5", "grid": "uniform", "steps": [4]},
-        {"name": "jump", "grid": "uniform", "steps": [3]},
-        {"name": "consistency:0.3", "grid": "uniform", "steps": [7]},
-        {"name": "consistency:0.5", "grid": "uniform", "steps": [20]},
-    ],
-    ids=[
-        "searched",
-        "not a divisor",
-        "consistency",
-        "consistency at searched times",
-        "gamma 0.5",
-        "jump",
-        "gamma 0.3",
-        "twenty steps",
-    ],
-)
-def test_any_step_times_are_baked_into_a_pipeline_of_stock_classes(teacher, tmp_path, sampler):
-    from teachers import export
+SAMPLINGS = {
+    "searched": Sampling("ddim", grid="searched", steps=(3,), times={3: (1.0, 0.61, 0.3333, 0.0)}),
+    "not a divisor": Sampling("ddim", steps=(5,)),
+    "consistency": Sampling("consistency", steps=(3,)),
+    "consistency at searched times": Sampling("consistency", grid="searched", steps=(2,), times={2: (0.99, 0.4, 0.0)}),
+    "gamma 0.5": Sampling("consistency", 0.5, steps=(4,)),
+    "jump": Sampling("jump", steps=(3,)),
+    "gamma 0.3": Sampling("consistency", 0.3, steps=(7,)),
+    "twenty steps": Sampling("consistency", 0.5, steps=(20,)),
+}
 
-    model = replace(two_timed(teacher) if sampler["name"] == "jump" else teacher, sampler=sampler)
-    assert export.deliver(model, tmp_path)["pipeline"] < 1e-4
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_any_time_grid_is_baked_into_a_pipeline_of_stock_classes(teacher, tmp_path, sampling):
+    model = replace(two_times(teacher) if sampling.two_times else teacher, sampling=sampling)
+    assert deliver.export_pipelines(model, tmp_path)["pipeline"] < 1e-4
     classes = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
     assert classes["unet"] == ["diffusers", "UNet2DModel"] and classes["_class_name"] == "ConsistencyModelPipeline"
 
 
-def two_timed(teacher):
-    """The teacher in a network of two times that heeds the second."""
+def test_a_student_of_several_baked_step_counts_gets_a_pipeline_for_each(teacher, tmp_path):
+    model = replace(teacher, sampling=Sampling("consistency", steps=(1, 2, 3)))
+    assert deliver.export_pipelines(model, tmp_path).keys() == {"pipeline", "pipeline-2", "pipeline-3"}
+
+
+def two_times(teacher):
+    """The teacher as a two-time network whose output depends on the end of the jump."""
     model = with_two_times(teacher)
     torch.nn.init.normal_(model.denoiser.net.unet.time_proj.length_linear.weight, std=0.02)
     return model
 
 
-def test_a_network_given_a_second_time_starts_as_it_was_and_survives_its_file(teacher, tmp_path):
+def test_a_two_time_network_starts_as_the_one_time_network_and_survives_its_file(teacher, tmp_path):
     x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([1.0, 0.7, 0.3, 0.1]), torch.arange(4)
     same = with_two_times(teacher)
-    assert torch.equal(same.denoiser(x, t, labels=labels, to=t / 2), teacher.denoiser(x, t, labels=labels))
-    told = two_timed(teacher)
-    teachers.save(tmp_path / "t.safetensors", told)
+    assert torch.equal(same.denoiser(x, t, t / 2, labels=labels), teacher.denoiser(x, t, labels=labels))
+    model = two_times(teacher)
+    teachers.save(tmp_path / "t.safetensors", model)
     again = teachers.load(str(tmp_path / "t.safetensors"))
-    here, there = (m.denoiser(x, t, labels=labels, to=t / 2) for m in (told, again))
-    assert torch.equal(here, there) and not torch.allclose(here, told.denoiser(x, t, labels=labels), atol=1e-3)
-    with pytest.raises(ValueError, match="knows one time"):
-        teacher.denoiser(x, t, labels=labels, to=t / 2)
+    here, there = (m.denoiser(x, t, t / 2, labels=labels) for m in (model, again))
+    assert torch.equal(here, there) and not torch.allclose(here, model.denoiser(x, t, labels=labels), atol=1e-3)
+    with pytest.raises(ValueError, match="has one time input"):
+        teacher.denoiser(x, t, t / 2, labels=labels)
 
 
-def test_the_end_of_a_jump_is_told_in_the_networks_own_time(teacher):
-    """Asked on another schedule, the network hears of the same noise levels."""
-    told = two_timed(teacher).denoiser
-    flow, x, labels = Rescheduled(told, Flow()), torch.randn(4, 1, 8, 8), torch.arange(4)
+def test_the_end_of_a_jump_is_converted_to_the_networks_own_time(teacher):
+    """On another schedule, the network is evaluated at the same noise levels."""
+    denoiser = two_times(teacher).denoiser
+    flow, x, labels = Rescheduled(denoiser, Flow()), torch.randn(4, 1, 8, 8), torch.arange(4)
     t, s = torch.tensor([0.9, 0.6, 0.4, 0.2]), torch.tensor([0.5, 0.4, 0.0, 0.1])
-    schedule = told.schedule
+    schedule = denoiser.schedule
     u, v = schedule.time(Flow().logsnr(t)), schedule.time(Flow().logsnr(s))
     scale = (torch.hypot(schedule.alpha(u), schedule.sigma(u)) / torch.hypot(1 - t, t))[:, None, None, None]
-    assert torch.allclose(flow(x, t, labels=labels, to=s), told(scale * x, u, labels=labels, to=v), atol=1e-5)
+    assert torch.allclose(flow(x, t, s, labels=labels), denoiser(scale * x, u, v, labels=labels), atol=1e-5)
 
 
-def test_a_second_time_needs_times_that_reach_the_data(teacher):
+def test_a_two_time_network_needs_a_time_input_that_is_finite_at_the_data(teacher):
     endless = replace(teacher, denoiser=replace(teacher.denoiser, schedule=EDM(), prediction="edm", time="log_sigma"))
-    with pytest.raises(ValueError, match="finite up to the data"):
+    with pytest.raises(ValueError, match="finite at the data"):
         with_two_times(endless)
-
-
-def test_a_student_of_several_baked_step_counts_gets_a_pipeline_for_each(teacher, tmp_path):
-    from teachers import export
-
-    model = replace(teacher, sampler={"name": "consistency", "grid": "uniform", "steps": [1, 2, 3]})
-    assert export.deliver(model, tmp_path).keys() == {"pipeline", "pipeline-2", "pipeline-3"}

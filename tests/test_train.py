@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.checkpoint import Resumable
-from distill.denoise import Denoise
 from distill.denoiser import Denoiser
+from distill.regression import Regression
+from distill.resume import Resumable
 from distill.rng import Rng, seed_of
 from distill.schedule import Cosine, add_noise
-from distill.target import Datum, Mix
-from distill.train import Optimization, Shares, train
+from distill.target import DataSample, Mix
+from distill.train import BatchSplit, Optimization, train
 from teachers.oracle import Gaussian
 
 DATA = torch.randn(512, 2, generator=torch.Generator().manual_seed(1))
@@ -45,8 +45,8 @@ def batches(shares):
 
 def run(optimization, steps=None, **kwargs):
     model = student()
-    shares = Shares(optimization.batch_size, microbatch=optimization.microbatch)
-    states = train(Denoise(), model, batches(shares), Accelerator(cpu=True), optimization, seed=0, phase="p", **kwargs)
+    shares = BatchSplit(optimization.batch_size, microbatch=optimization.microbatch)
+    states = train(Regression(), model, batches(shares), Accelerator(cpu=True), optimization, seed=0, phase="p", **kwargs)
     states = list(itertools.islice(states, steps))
     return model, states
 
@@ -68,7 +68,7 @@ def test_ema_halves_the_weight_of_the_past_every_halflife_of_images():
     beta, average = 0.5 ** (64 / 128), None
     model = student()
     average = weights(model).clone()
-    for state in train(Denoise(), model, batches(Shares(64)), Accelerator(cpu=True), o, seed=0, phase="p"):
+    for state in train(Regression(), model, batches(BatchSplit(64)), Accelerator(cpu=True), o, seed=0, phase="p"):
         average = beta * average + (1 - beta) * weights(model)
     assert torch.allclose(weights(state.ema), average, atol=1e-6)
     assert not torch.allclose(weights(state.ema), weights(model), atol=1e-4)
@@ -87,7 +87,7 @@ def test_microbatches_accumulate_to_the_whole_batch():
         copied = Denoiser(copy.deepcopy(model.net), Cosine(), "v")
         o = Optimization(images=640, batch_size=64, microbatch=microbatch, lr=0.01)
         for _ in train(
-            Denoise(), copied, batches(Shares(64, microbatch=microbatch)), Accelerator(cpu=True), o, seed=0, phase="p"
+            Regression(), copied, batches(BatchSplit(64, microbatch=microbatch)), Accelerator(cpu=True), o, seed=0, phase="p"
         ):
             pass
         results.append(weights(copied))
@@ -95,11 +95,11 @@ def test_microbatches_accumulate_to_the_whole_batch():
 
 
 def test_shares_cover_the_batch_once_and_refuse_what_does_not_divide():
-    shares = [Shares(24, 3, rank, 4) for rank in range(3)]
+    shares = [BatchSplit(24, 3, rank, 4) for rank in range(3)]
     rows = [i for s in shares for turn in range(s.accumulate) for i in range(24)[s.rows(turn)]]
     assert sorted(rows) == list(range(24))
     with pytest.raises(ValueError, match="choose a multiple of 3"):
-        Shares(32, 3)
+        BatchSplit(32, 3)
 
 
 def test_draws_cut_to_rows_are_the_rows_of_the_whole_draw():
@@ -139,7 +139,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step():
     model = student()
     o = Optimization(images=640, batch_size=64)
     with pytest.raises(FloatingPointError, match="step 3 of phase p"):
-        list(train(method, model, batches(Shares(64)), Accelerator(cpu=True), o, seed=0, phase="p"))
+        list(train(method, model, batches(BatchSplit(64)), Accelerator(cpu=True), o, seed=0, phase="p"))
 
 
 def test_regression_on_the_teacher_reaches_the_teacher_faster_than_on_data():
@@ -154,11 +154,11 @@ def test_regression_on_the_teacher_reaches_the_teacher_faster_than_on_data():
             yield data[torch.randint(4096, (32,), generator=torch.Generator().manual_seed(k))], {}
 
     errors = []
-    for target in (Datum(), Mix(oracle)):
+    for target in (DataSample(), Mix(oracle)):
         model = student()
         model.net.body[2].p = 0.0
         o = Optimization(32 * 600, 32, lr=0.01, constant=0.99)  # no anneal: what is left is the noise of the target
-        for _ in train(Denoise(target), model, stream, Accelerator(cpu=True), o, seed=0, phase="p"):
+        for _ in train(Regression(target), model, stream, Accelerator(cpu=True), o, seed=0, phase="p"):
             pass
         with torch.no_grad():
             errors.append((model(x, t) - oracle(x, t)).square().mean().item())

@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's 1797 grey 8x8 digits, and beside this file the teacher trained on them."""
+"""The embedded data set, scikit-learn's 1797 grey 8x8 digits. The teacher trained on them is beside this file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All 1797 images as uint8 [N, 1, 8, 8] (0..16 scaled to 0..255) and their labels, int64 [N]."""
+    """Return all 1797 images as uint8 [N, 1, 8, 8] (0..16 scaled to 0..255) and their labels, int64 [N]."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

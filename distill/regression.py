@@ -1,0 +1,56 @@
+"""Regression on E[x0 | x_t]. On data this is diffusion training; on a teacher's output it is denoiser distillation.
+
+Both have the same minimiser. The teacher's target lacks the variance of x0 given x_t. The student may have any architecture,
+schedule and prediction type, so this is the warm start for every other method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from distill.denoiser import DenoiserLike
+from distill.distance import Distance, Weight, l2, snr_plus_one
+from distill.rng import Rng
+from distill.schedule import Schedule, add_noise
+from distill.target import DataSample, Target
+
+Draw = Callable[[Schedule, Rng], Tensor]  # where training draws its times: t [B]
+
+
+def uniform(schedule: Schedule, rng: Rng) -> Tensor:
+    """Draw t [B] uniformly in [t_min, t_max]."""
+    return schedule.t_min + (schedule.t_max - schedule.t_min) * rng.uniform()
+
+
+def lognormal(schedule: Schedule, rng: Rng) -> Tensor:
+    """Draw t [B] with ln(sigma / alpha) ~ N(-1.2, 1.2^2) (Karras et al. 2206.00364, Table 1), clamped to [t_min, t_max]."""
+    log_level = -1.2 + 1.2 * rng.normal()
+    return schedule.time(-2 * log_level).clamp(schedule.t_min, schedule.t_max)
+
+
+DRAWS: dict[str, Draw] = {"uniform": uniform, "lognormal": lognormal}
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Return w(t) d(student(x_t, t), x0_hat), [B].
+
+    ``target``: x0_hat, the data sample, a teacher's E[x0 | x_t], or a mix. ``draw``: where t is drawn. ``weight`` and ``distance``:
+    w and d, in x0.
+    """
+
+    target: Target = field(default_factory=DataSample)
+    weight: Weight = snr_plus_one
+    distance: Distance = l2
+    draw: Draw = uniform
+
+    def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
+        schedule = student.schedule
+        t = self.draw(schedule, rng)
+        x_t = add_noise(schedule, x0, rng.normal(x0), t)
+        x0_hat = self.target(schedule, x_t, t, x0, **cond)
+        return self.weight(schedule, t) * self.distance(student(x_t, t, **cond), x0_hat)

@@ -1,0 +1,86 @@
+"""Checkpoints from which a killed run continues to the same bits: weights, optimizer state and EMA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill import files
+
+
+class Resumable:
+    """Keep the last two checkpoints of a training phase, ``<folder>/resume-<step>.safetensors``."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("resume-*.safetensors"))
+
+    def save(self, step: int, tensors: dict[str, Tensor], identity: str) -> None:
+        files.save(self.folder / f"resume-{step:09d}.safetensors", tensors, {"step": step, "identity": identity})
+        for old in self._paths()[:-2]:
+            old.unlink()
+
+    def latest(self, identity: str) -> tuple[int, dict[str, Tensor]] | None:
+        """Return step and tensors of the newest complete checkpoint of this run, or None. Torn checkpoints are skipped.
+
+        ``identity``: a string that only this run has. Checkpoints of other runs are ignored.
+        """
+        for path in reversed(self._paths()):
+            try:
+                tensors, description = files.load(path)
+            except ValueError:
+                continue
+            if description["identity"] == identity:
+                return description["step"], tensors
+        return None
+
+    def clear(self) -> None:
+        """Remove the checkpoints, and their folder if it is then empty."""
+        for path in self._paths():
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def gather_state(net: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
+    """Return weights, optimizer state and EMA as one flat dict of unsharded tensors. A collective call if weights are sharded."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
+    tensors = {f"net.{name}": whole(value) for name, value in net.state_dict().items()}
+    for parameter, values in optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}|{key}": whole(value) for key, value in values.items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": whole(value) for name, value in ema.state_dict().items()}
+    return tensors
+
+
+def restore_state(tensors: dict[str, Tensor], net: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
+    """Load the result of `gather_state` in place."""
+    for prefix, module in (("net.", net), ("ema.", ema)):
+        if module is not None:
+            for name, value in module.state_dict().items():
+                with torch.no_grad():
+                    value.copy_(_like(tensors[prefix + name], value))
+    parameters = dict(net.named_parameters())
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, slot = key.removeprefix("optimizer.").split("|")
+            parameter = parameters[name]
+            shaped = value.shape == parameter.shape
+            optimizer.state[parameter][slot] = _like(value, parameter).clone() if shaped else value.clone()
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a sharded tensor in full, by a collective call; any other tensor unchanged."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _like(value: Tensor, reference: Tensor) -> Tensor:
+    if hasattr(reference, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)  # type: ignore
+    return value.to(reference.device, reference.dtype)

@@ -1,0 +1,105 @@
+"""The texts of a report: column heads, their explanations, number formats, and the names of the protocol's entries."""
+
+from __future__ import annotations
+
+COLUMNS = {
+    "model": "model",
+    "sampler": "sampler",
+    "grid": "time grid",
+    "steps": "steps",
+    "nfe": "NFE",
+    "fid": "FID",
+    "fid_interval": "95 % interval",
+    "fid_infinity": "FID at infinite n",
+    "ratio": "FID / teacher's FID",
+    "equivalent_nfe": "teacher's NFE for this FID",
+    "break_even_images": "break-even images",
+    "drift": "drift",
+    "kid": "KID × 1000",
+    "isc": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "agreement": "class agreement",
+    "nearest_real": "nearest real",
+    "copies": "copies",
+    "seconds_per_image": "ms per image",
+    "decode_seconds_per_image": "decoding, ms per image",
+    "peak_memory_gb": "peak memory, GB",
+}
+NOTES = {
+    "nfe": "network evaluations per image; guidance doubles them",
+    "fid_interval": "of the FID, from a jackknife over 20 groups of the generated images",
+    "fid_infinity": "FID extrapolated to infinitely many generated images",
+    "ratio": "FID divided by the FID of the teacher at its largest number of DDIM steps",
+    "equivalent_nfe": "network evaluations with which the teacher's best samplers reach this FID",
+    "break_even_images": "number of images at which the time saved in sampling equals the training time",
+    "drift": "distance to the teacher's images from the same noise, divided by the distance between the teacher's images from "
+    "different noise; 0 means equal images, 1 means unrelated images",
+    "agreement": "fraction of images that the feature extractor assigns to the requested class",
+    "nearest_real": "median distance to the nearest real image, divided by this median among real images; values well below 1 "
+    "indicate memorisation",
+    "copies": "fraction of images closer to a real image than the closest 1 % of real images are to each other; about 0.01 means "
+    "no copies",
+}
+FLOOR_NOTE = (
+    "The floor (dashed line) is the FID of equally many fresh real images. It contains two sampling errors: that of these images, "
+    "and that of the reference. By default the reference is the training set itself. A model that has learned this set shares its "
+    "sampling error; fresh real images do not. Most FIDs of a good model therefore lie below the floor. This does not mean that its "
+    "images are better than real ones."
+)
+FACTS = {  # entries of the protocol and of a run
+    "images": "generated images per cell",
+    "chunk": "images per batch",
+    "features": "feature extractor",
+    "features_sha256": "sha256 of the extractor's weights",
+    "reference": "reference (real images)",
+    "reference_images": "images in the reference (0: unknown)",
+    "reference_sha256": "sha256 of the reference",
+    "rounding": "rounding to uint8",
+    "resize": "resizing",
+    "labels": "class labels",
+    "generation": "arithmetic of generation",
+    "training": "training time",
+    "versions": "software versions",
+    "runs": "compared runs",
+}
+_FORMATS: dict[str, tuple[float, str]] = {  # factor and format of a column's numbers
+    **dict.fromkeys(("fid", "fid_infinity", "ratio", "drift", "isc"), (1, ".3f")),
+    **dict.fromkeys(("precision", "recall", "agreement", "nearest_real", "copies"), (1, ".3f")),
+    **dict.fromkeys(("kid", "seconds_per_image", "decode_seconds_per_image"), (1000, ".2f")),
+    "nfe": (1, "g"),
+    "equivalent_nfe": (1, ".1f"),
+    "break_even_images": (1, ",.0f"),
+    "peak_memory_gb": (1, ".1f"),
+}  # fmt: skip
+
+
+def plural(number: float, noun: str) -> str:
+    """Return a number with its noun in the right form: "1 step", "2 steps", "10,000 processes"."""
+    counted = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{counted} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def text(row: dict, column: str) -> str:
+    """Return one cell of the table as text."""
+    value = row.get(column)
+    if "error" in row and column == "fid":
+        return row["error"]
+    if value is None:
+        return ""
+    if column == "fid_interval":
+        return f"{value[0]:.3f} – {value[1]:.3f}"
+    factor, form = _FORMATS.get(column, (1, None))
+    return str(value) if form is None else f"{factor * value:{form}}"
+
+
+def facts(report: dict) -> list[tuple[str, str]]:
+    """Return name and value of everything that the numbers depend on."""
+    floor = "" if report["floor"] is None else f"{report['floor']:.4f}"
+    known = [("floor: FID of as many fresh real images", floor), ("row that FIDs are divided by", report["baseline"] or "")]
+    return known + [(FACTS.get(k, k), str(v)) for k, v in {**report["protocol"], **report["run"]}.items()]
+
+
+def used_columns(report: dict) -> list[str]:
+    """Return the columns that have a value in at least one row."""
+    return [c for c in COLUMNS if any(row.get(c) is not None for row in report["rows"])]

@@ -1,0 +1,47 @@
+"""Images as PNG files: one picture of many images, or one file per image. Needs Pillow only, so that sampling starts fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from distill.files import replacing
+
+GAP = 3
+
+
+def sample_grid(rows: list[tuple[str, Tensor]], path: Path, columns: int = 12) -> None:
+    """Write rows of uint8 images [n, C, H, W] as one PNG, each row with its label. Empty labels leave no margin."""
+    scale = max(1, 40 // rows[0][1].shape[2])
+    tile = _enlarged(rows[0][1][0], scale)
+    columns = min(columns, max(len(images) for _, images in rows))
+    left = 120 if any(label for label, _ in rows) else GAP
+    canvas = Image.new("RGB", (left + columns * (tile.width + GAP), GAP + len(rows) * (tile.height + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for y, (label, images) in enumerate(rows):
+        top = GAP + y * (tile.height + GAP)
+        draw.text((4, top + tile.height // 2 - 6), label, fill="black")
+        for x, pixels in enumerate(images[:columns]):
+            canvas.paste(_enlarged(pixels, scale), (left + x * (tile.width + GAP), top))
+    with replacing(path) as aside:
+        canvas.save(aside, format="PNG")
+
+
+def contact_sheet(images: Tensor, path: Path, columns: int = 10) -> None:
+    """Write uint8 images [n, C, H, W] as one PNG, row by row."""
+    sample_grid([("", part) for part in images.split(columns)], path, columns)
+
+
+def write_folder(images: Tensor, folder: Path, first: int = 0) -> None:
+    """Write uint8 images [n, C, H, W] as 000000.png, 000001.png, ..., numbered from ``first``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(images, first):
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:06d}.png")
+
+
+def _enlarged(pixels: Tensor, scale: int):
+    """Return one uint8 image [C, H, W] as a PIL image, ``scale`` times as large."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

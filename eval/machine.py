@@ -1,0 +1,35 @@
+"""What the machine offers: device, clock, memory, cores."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+
+import torch
+
+
+def default_device() -> torch.device:
+    """Return the first CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds after the device has finished all queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return this process's peak memory in GB: allocated GPU memory on CUDA, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

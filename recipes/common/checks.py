@@ -1,0 +1,133 @@
+"""Whether a teacher, data and a sampler fit together. Everything here runs before a run starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import teachers
+from distill.sampling import Sampling
+from distill.schedule import Table
+from recipes.data.latent_shards import codec_sha256
+from recipes.data.sets import Data
+from teachers import Teacher
+from teachers.codec import Codec
+from teachers.probe import Probe, probe
+
+QUICK: dict[str, Any] = {"levels": 6, "samples": 16}  # the probe before a distillation
+IMAGES = 1024  # of the data, for the probe
+
+
+def check_match(teacher: Teacher, data: Data, training: bool = False) -> Data:
+    """Return the data, with captions as labels for a teacher of prompts.
+
+    Raises ValueError where the teacher cannot be measured on the data or, with ``training``, cannot be distilled on them.
+    """
+    if teacher.embeddings is not None and data.captions is not None:
+        data = data.captioned(teacher.record.get("prompts", []))
+    if data.latents is not None:
+        _check_latents(teacher, data)
+    elif training and teacher.codec is not None:
+        raise ValueError(f"the teacher works on latents, {data.name} holds images: recipes/latents.py makes latents of them")
+    elif teacher.image_shape != data.shape:
+        raise ValueError(
+            f"the teacher makes images of shape {teacher.image_shape}, {data.name} holds {data.shape}: they must agree"
+        )
+    if teacher.classes is not None and data.labels is None:
+        raise ValueError(f"the teacher is conditional on {teacher.classes} classes, {data.name} has no labels")
+    if teacher.classes is not None and data.classes is not None and data.classes > teacher.classes:
+        raise ValueError(f"{data.name} has {data.classes} classes, the teacher has {teacher.classes}")
+    return data
+
+
+def _check_latents(teacher: Teacher, data: Data) -> None:
+    index, codec = data.latents or {}, teacher.codec
+    if codec is None or teacher.shape != data.shape:
+        works = "images" if codec is None else "latents"
+        raise ValueError(
+            f"{data.name} holds latents of {index['model']} and shape {data.shape}, the teacher works on {works} of"
+            f" {teacher.shape}: they must agree"
+        )
+    here = {"scale": codec.scale, "shift": codec.shift, "codec_sha256": codec_sha256(codec)}
+    if wrong := [key for key, value in here.items() if index[key] != value]:
+        key = wrong[0]
+        raise ValueError(
+            f"{data.name}: latents with {key} {index[key]!r:.14}, the teacher has {here[key]!r:.14}: make latents with the teacher"
+        )
+
+
+def codec_of(data: Data) -> Codec | None:
+    """Load the autoencoder that made the latents; None for images. Raises ValueError where it is gone or has changed."""
+    if data.latents is None:
+        return None
+    described = data.latents.get("codec", {})
+    codec: Codec | None
+    if "folder" in described:
+        codec = Codec.from_description(described, Path())
+    else:  # of a model that is not a pipeline
+        codec = teachers.load(data.latents["model"]).codec
+    if codec is None or codec_sha256(codec) != data.latents["codec_sha256"]:
+        raise ValueError(f"{data.name}: the autoencoder of {data.latents['model']} has changed since it made these latents")
+    return codec
+
+
+def stages_of(spec: str) -> list[str]:
+    """Return the students of a run's directory, from many steps to few; the spec itself where it is anything else."""
+    stages = [p.parent for p in Path(spec).glob("stages/*/student.safetensors") if p.parent.name.isdigit()]
+    return [str(p / "student.safetensors") for p in sorted(stages, key=lambda p: -int(p.name))] or [spec]
+
+
+def stage_of(spec: str, steps: int | None) -> str:
+    """Return the student of a run's directory that was made for ``steps``; the spec itself where there is none."""
+    return next((path for path in stages_of(spec) if steps is not None and Path(path).parent.name == str(steps)), spec)
+
+
+def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
+    """Raise ValueError where a step count exceeds the entries of the model's discrete table."""
+    schedule = teacher.denoiser.schedule
+    most = schedule.steps if isinstance(schedule, Table) else 100_000
+    if wrong := [n for n in steps if not 1 <= n <= most]:
+        raise ValueError(f"{wrong[0]} steps on a grid of {most:,}: accepted are 1 to {most}")
+
+
+def check_sampler(teacher: Teacher, sampling: Sampling) -> None:
+    """Raise ValueError for a sampler that needs a two-time network where the model has none."""
+    net = getattr(teacher.denoiser, "net", None)
+    if sampling.two_times and not getattr(net, "two_times", True):
+        raise ValueError(f"sampler {sampling.label!r} needs a two-time network (--method meanflow makes them)")
+
+
+def check_levels(teacher: Teacher, student: Teacher) -> None:
+    """Raise ValueError where the student would be trained far below the noise levels that the teacher supports."""
+    schedules = (teacher.denoiser.schedule, student.denoiser.schedule)
+    lowest, mine = (float(schedule.level(schedule.ends()[1])) for schedule in schedules)
+    if mine < lowest / 2:
+        raise ValueError(
+            f"the student's schedule begins at sigma/alpha {mine:.3g} (t_min), the teacher's at {lowest:.3g}: accepted are schedules"
+            " that begin at half of the teacher's or above"
+        )
+
+
+def probed(teacher: Teacher, data: Data, seed: int, **how: Any) -> Probe:
+    """Probe the teacher on some of the data."""
+    index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    labels = None if data.labels is None else data.labels[index]
+    return probe(teacher, data.x0(index), labels, seed=seed, encoded=data.latents is not None, **how)
+
+
+def check_denoiser(teacher: Teacher, data: Data, seed: int, force: bool) -> str | None:
+    """Probe the teacher before it is distilled. Return a warning, or None if it is a denoiser as declared.
+
+    A distilled model gets a warning: its output is a sample, not the mean, and a ladder may still go on from it. Any other model that
+    fails raises ValueError, or gets a warning with ``force``.
+    """
+    found = probed(teacher, data, seed, **QUICK)
+    if found.ok:
+        return None
+    if teacher.distilled:
+        return f"the teacher is a student of {teacher.sampling.name} steps and not E[x0 | x_t]: {found.verdict}"
+    if force:
+        return f"--force: {found.verdict}"
+    raise ValueError(f"the teacher is not what it says it is: {found.verdict}; declare it rightly, or use --force")

@@ -1,0 +1,78 @@
+"""Groups of flags that several recipes share. A recipe's Config inherits them and redefines a field to change its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import teachers
+from eval import reference
+from recipes.common.cli import TRACKERS, machine_flag, measuring_flag, model_flag, training_flag
+from recipes.data import sets
+
+TOPICS = {
+    "teacher": f"Accepted as --teacher, --model and --student:\n{teachers.ACCEPTED}",
+    "data": f"Accepted as --data:\n{sets.ACCEPTED}",
+}
+
+
+def output_dir(default: str) -> Any:
+    """Declare --output-dir with a default of the recipe's own."""
+    return machine_flag(default, "a new directory, or one with the same run, which is continued")
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    """Threads, and the output directory."""
+
+    output_dir: str = output_dir("runs/out")
+    threads: int = machine_flag(0, "CPU threads per process; 0 divides the cores equally", short=False)
+
+
+@dataclass(frozen=True)
+class RunFlags(MachineFlags):
+    """A run that can be continued."""
+
+    seed: int = machine_flag(0, "seed of all random numbers")
+    log_with: str | None = machine_flag(None, "an Accelerate tracker", choices=TRACKERS, short=False)
+    resume: bool = machine_flag(True, "continue a run of the same configuration in the output directory", short=False)
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """How a network is trained. Lengths are in images."""
+
+    batch_size: int = training_flag(128, "images per step, over all processes")
+    microbatch: int | None = training_flag(None, "largest number of images at once in a process; more accumulate", short=False)
+    lr: float = training_flag(1e-3, "learning rate; it falls linearly to 0")
+    warmup_images: int = training_flag(4_000, "images over which the learning rate rises at the start", short=False)
+    mixed_precision: str = training_flag(
+        "no", "autocast of the networks during training", choices=("no", "bf16", "fp16"), short=False
+    )
+
+
+@dataclass(frozen=True)
+class SweepFlags:
+    """How the finished students and the teacher's samplers are measured."""
+
+    images: int = measuring_flag(2_000, "generated images per cell of the sweep")
+    sweep_steps: tuple[int, ...] = measuring_flag(
+        (1, 2, 4, 8), "step counts of the teacher's training-free samplers", short=False
+    )
+    features: str = measuring_flag("digits", "feature extractor of FID")
+    reference: str | None = measuring_flag(
+        None, f"a stored reference instead of the images of --data; needed with latents: {reference.ACCEPTED}", short=False
+    )
+    chunk: int = measuring_flag(256, "images generated at once", short=False)
+
+
+@dataclass(frozen=True)
+class DistillationFlags(RunFlags, TrainingFlags, SweepFlags):
+    """A teacher, data, and the groups above: what every recipe that distils has."""
+
+    teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")
+    data: str = model_flag("digits", "the training data (accepted: --help data)")
+    force: bool = model_flag(False, "distil even if the probe finds that the teacher is not a denoiser", short=False)
+
+    MAY_CHANGE: ClassVar = ("force",)
+    TOPICS: ClassVar = TOPICS

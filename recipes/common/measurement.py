@@ -1,0 +1,127 @@
+"""The measurement at the end of a recipe: its cells, its protocol and its report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distill.sampling import Sampling
+from eval import reference, report
+from eval.features import Extractor
+from eval.metrics import Reference
+from eval.reference import Identity
+from eval.sweep import Cell, Protocol, sweep
+from recipes.common.run import Run, device_name, versions
+from recipes.data.sets import Data
+from teachers import Teacher
+
+
+def measured_against(path: str | None, data: Data, extractor: Extractor) -> Data | tuple[Reference, Identity]:
+    """Load the stored reference at ``path``, or return the data where none is named. Raises ValueError for latents."""
+    if path is not None:
+        return reference.load(Path(path), extractor)
+    data.require_pixels()
+    return data
+
+
+def baselines(teacher: Teacher, label: str, steps: Iterable[int], samplers: Iterable[str], guidance: float = 1.0) -> list[Cell]:
+    """Return the cells of the teacher under its samplers, each on its best grid. With one step all of them are DDIM."""
+    names, schedule = list(samplers), teacher.denoiser.schedule
+    return [
+        Cell(label, "teacher", teacher, Sampling.parse(name).on_best_grid(schedule, n), n, guidance)
+        for name in names
+        for n in steps
+        if n > 1 or name in ("ddim", "ancestral") or "ddim" not in names
+    ]
+
+
+def student_cells(
+    student: Teacher, label: str, steps: tuple[int, ...] | None = None, training_seconds: float | None = None
+) -> list[Cell]:
+    """Return the cells of a student at the step counts that it was made for, or at those of them that are in ``steps``."""
+    made = student.sampling
+    own = {n: {n: made.times[n]} if n in made.times else {} for n in made.steps if steps is None or n in steps}
+    return [
+        Cell(label, "student", student, replace(made, times=times), n, training_seconds=training_seconds)
+        for n, times in own.items()
+    ]
+
+
+def training_seconds(student: Path) -> float | None:
+    """Return the seconds of training that went into a student, which its recipe wrote beside the student's file."""
+    try:
+        return json.loads((student.parent / "cost.json").read_text())["training_seconds"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+
+
+def cost_in_calls(cells: list[Cell]) -> int:
+    """Return the network evaluations per image, summed over the cells."""
+    return sum(cell.cost for cell in cells)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Hold the extractor, the reference and the protocol of a run's numbers."""
+
+    extractor: Extractor
+    reference: Reference
+    protocol: Protocol
+
+    @classmethod
+    def of(
+        cls,
+        extractor: Extractor,
+        data: Data | tuple[Reference, Identity],
+        run: Run,
+        *,
+        images: int,
+        chunk: int,
+        seed: int,
+        metrics: str = "all",
+    ) -> Measurement:
+        """Build the measurement. Extract the features of all images of ``data``, unless it is a reference already."""
+        extractor = extractor.to(run.device)
+        if isinstance(data, tuple):
+            real, known = data
+        else:
+            cache = run.folder / "reference.safetensors"
+            real, known = reference.of_images(data.require_pixels(), data.name, extractor, chunk, run.accelerator, cache)
+        protocol = Protocol(
+            images=images,
+            seed=seed,
+            chunk=chunk,
+            features=extractor.name,
+            features_sha256=extractor.fingerprint,
+            reference=known.data,
+            reference_images=known.images,
+            reference_sha256=known.data_sha256,
+            resize=known.resize,
+            metrics=metrics,
+        )
+        return cls(extractor, real, protocol)
+
+    def report(self, run: Run, title: str, cells: list[Cell], facts: dict[str, Any]) -> dict:
+        """Measure the cells that are not finished and write the report. Every process returns it."""
+        finished = run.folder / "cells"
+        rows = sweep(cells, self.protocol, self.extractor, self.reference, run.accelerator, finished)
+        facts = facts | {
+            "command": shlex.join(["python", *sys.argv]),
+            "processes": run.accelerator.num_processes,
+            "device": device_name(run.accelerator),
+            "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        }
+
+        def write() -> dict:
+            out = report.build(title, rows, asdict(self.protocol), self.reference, facts, finished)
+            report.write(out, run.folder, finished)
+            for warning in out["warnings"]:
+                run.say(f"warning: {warning}")
+            return out
+
+        return run.from_main(write)

@@ -1,0 +1,231 @@
+"""The methods of recipes/consistency.py, each with the settings that serve it best. EXPERIMENTS.md compares them with the papers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from distill.consistency import GAP_WEIGHTS, Consistency, Gap, Neighbours, ct_steps, ict_steps
+from distill.distance import DISTANCES, Distance
+from distill.grid import GRIDS
+from distill.meanflow import MeanFlow
+from distill.regression import Regression
+from distill.regularize import RESIDUALS, Regularized
+from distill.scm import ContinuousConsistency
+from distill.target import DataSample, Mix, PosteriorMean, Target
+from distill.teacher_bias import TeacherBias
+from distill.train import Method
+from eval.perceptual import Lpips
+from eval.progress import progress
+from recipes.common.cli import flag, method_flag, model_flag
+from recipes.data.sets import Data
+from teachers import Teacher
+
+DISTANCE_NAMES = (*DISTANCES, "lpips")
+LEVELS = torch.linspace(-9, 13, 23)  # log-SNRs at which --target-mix auto estimates the teacher's bias
+
+
+@dataclass(frozen=True)
+class MethodFlags:
+    """The flags that describe a method. Flags that a method does not take are refused with it."""
+
+    method: str = flag(
+        "cd", "cd, scd, meanflow, denoise distil a teacher; ct, ict, ect, sct train on data", choices=lambda: METHODS
+    )
+    from_scratch: bool = model_flag(False, "start from new weights and use no teacher")
+    target_mix: str | None = method_flag(
+        None, "teacher weight in the target: a number from 0 to 1, or auto", own=lambda v: f"{METHODS[v['method']].mix:g}"
+    )
+    target: str = method_flag(
+        "mix",
+        "mix of data sample and teacher, or posterior mean over the batch",
+        choices=("mix", "posterior-mean"),
+        short=False,
+    )
+    distance: str | None = method_flag(
+        None, "distance of the two ends", choices=DISTANCE_NAMES, short=False, own=lambda v: METHODS[v["method"]].distance
+    )
+    weight: str | None = method_flag(
+        None, "weight by the two noise levels", choices=GAP_WEIGHTS, short=False, own=lambda v: METHODS[v["method"]].weight
+    )
+    grid: str = method_flag("uniform", "cd, ct: time grid of the pairs; the papers use karras", choices=GRIDS, short=False)
+    grid_steps: int = method_flag(4, "cd: steps of the grid; the paper uses 18", short=False)
+    substeps: int = method_flag(2, "cd: teacher steps within one step of the grid", short=False)
+    order: int = method_flag(2, "cd: order of the teacher steps, 1 for Euler and 2 for Heun", choices=(1, 2), short=False)
+    regularize: tuple[str, ...] = method_flag((), f"terms to add, as name=weight: {', '.join(RESIDUALS)}", short=False)
+    averaged_target: bool = method_flag(False, "take the cleaner end from the EMA of the student", short=False)
+    jvp: str = method_flag(
+        "finite", "scd, sct, meanflow: tangents by finite differences or exact", choices=("finite", "exact"), short=False
+    )
+    jvp_step: float = method_flag(
+        0.02, "step of the finite differences in t; 0.02 averages over fast time embeddings", short=False
+    )
+    sampler: str | None = method_flag(
+        None,
+        "sampler for several steps: ddim, consistency:GAMMA (GAMMA of the noise is fresh), jump",
+        short=False,
+        own=lambda v: METHODS[v["method"]].sampler,
+    )
+
+
+Build = Callable[[MethodFlags, Target, dict[str, Any]], Method]
+PAIRS = ("weight", "distance", "averaged_target")  # flags of every method of pairs
+
+
+@dataclass(frozen=True)
+class MethodDefaults:
+    """One row of `METHODS`.
+
+    ``build``: (flags, target, options) -> method. ``mix``: the teacher weight in the target. ``takes``: the flags that it takes beside
+    those of all methods. ``weight``, ``distance``, ``sampler``: its defaults. ``two_times``: its student is a two-time network.
+    ``from_data``: whether it can train without a teacher.
+    """
+
+    build: Build
+    mix: float
+    takes: tuple[str, ...]
+    weight: str = "one"
+    distance: str = "l2"
+    sampler: str = "consistency:0.5"
+    two_times: bool = False
+    from_data: bool = True
+
+
+def cd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    pairs = Neighbours(lambda _: flags.grid_steps, grid=flags.grid)
+    return Consistency(target, pairs, order=flags.order, substeps=flags.substeps, **options)
+
+
+def ct(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    return Consistency(target, Neighbours(ct_steps(), grid=flags.grid), **options)
+
+
+def ict(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    return Consistency(target, Neighbours(ict_steps(), (-1.1, 2.0)), **options)
+
+
+def ect(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    return Consistency(target, Gap(), **options)
+
+
+def scm(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    return ContinuousConsistency(target, jvp=flags.jvp, step=flags.jvp_step)
+
+
+def meanflow(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    return MeanFlow(target, power=0.0 if teacher_weight(flags) else 1.0, jvp=flags.jvp, step=flags.jvp_step)
+
+
+def denoise(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    return Regression(target)
+
+
+METHODS: dict[str, MethodDefaults] = {
+    "cd": MethodDefaults(cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order"), "truncated_snr", from_data=False),
+    "ct": MethodDefaults(ct, 0.0, (*PAIRS, "grid"), "truncated_snr"),
+    "ict": MethodDefaults(ict, 0.0, PAIRS, "inverse_gap", "pseudo_huber"),
+    "ect": MethodDefaults(ect, 0.0, PAIRS, "inverse_level"),
+    "scd": MethodDefaults(scm, 1.0, ("jvp", "jvp_step"), from_data=False),
+    "sct": MethodDefaults(scm, 0.0, ("jvp", "jvp_step")),
+    "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step"), sampler="jump", two_times=True),
+    "denoise": MethodDefaults(denoise, 1.0, (), sampler="ddim", from_data=False),
+}
+
+
+def check_flags(flags: MethodFlags, student: str | None) -> None:
+    """Raise ValueError where the flags contradict each other. ``student``: the value of --student."""
+    for field in fields(flags):
+        takers = [name for name, other in METHODS.items() if field.name in other.takes]
+        if takers and flags.method not in takers and getattr(flags, field.name) != field.default:
+            name = "--" + field.name.replace("_", "-")
+            raise ValueError(f"{name} means nothing to --method {flags.method}: accepted with {', '.join(takers)}")
+    if flags.target == "posterior-mean" and flags.target_mix is not None:
+        raise ValueError("--target posterior-mean uses the data alone: choose it or --target-mix")
+    teacher_weight(flags)
+    terms_of(flags)
+    if not flags.from_scratch:
+        return
+    if student == "table":
+        raise ValueError("--student table starts from the weights of a teacher and --from-scratch has none: choose new")
+    if not METHODS[flags.method].from_data:
+        with_data = [name for name, other in METHODS.items() if other.from_data]
+        raise ValueError(
+            f"--method {flags.method} distils a teacher and --from-scratch has none: choose {', '.join(with_data)}"
+        )
+    if flags.target_mix not in (None, "0"):
+        raise ValueError(f"--target-mix {flags.target_mix} needs a teacher and --from-scratch has none")
+
+
+def teacher_weight(flags: MethodFlags) -> float | str:
+    """Return the teacher weight in the target, or "auto". Raises ValueError for anything else."""
+    if flags.target_mix is None:
+        return 0.0 if flags.from_scratch else METHODS[flags.method].mix
+    if flags.target_mix == "auto":
+        return "auto"
+    try:
+        weight = float(flags.target_mix)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight <= 1:
+        raise ValueError(f"--target-mix {flags.target_mix}: accepted are auto and numbers from 0 to 1")
+    return weight
+
+
+def terms_of(flags: MethodFlags) -> tuple[tuple[str, float], ...]:
+    """Return --regularize as (name, weight). Raises ValueError for anything else."""
+    terms = []
+    for term in flags.regularize:
+        name, _, weight = term.partition("=")
+        if name not in RESIDUALS or not weight.replace(".", "", 1).isdigit():
+            raise ValueError(f"--regularize {term}: accepted is name=weight with a name of {', '.join(RESIDUALS)}")
+        terms.append((name, float(weight)))
+    return tuple(terms)
+
+
+def estimated_bias(teacher: Teacher, data: Data, most: int, seed: int, device: torch.device) -> TeacherBias:
+    """Return the estimator of the teacher's bias on at most ``most`` random samples of the data."""
+    some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:most]
+    labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
+    return TeacherBias(teacher.denoiser, data.x0(some, device), labels, teacher.condition)
+
+
+def target_of(
+    flags: MethodFlags, teacher: Teacher | None, student: Teacher, data: Data, seed: int, device: torch.device | None
+) -> Target:
+    """Return the target that --target and --target-mix name.
+
+    ``device``: where the teacher's bias is estimated for "auto"; with None, which is for a trial, auto is 1/2. Raises ValueError for a
+    posterior mean where the condition is a text.
+    """
+    weight = teacher_weight(flags)
+    if flags.target == "posterior-mean":
+        if student.embeddings is not None:
+            raise ValueError("--target posterior-mean needs labels, and this model is conditioned on text: choose --target mix")
+        return PosteriorMean()
+    if teacher is None or weight == 0:
+        return DataSample()
+    if weight != "auto" or device is None:
+        return Mix(teacher.denoiser, 0.5 if weight == "auto" else float(weight))
+    rng = torch.Generator().manual_seed(seed)
+    levels = progress(LEVELS, desc="estimating the teacher's bias", leave=False)
+    errors = estimated_bias(teacher, data, 4096, seed, device).errors(teacher.denoiser.schedule, levels, rng)
+    return Mix(teacher.denoiser, errors["best"], LEVELS)
+
+
+def method_of(
+    flags: MethodFlags, teacher: Teacher | None, student: Teacher, data: Data, seed: int, device: torch.device | None = None
+) -> Method:
+    """Return the method that the flags describe, with its regularizers. ``device``: as in `target_of`."""
+    defaults, terms = METHODS[flags.method], terms_of(flags)
+    options: dict[str, Any] = {"averaged": flags.averaged_target, "weight": GAP_WEIGHTS[flags.weight or defaults.weight]}
+    options["distance"] = distance_of(flags.distance or defaults.distance, data)
+    method = defaults.build(flags, target_of(flags, teacher, student, data, seed, device), options)
+    return Regularized(method, terms) if terms else method
+
+
+def distance_of(name: str, data: Data) -> Distance:
+    """Return the distance of this name. Raises ValueError where its package is missing or the images do not fit it."""
+    return Lpips(data.shape[0]) if name == "lpips" else DISTANCES[name]

@@ -1,0 +1,205 @@
+"""A run: its output directory, its accelerator, metrics.jsonl, trackers, and progress for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from distill import files
+from distill.train import State
+from eval.machine import cores
+from eval.progress import progress
+from recipes.common.cli import duration, fail
+
+T = TypeVar("T")
+# may differ between a run and its continuation; so may the fields named in Config.MAY_CHANGE
+NOT_OF_THE_RUN = ("output_dir", "log_with", "resume", "threads")
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn OSError during long work into one line and exit code 2. Finished parts are kept."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{error}; what was finished is kept, start again to continue")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Return the configuration as JSON data, without what may differ between a run and its continuation."""
+    free = (*NOT_OF_THE_RUN, *getattr(config, "MAY_CHANGE", ()))
+    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items() if k not in free}
+
+
+@dataclass
+class Run:
+    """Hold the directory and the accelerator of a run."""
+
+    accelerator: Accelerator
+    folder: Path
+
+    @classmethod
+    def open(cls, config: Any) -> Run:
+        """Claim ``config.output_dir`` for this configuration. Raises ValueError where it holds anything else."""
+        folder, log_with = Path(config.output_dir), getattr(config, "log_with", None)
+        _share_cores(config.threads)
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=getattr(config, "mixed_precision", "no"),
+            log_with=log_with,
+            project_dir=str(folder / "trackers"),
+        )
+        if accelerator.is_main_process:
+            _claim(folder, config)
+        accelerator.wait_for_everyone()
+        if log_with:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
+            accelerator.init_trackers("fewstep", config=flat)
+        run = cls(accelerator, folder)
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and not os.path.isfile(default_config_file):
+            run.say("accelerate launch used its defaults; `accelerate config default` saves them and ends its warning")
+        return run
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """Return the result of ``compute``, which only the main process calls, on every process."""
+        return broadcast_object_list([compute() if self.main else None])[0]
+
+    def say(self, text: str = "") -> None:
+        """Print a line, from the main process."""
+        if self.main:
+            tqdm.write(text)
+
+    def log(self, phase: str, values: dict[str, float], step: int) -> None:
+        """Write one line of metrics.jsonl and one entry of the trackers."""
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+            self.accelerator.log({f"{phase}/{k}": v for k, v in values.items()}, step=step)
+
+    def seconds(self, phase: str, images: int) -> float:
+        """Return the wall seconds of ``images`` of a finished phase, without the time in which it was interrupted."""
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        rates = sorted(line["images_per_second"] for line in lines if line["phase"] == phase and line["images_per_second"] > 0)
+        return images / rates[len(rates) // 2] if rates else 0.0
+
+    def _forget_from(self, phase: str, step: int) -> None:
+        """Drop what a killed run logged of a phase after the step from which it continues, and a torn last line."""
+        path = self.folder / "metrics.jsonl"
+        if not self.main or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entry["phase"] != phase or entry["step"] < step:
+                kept.append(line)
+        files.write_text(path, "".join(line + "\n" for line in kept))
+
+    def watch(self, states: Iterable[State], phase: str, images: int, title: str, lines: int = 50) -> Iterator[State]:
+        """Pass training states on. Show progress, and log about ``lines`` lines of metrics with the mean loss between them."""
+        bar = progress(total=images, desc=title, unit="img", unit_scale=True, show=self.main, smoothing=0.05)
+        losses: list[torch.Tensor] = []
+        began, first, last = time.perf_counter(), None, float("nan")
+        for state in states:
+            if first is None:
+                first = state
+                self._forget_from(phase, state.step)
+                bar.update(state.images - state.images // state.step)
+            bar.update(state.images // state.step)
+            losses.append(state.loss)
+            every = max(1, images * state.step // (state.images * lines))
+            if state.step % every == 0 or state.images >= images:
+                last = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+                rate = (state.images - first.images) / max(1e-9, time.perf_counter() - began)
+                values = {"images": state.images, "loss": last, "grad_norm": float(state.grad_norm), "lr": state.lr}
+                self.log(phase, values | {"images_per_second": rate}, state.step)
+                bar.set_postfix(loss=f"{last:.3g}", refresh=False)
+                losses = []
+            yield state
+        bar.close()
+        if first is not None:
+            self.say(f"{title}: {images:,} images, loss {last:.3g}, {duration(time.perf_counter() - began)}")
+
+    def close(self) -> None:
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def _claim(folder: Path, config: Any) -> None:
+    """Write config.json, or compare it with the one that is there. Raises ValueError where the folder is another run's."""
+    mine, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
+    if path.exists():
+        theirs = _read_settings(path, config)
+        different = [k for k in settings_of(config) if mine[k] != theirs[k]] + [
+            k for k in theirs.keys() - mine.keys() if theirs[k]
+        ]
+        if different:
+            shown = ", ".join(f"{k} is {theirs[k]!r} there and {mine.get(k)!r} here" for k in sorted(different)[:3])
+            raise ValueError(f"{folder} holds another run ({shown}): choose another --output-dir")
+        if not getattr(config, "resume", True):
+            raise ValueError(f"{folder} holds this very run already: --resume continues it, or choose another --output-dir")
+        files.clear_aside(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run of this recipe: choose another --output-dir")
+    files.write_json(path, mine)
+
+
+def _read_settings(path: Path, config: Any) -> dict[str, Any]:
+    """Return a config.json, perhaps of an older version: with fields under their new names, and defaults for those it lacks."""
+    theirs = json.loads(path.read_text())
+    for field in dataclasses.fields(config):
+        if (old := field.metadata.get("was")) in theirs:
+            theirs[field.name] = theirs.pop(old)
+        if field.name not in theirs:
+            theirs[field.name] = json.loads(json.dumps(None if field.default is dataclasses.MISSING else field.default))
+    return theirs
+
+
+def _share_cores(threads: int) -> None:
+    """Give every process its part of the CPU cores. The launchers' own defaults leave most of them idle."""
+    if not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads or max(1, cores() // local))
+
+
+def processes() -> int:
+    """Return the number of processes of this run. Available before anything is written."""
+    return PartialState(cpu=not torch.cuda.is_available()).num_processes
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    names = ("fewstep", "torch", "accelerate", "diffusers", "safetensors", "torch-fidelity", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """Return the name of the GPU, or the CPU architecture with the threads per process."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads per process"

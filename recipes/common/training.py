@@ -1,0 +1,232 @@
+"""What every recipe that trains shares: `Experiment`, which opens a run, trains its stages, measures the students and closes the run."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+import torch
+
+import teachers
+from distill.denoiser import Denoiser
+from distill.files import write_json
+from distill.resume import Resumable, whole
+from distill.rng import Rng
+from distill.samplers import BASELINES
+from distill.sampling import Sampling
+from distill.train import BatchSplit, Method, Optimization, train
+from eval.features import Extractor
+from eval.machine import clock, peak_memory_gb
+from eval.sweep import Cell
+from recipes.common.checks import check_denoiser
+from recipes.common.cli import duration, plural
+from recipes.common.flags import DistillationFlags
+from recipes.common.measurement import Measurement, baselines, cost_in_calls, measured_against, student_cells, training_seconds
+from recipes.common.run import Run, disk_errors, processes, settings_of
+from recipes.data.sets import Data
+from teachers import Teacher
+from teachers.export import deliver
+from teachers.saved import load_student
+from teachers.teacher import require_network
+
+
+@dataclass
+class Experiment:
+    """A distillation from its checks to its report.
+
+        with Experiment.open(config, teacher, student, data, title=..., record=...) as e:
+            e.add_baselines(64)
+            e.plan(method, [budget], evaluations=4)
+            student = e.stage("4", e.student, method, budget, Sampling(steps=(4,)))
+
+    The end of the block writes the last student, measures all cells, writes the report and exports the pipelines. An error in the
+    block ends the run; what is finished is kept, and the same command continues it.
+    """
+
+    config: DistillationFlags
+    teacher: Teacher | None
+    student: Teacher  # the model that training starts from
+    data: Data
+    title: str
+    record: dict  # provenance, in the file of every student
+    run: Run
+    measurement: Measurement
+    cells: list[Cell] = field(default_factory=list)
+    students: dict[int, Teacher] = field(default_factory=dict)  # by step count
+    seconds: float = 0.0  # of training so far
+    verdict: str = ""
+
+    @classmethod
+    def open(
+        cls,
+        config: DistillationFlags,
+        teacher: Teacher | None,
+        student: Teacher,
+        data: Data,
+        *,
+        title: str,
+        record: dict,
+        trial: Method | None = None,
+    ) -> Experiment:
+        """Check everything that can be checked, then claim the output directory.
+
+        ``student``: the model that training starts from. ``trial``: a method to try on two samples. Raises ValueError, before anything is
+        written, where parts do not fit or the probe finds that the teacher is not a denoiser.
+        """
+        require_network(student)
+        BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
+        extractor = Extractor.create(config.features).fits(student.image_shape)
+        real = measured_against(config.reference, data, extractor)
+        warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
+        if trial is not None:
+            try_method(trial, student, data)
+        run = Run.open(config)
+        if warning:
+            run.say(f"warning: {warning}")
+        for model in (student, teacher):
+            if model is not None:
+                model.to(run.device)
+        measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
+        return cls(config, teacher, student, data, title, record | {"config": settings_of(config)}, run, measurement)
+
+    def add_baselines(self, steps: int, guidance: float = 1.0) -> None:
+        """Add the cells of the teacher: all training-free samplers, and DDIM at ``steps``, which ratios are taken against."""
+        assert self.teacher is not None
+        self.cells += baselines(self.teacher, "teacher", self.config.sweep_steps, BASELINES, guidance)
+        self.cells += baselines(self.teacher, "teacher", (steps,), ("ddim",), guidance)
+
+    def plan(self, method: Method, budgets: list[Optimization], evaluations: int) -> None:
+        """Say what will be done, how long it should take and how much memory, measured on a few training steps.
+
+        ``evaluations``: network evaluations per image of the students' cells, together.
+        """
+        student, world, images = self.student, self.run.accelerator.num_processes, sum(budget.images for budget in budgets)
+        batches = self.data.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
+        training, call = measure_step_time(method, student.student(), *next(iter(batches(0))))
+        weights = sum(p.numel() for p in student.parametric.net.parameters())
+        sweep = 1.15 * (cost_in_calls(self.cells) + evaluations) * self.config.images * call / world
+        for line in (
+            self.title,
+            f"  network   {weights / 1e6:.2f} M weights",
+            f"  data      {self.data.name}: {len(self.data.images):,} images of {'x'.join(map(str, self.data.shape))}",
+            f"  training  {images:,} images in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
+            f" about {duration(images * training / world)}",
+            f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
+            f"  memory    about {1.2 * peak_memory_gb(self.run.device):.1f} GB in each of {plural(world, 'process')}",
+            f"  output    {self.run.folder}\n",
+        ):
+            self.run.say(line)
+
+    def stage(
+        self,
+        name: str,
+        model: Teacher,
+        method: Method,
+        budget: Optimization,
+        sampling: Sampling | None = None,
+        label: str | None = None,
+    ) -> Teacher:
+        """Train a copy of ``model`` by ``method`` and return it from its file. A finished stage is read from there at once.
+
+        ``sampling``: how the student is sampled and measured; None for a stage that only prepares the next one. ``label``: its name in
+        the report.
+        """
+        file = self.run.folder / "stages" / name / "student.safetensors"
+        if not file.exists():
+            self._train(name, model, method, budget, replace(model, sampling=sampling or Sampling()))
+        if self.run.main:
+            Resumable(file.parent).clear()  # here, because a run can be killed between the student's file and this
+        student = load_student(file, model).to(self.run.device)
+        self.seconds = training_seconds(file) or self.seconds
+        if sampling is not None:
+            self.students |= dict.fromkeys(sampling.steps, student)
+            self.cells += student_cells(student, label or f"student@{name}", training_seconds=self.seconds)
+        return student
+
+    def _train(self, name: str, model: Teacher, method: Method, budget: Optimization, made: Teacher) -> None:
+        run, folder = self.run, self.run.folder / "stages" / name
+        batches = self.data.batches(self._split(budget), self.config.seed, name, run.device, model.condition)
+        trained = model.student()
+        states = train(
+            method, trained, batches, run.accelerator, budget, seed=self.config.seed, phase=name, resumable=Resumable(folder),
+            save_every_images=max(1, budget.images // 8),
+        )  # fmt: skip
+        for state in run.watch(states, name, budget.images, f"stage {name}"):
+            trained = state.ema
+        weights = {k: whole(v) for k, v in run.accelerator.unwrap_model(trained.net).state_dict().items()}
+        if run.main:
+            write_json(folder / "cost.json", {"training_seconds": self.seconds + run.seconds(name, budget.images)})
+            net = model.student().net
+            net.load_state_dict(weights)
+            prompts = {key: model.record[key] for key in ("prompts",) if key in model.record}
+            made = replace(made, denoiser=replace(trained, net=net), record=prompts | self.record)
+            teachers.save(folder / "student.safetensors", made)
+        run.accelerator.free_memory()
+        run.accelerator.wait_for_everyone()
+
+    def _split(self, budget: Optimization) -> BatchSplit:
+        accelerator = self.run.accelerator
+        return BatchSplit(budget.batch_size, accelerator.num_processes, accelerator.process_index, budget.microbatch)
+
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            return
+        last = next(reversed(self.students.values()))
+        if self.run.main:
+            teachers.save(self.run.folder / "student.safetensors", last)
+        facts = {"teacher": self.record["of"] or "none", "method": self.record["method"], "training": duration(self.seconds)}
+        with disk_errors():
+            report = self.measurement.report(self.run, self.title, self.cells, facts)
+        export_pipelines(self.run, last)
+        self.verdict = report["verdict"]
+        self.run.say(f"\n{self.verdict}\nreport: {self.run.folder / 'report.html'}")
+        self.run.close()
+
+
+def export_pipelines(run: Run, model: Teacher) -> None:
+    """Write the diffusers pipelines of a student, compared with our sampler, or say why no stock class can carry it."""
+    if not run.main:
+        return
+    try:
+        for name, worst in deliver.export_pipelines(model, run.folder).items():
+            run.say(f"{name}/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
+    except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # the student itself is saved
+        run.say(f"no diffusers pipeline: {error}")
+
+
+def try_method(method: Method, model: Teacher, data: Data) -> None:
+    """Evaluate the method once on two samples. Raises ValueError for what the network does not support, such as exact tangents."""
+    batches = data.batches(BatchSplit(2), 0, "trial", torch.device("cpu"), model.condition)
+    x0, cond = next(iter(batches(0)))
+    method(model.student(), x0, rng=Rng(torch.Generator().manual_seed(0), 2), progress=0.5, **cond)
+
+
+def measure_step_time(
+    method: Method, student: Denoiser, x0: torch.Tensor, cond: dict[str, torch.Tensor]
+) -> tuple[float, float]:
+    """Return the seconds per image of a training step and of a network call, measured on a copy of the student."""
+    student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
+    rng = Rng(torch.Generator(x0.device).manual_seed(0), len(x0))
+
+    def training() -> None:
+        method(student, x0, rng=rng, progress=0.0, **cond).mean().backward()
+
+    def calling() -> None:
+        with torch.inference_mode():
+            student(x0, torch.tensor(student.schedule.t_max, device=x0.device), **cond)
+
+    seconds = []
+    for work in (training, calling):
+        work()
+        times = []
+        for _ in range(3):
+            began = clock(x0.device)
+            work()
+            times.append(clock(x0.device) - began)
+        seconds.append(sorted(times)[1] / len(x0))
+    return seconds[0], seconds[1]

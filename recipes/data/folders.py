@@ -1,0 +1,54 @@
+"""Read images from folders, and torchvision's data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipes.data.decode import SUFFIXES, Record, Source
+
+TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar10": "CIFAR10"}
+
+
+def folder_source(folder: Path) -> Source:
+    """Return all images under ``folder`` as a source.
+
+    If all images are in sub-folders, each sub-folder is a class. Classes are numbered in the order of the sub-folders' names.
+    Raises ValueError for a folder that holds no images or cannot be read.
+    """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ValueError(f"{folder}: no permission to read the folder")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder}: holds no images; accepted are {', '.join(sorted(SUFFIXES))}")
+    tops = [path.relative_to(folder).parts[0] for path in paths]
+    labelled = all(path.parent != folder for path in paths)
+    number = {name: i for i, name in enumerate(sorted(set(tops)))}
+
+    def records(seed: int | None, rank: int, world: int) -> Iterator[Record]:
+        order = range(len(paths)) if seed is None else np.random.default_rng(seed).permutation(len(paths)).tolist()
+        for i in order[rank::world]:
+            yield Record(str(paths[i]), paths[i], number[tops[i]] if labelled else None)
+
+    return Source(folder.absolute().name, records, len(paths), len(number) if labelled else None)
+
+
+def read_torchvision(name: str, root: str, download: bool) -> tuple[Tensor, Tensor]:
+    """Return images and labels of torchvision's training set ``name``, a key of `TORCHVISION`, stored under ``root``.
+
+    Only ``download`` uses the network. Raises ValueError if the set is not there.
+    """
+    import torchvision
+
+    try:
+        dataset = getattr(torchvision.datasets, TORCHVISION[name])(root, train=True, download=download)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {error} ({name}:{root},download fetches it)") from None
+    images = torch.as_tensor(np.asarray(dataset.data))
+    nchw = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    return nchw.contiguous(), torch.as_tensor(dataset.targets).long()

@@ -1,0 +1,215 @@
+"""Load the data sets of --data, and draw training batches from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.images import from_uint8, to_uint8
+from distill.rng import Rng, seed_of
+from distill.schedule import per_sample
+from distill.train import Batches, BatchSplit
+from eval.features import fingerprint
+from recipes.data import folders, huggingface, latent_shards, webdataset
+from recipes.data.decode import Source, decode_blocks, format_of, read_all
+from recipes.data.npz import read_npz
+from recipes.data.spec import ACCEPTED as ACCEPTED
+from recipes.data.spec import parse
+from recipes.data.stream import Stream
+
+
+@dataclass(frozen=True)
+class Data:
+    """Hold a data set.
+
+    ``images``: uint8 [N, C, H, W]; for latents, floats [N, ...] in the denoiser's own space. ``flip``: mirror each training image with
+    probability 1/2. ``latents``: the index of a folder of latents, else None. ``stream``: the source of training batches if the set
+    does not fit in memory; ``images`` are then the first of the set, and the reference is computed from them. ``known_classes``: the
+    number of classes, if known; the labels may not show all.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor | None = None
+    captions: list[str] | None = None
+    flip: bool = False
+    latents: dict | None = None
+    stream: Stream | None = None
+    known_classes: int | None = None
+
+    @classmethod
+    def of(cls, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None, name: str | None = None) -> Data:
+        """Return a data set made in Python.
+
+        ``images`` [N, C, H, W]: uint8, or floats in [-1, 1], which are rounded to uint8. ``labels`` [N]: integers from 0. ``name``: the
+        set's name in reports; default is the number of images and the start of their sha256. Raises ValueError for other shapes,
+        types and ranges.
+        """
+        images = torch.as_tensor(images).detach().cpu()
+        accepted = "accepted are [N, C, H, W] as uint8, or as floats in [-1, 1]"
+        floats = images.is_floating_point()
+        if images.ndim != 4 or not images.numel() or not (floats or images.dtype == torch.uint8):
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; {accepted}")
+        if floats and not images.abs().max() <= 1:  # also true for NaN
+            raise ValueError(f"images have values from {images.min():.4g} to {images.max():.4g}; {accepted}")
+        if labels is not None:
+            labels = torch.as_tensor(labels).detach().cpu()
+            integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+            if labels.shape != images.shape[:1] or not integers:
+                raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}; accepted are integers [{len(images)}]")
+            if (labels := labels.long()).min() < 0:
+                raise ValueError(f"label {labels.min()}; accepted are 0 and more")
+        pixels = to_uint8(images.float()) if floats else images
+        return cls(name or f"{len(pixels)} images, sha256 {fingerprint(pixels)[:8]}", pixels, labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image or latent."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes; None without labels."""
+        return None if self.labels is None else max(self.known_classes or 0, int(self.labels.max()) + 1)
+
+    def require_pixels(self) -> Tensor:
+        """Return the images as uint8. Raises ValueError for latents, which FID cannot be measured against."""
+        if self.latents is not None:
+            raise ValueError(f"{self.name} holds latents, which FID cannot be measured against; give a stored --reference")
+        return self.images
+
+    def x0(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
+        """Return samples as float32 [B, ...]: images in [-1, 1], latents unchanged."""
+        return self._scaled(self.images[index], device)
+
+    def _scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
+        return from_uint8(images, device) if self.latents is None else images.contiguous().to(device).float()
+
+    def captioned(self, prompts: list[str]) -> Data:
+        """Return the set with each image's caption as label: its position in ``prompts``.
+
+        A set with labels is returned unchanged if none of its captions is a prompt. Raises ValueError for an unknown caption.
+        """
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        unknown = [caption for caption in self.captions or [] if caption.strip() not in place]
+        if unknown and self.labels is not None and len(unknown) == len(self.captions or []):
+            return self
+        if unknown:
+            raise ValueError(
+                f"{self.name}: the caption {unknown[0]!r} is none of the teacher's {len(prompts)} prompts; "
+                "accepted are the lines of prompts=FILE"
+            )
+        labels = torch.tensor([place[caption.strip()] for caption in self.captions or []])
+        stream = None if self.stream is None else self.stream.captioned(place)
+        return replace(self, labels=labels, stream=stream, known_classes=len(prompts))
+
+    def walk(
+        self, block: int, most: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[int, Tensor, Tensor | None, list[str] | None]]:
+        """Pass over the set, or its first ``most`` images, once, in order and never mirrored.
+
+        Yields (number, images, labels, captions) of each block of about ``block`` images that belongs to process ``rank``: every
+        ``world``-th block.
+        """
+        if self.stream is None:
+            count = min(len(self.images), most or len(self.images))
+            for number, start in list(enumerate(range(0, count, block)))[rank::world]:
+                part = slice(start, min(start + block, count))
+                labels, captions = (None if known is None else known[part] for known in (self.labels, self.captions))
+                yield number, self.images[part], labels, captions  # type: ignore[misc]
+            return
+        for number, kept in decode_blocks(self.stream.source, self.stream.form, block, most, rank, world):
+            records = [record for record, _ in kept]
+            labels = None if self.labels is None else torch.tensor([record.label for record in records])
+            captions = None if self.captions is None else [record.caption or "" for record in records]
+            yield number, torch.from_numpy(np.stack([pixels for _, pixels in kept])), labels, captions
+
+    def batches(
+        self,
+        split: BatchSplit,
+        seed: int,
+        phase: str,
+        device: torch.device,
+        condition: Callable[[Tensor | None], dict[str, Tensor]],
+        null: int | None = None,
+        null_probability: float = 0.0,
+    ) -> Batches:
+        """Return the function step -> iterator of microbatches (x0, cond) from that step on.
+
+        Samples are drawn with replacement, as a function of (seed, phase, step); for a stream see `Stream.microbatches`.
+        ``condition``: labels [B] or None -> the conditions of the network, such as `Teacher.condition`. Labels are replaced by ``null``
+        with ``null_probability``, the label dropout of classifier-free guidance.
+        """
+
+        def microbatches(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+            generator = torch.Generator()
+            streamed = None if self.stream is None else self.stream.microbatches(split, seed, phase, step)
+            while True:
+                for turn in range(split.accumulate):
+                    rng = Rng(generator.manual_seed(seed_of(seed, phase, step, "data")), split.batch_size, split.rows(turn))
+                    index = rng.integers(
+                        len(self.images)
+                    )  # a stream draws it too, which keeps its dropout and flips reproducible
+                    images, labels = self._at(index) if streamed is None else next(streamed)
+                    x0 = self._scaled(images, device)
+                    if labels is not None and null is not None and null_probability:
+                        labels = torch.where(rng.uniform() < null_probability, null, labels)
+                    if self.flip:
+                        mirrored = (rng.uniform() < 0.5).to(device)
+                        x0 = torch.where(per_sample(mirrored, x0), x0.flip(-1), x0)
+                    yield x0, condition(None if labels is None else labels.to(device))
+                step += 1
+
+        return microbatches
+
+    def _at(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.images[index], None if self.labels is None else self.labels[index]
+
+
+def load(spec: str) -> Data:
+    """Load the data set of a spec, one of `spec.ACCEPTED`. Raises ValueError in one line for any other."""
+    kind, where, options = parse(spec)
+    flip = "flip" in options
+    if kind == "digits":
+        from teachers.digits import digits
+
+        return Data("digits", *digits(), flip=flip)
+    if kind == "latents":
+        latents, labels, captions, index = latent_shards.read_latents(Path(where))
+        return Data(Path(where).absolute().name, latents, labels, captions, latents=index)
+    if kind == "npz":
+        return Data(Path(where).stem, *read_npz(Path(where)), flip=flip)
+    if kind in folders.TORCHVISION:
+        return Data(kind, *folders.read_torchvision(kind, where, "download" in options), flip=flip)
+    return replace(_decoded(_source(kind, where, options), options), flip=flip)
+
+
+def _source(kind: str, where: str, options: dict[str, str]) -> Source:
+    if kind == "hf":
+        return huggingface.hub_source(where, options, "stream" in options)
+    if kind == "wds":
+        return webdataset.shards_source(where, int(options["classes"]) if "classes" in options else None)
+    return folders.folder_source(Path(where))
+
+
+def _decoded(source: Source, options: dict[str, str]) -> Data:
+    form = format_of(source, int(options["size"]) if "size" in options else None)
+    held = int(options["stream"]) if "stream" in options else None
+    found = read_all(source, form, held)
+    labels = None if found.labels is None else torch.tensor(found.labels)
+    if labels is not None and (labels.min() < 0 or (source.classes is not None and labels.max() >= source.classes)):
+        wrong = int(labels.min() if labels.min() < 0 else labels.max())
+        most = "classes - 1" if source.classes is None else source.classes - 1
+        raise ValueError(f"{source.name}: label {wrong}; accepted are 0 to {most}, classes=N sets their number")
+    images = torch.from_numpy(found.images)
+    if held is None:
+        return Data(source.name, images, labels, found.captions, known_classes=source.classes)
+    if labels is not None and source.classes is None:
+        raise ValueError(f"{source.name}: the number of classes is unknown, and a labelled stream needs it: add classes=N")
+    stream = Stream(source, form, held, labels is not None)
+    return Data(f"{source.name}, first {len(images)}", images, labels, found.captions, False, None, stream, source.classes)

@@ -1,0 +1,80 @@
+"""Parse the specs that --data accepts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from recipes.data.folders import TORCHVISION
+from recipes.data.latent_shards import is_latents
+
+FORMS = {
+    "digits": "the 1,797 handwritten digits of scikit-learn, 8x8",
+    "FOLDER": "a folder of images; if all of them are in sub-folders, each sub-folder is a class",
+    "FILE.npz": "images uint8 [N, H, W, C]; optionally labels [N] and captions [N]",
+    "LATENTS": "a folder of latents that recipes/latents.py wrote",
+    "hf:NAME": "a set of the Hugging Face hub (needs the package datasets)",
+    "hf:FOLDER": "a folder that the package datasets can load, or saved with save_to_disk",
+    "wds:PATTERN": "WebDataset shards, such as wds:a-{000..127}.tar",
+    **{f"{name}:ROOT": f"torchvision's {title}, stored in the folder ROOT" for name, title in TORCHVISION.items()},
+}
+COMMON = ("digits", "FOLDER", "FILE.npz")  # suggested if no form resembles a wrong spec
+OPTION_HELP = {
+    ",flip": "mirror half of the training images (all sets but latents)",
+    ",size=32": "crop the centre square and resize it to 32x32 (FOLDER, hf, wds)",
+    ",stream=10000": "read while training, through a buffer of 10,000 images in memory (FOLDER, hf, wds)",
+    ",classes=1000": "the number of classes, which a labelled stream needs (hf, wds)",
+    ",split=NAME ,config=NAME": "the part of the set, and its configuration (hf)",
+    ",image=COLUMN ,label=COLUMN ,caption=COLUMN": "the columns; default are the usual names (hf)",
+    ",download": f"download the set to ROOT ({', '.join(TORCHVISION)})",
+}
+ACCEPTED = "\n".join(f"{form}: {meaning}" for form, meaning in {**FORMS, **OPTION_HELP}.items())
+DECODED = frozenset({"size", "stream", "flip"})
+OPTIONS: dict[str, frozenset[str]] = {
+    "digits": frozenset({"flip"}),
+    "npz": frozenset({"flip"}),
+    "latents": frozenset(),
+    "folder": DECODED,
+    "wds": DECODED | {"classes"},
+    "hf": DECODED | {"classes", "split", "config", "image", "label", "caption"},
+    **dict.fromkeys(TORCHVISION, frozenset({"download", "flip"})),
+}
+SWITCHES, NUMBERS = {"flip", "download"}, {"size", "stream", "classes"}
+
+
+def parse(spec: str) -> tuple[str, str, dict[str, str]]:
+    """Return kind, place and options of a spec. Raises ValueError for an unknown kind or option."""
+    where, *rest = [spec] if Path(spec).exists() else re.split(r",(?![^{]*\})", spec)
+    options = dict(text.partition("=")[::2] for text in rest)
+    kind, where = _kind(where)
+    for key, value in options.items():
+        if key not in OPTIONS[kind]:
+            takes = ", ".join(sorted(k if k in SWITCHES else f"{k}=..." for k in OPTIONS[kind])) or "none"
+            raise ValueError(f"data {spec!r}: {key!r} is no option of {kind}; accepted are {takes}; --help data lists all")
+        if key in SWITCHES and value:
+            raise ValueError(f"data {spec!r}: option {key} has the value {value!r}; accepted is {key} alone")
+        if key in NUMBERS and not (value.isdigit() and int(value) > 0):
+            raise ValueError(f"data {spec!r}: option {key} is {value!r}; accepted are whole numbers from 1")
+        if not value and key not in SWITCHES:
+            raise ValueError(f"data {spec!r}: option {key} has no value; accepted is {key}=...")
+    return kind, where, options
+
+
+def _kind(where: str) -> tuple[str, str]:
+    """Return the kind of a set and its place, without the prefix of the kind."""
+    prefix, _, place = where.partition(":")
+    path = Path(where)
+    if where == "digits":
+        return "digits", where
+    if place and (prefix in ("hf", "wds") or prefix in TORCHVISION):
+        return prefix, place
+    if where and path.is_dir():
+        return "latents" if is_latents(path) else "folder", where
+    if path.suffix == ".npz" and path.is_file():
+        return "npz", where
+    near = dict.fromkeys([*difflib.get_close_matches(where, FORMS, 3, 0.4), *COMMON])
+    missing = "" if path.exists() else ", no such file or folder"
+    raise ValueError(
+        f"unknown data {where!r}{missing}: accepted are {', '.join(list(near)[:3])} and more; --help data lists all"
+    )

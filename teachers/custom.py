@@ -1,0 +1,125 @@
+"""Any nn.Module as a model: an object, with `wrap`, or ``package.module:factory,schedule=cosine,prediction=v,shape=3x32x32``.
+
+The factory is called with the ``arg.KEY=VALUE`` options of the spec. It returns a module called as (x, c_noise, **cond), where cond is
+``labels`` if ``classes`` is given. The other options:
+
+    weights=FILE, part=NAME    a state dict as .safetensors or as a .pt of tensors alone, and which one if the file holds several
+    time, sigma_data           the fields of `distill.denoiser.Denoiser`
+    classes, null              the number of classes, and the label of the unconditional case
+    schedule.FIELD=NUMBER      a field of the schedule, such as schedule.sigma_max=348
+    range=unit                 the network is a score of images in [0, 1] (the VE networks of score_sde)
+    span=999                   the time input is 999 t (the VP networks of score_sde)
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from distill.denoiser import PREDICTIONS, TIMES, Denoiser
+from distill.files import load_weights
+from distill.schedule import SCHEDULES, Schedule, schedule_from
+from teachers.networks import adapters, factory
+from teachers.teacher import Teacher, frozen
+from teachers.weights import state_dict, unwrapped
+
+REQUIRED = ("schedule", "prediction", "shape")
+OPTIONS = ("time", "sigma_data", "classes", "null", "weights", "part", "range", "span")
+
+
+def wrap(
+    net: nn.Module,
+    *,
+    shape: tuple[int, ...],
+    schedule: Schedule | str,
+    prediction: str,
+    time: str = "time",
+    classes: int | None = None,
+    null: int | None = None,
+    labels: str = "labels",
+    sigma_data: float = 0.5,
+) -> Teacher:
+    """Return a module as a model. The module itself is frozen and put in eval mode.
+
+    ``net``: called as (x [B, *shape], c_noise [B]), with ``classes`` also with labels [B] under the keyword ``labels``. ``shape``: of
+    one sample. ``schedule``: a value or a name. ``prediction``, ``time``, ``sigma_data``: as in `distill.denoiser.Denoiser`.
+    ``classes``, ``null``: as in `Teacher`. `teachers.save` saves the result; `teachers.load_file` needs a module of the same class.
+
+    Raises ValueError for an unknown schedule, prediction or time.
+    """
+    name = f"{type(net).__module__}.{type(net).__qualname__}"
+    adapter = None if labels == "labels" else {"kind": "renamed", "name": labels}
+    outer, network = adapters.wrap(net, {"family": "given", "config": {"class": name}}, adapter)
+    schedule = schedule_from(schedule) if isinstance(schedule, str) else schedule
+    denoiser = Denoiser(frozen(outer), schedule, prediction, time, sigma_data)
+    return Teacher(denoiser, tuple(shape), network, classes, null, record={"source": name})
+
+
+def load(spec: str) -> Teacher:
+    """Load the module that a factory makes. Raises ValueError for a missing or unknown option, factory or weight."""
+    path, *pairs = spec.split(",")
+    fields = dict(pair.partition("=")[::2] for pair in pairs)
+    arguments = {k: _value(v) for k, v in _take(fields, "arg.").items()}
+    ends = {k: _number(f"schedule.{k}", v) for k, v in _take(fields, "schedule.").items()}
+    unknown = sorted(fields.keys() - {*REQUIRED, *OPTIONS})
+    if unknown or not fields.keys() >= set(REQUIRED):
+        problem = f"unknown {', '.join(unknown)}" if unknown else f"{', '.join(REQUIRED)} are required"
+        raise ValueError(
+            f"{spec!r}: {problem}; accepted are {', '.join((*REQUIRED, *OPTIONS))}, schedule.*, arg.*; "
+            f"schedules {', '.join(SCHEDULES)}; predictions {', '.join(PREDICTIONS)}; times {', '.join(TIMES)}"
+        )
+    if "part" in fields and "weights" not in fields:
+        raise ValueError(f"part={fields['part']}: accepted together with weights=FILE only")
+    config = {"factory": path, "arguments": arguments}
+    net = factory.build(config)
+    if "weights" in fields:
+        tensors = state_dict(fields["weights"], fields.get("part"))
+        load_weights(net, tensors if tensors.keys() & net.state_dict().keys() else unwrapped(tensors), fields["weights"])
+    net, network = adapters.wrap(net, {"family": "module", "config": config}, _adapter(fields))
+    denoiser = Denoiser(
+        frozen(net),
+        schedule_from({"kind": fields["schedule"], **ends}),
+        fields["prediction"],
+        fields.get("time", "time"),
+        float(fields.get("sigma_data", 0.5)),
+    )
+    classes, null = (int(fields[k]) if k in fields else None for k in ("classes", "null"))
+    shape = tuple(map(int, fields["shape"].split("x")))
+    return Teacher(denoiser, shape, network, classes, null, record={"source": spec})
+
+
+def _take(fields: dict[str, str], prefix: str) -> dict[str, str]:
+    """Remove the fields that begin with ``prefix``, and return them without it."""
+    return {key.removeprefix(prefix): fields.pop(key) for key in list(fields) if key.startswith(prefix)}
+
+
+def _adapter(fields: dict[str, str]) -> dict | None:
+    """Return the adapter that the options "range" and "span" ask for."""
+    if "range" in fields:
+        given = fields["range"], fields["prediction"], fields.get("time"), fields["schedule"] in ("ve", "edm"), "span" in fields
+        if given != ("unit", "score", "level", True, False):
+            raise ValueError(
+                f"range={fields['range']}: accepted is range=unit with prediction=score, time=level and schedule=ve or edm"
+            )
+        return {"kind": "unit"}
+    if "span" in fields:
+        if fields.get("time") != "thousand_time":
+            raise ValueError(f"span={fields['span']}: accepted with time=thousand_time only")
+        return {"kind": "span", "span": _number("span", fields["span"])}
+    return None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text}: accepted is a number") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

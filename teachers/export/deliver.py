@@ -1,0 +1,130 @@
+"""A model as diffusers pipelines of stock classes, each verified to give the same pixels as this project's sampler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.files import replacing_folder
+from distill.schedule import prior_std
+from teachers.export import latent, pixel
+from teachers.teacher import Teacher, require_network
+
+TOLERANCE = 1e-4  # largest accepted difference of a pixel in [0, 1]
+VARIANTS = {"fp16": (torch.float16, 0.05), "bf16": (torch.bfloat16, 0.3)}  # dtype, and the tolerance for rounded weights
+EXPORTED = ("ddim", "consistency", "jump")
+
+# What a user runs, without this project. Writes the images of each step count as .npy, with one generator per image.
+STOCK = """
+import json, sys
+import diffusers, numpy, torch
+from diffusers import DiffusionPipeline
+folder, out, steps, call, seeds, variant = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+diffusers.utils.logging.disable_progress_bar()
+pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant)
+pipeline.set_progress_bar_config(disable=True)
+for n in steps:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    images = pipeline(**call, num_inference_steps=n, generator=generators, output_type="np").images
+    numpy.save(f"{out}/{n}.npy", images)
+assert not {"distill", "teachers", "eval", "recipes"} & set(sys.modules)
+"""
+
+
+def form_of(model: Teacher) -> Any:
+    """Return the module for this kind of model, with functions check, pipelines, stock and call."""
+    return pixel if model.codec is None else latent
+
+
+def check_exportable(model: Teacher) -> None:
+    """Raise ValueError if no stock pipeline can hold the model."""
+    require_network(model)
+    if model.sampling.name not in EXPORTED:
+        raise ValueError(f"no stock scheduler takes the steps of {model.sampling.label!r}: accepted are {', '.join(EXPORTED)}")
+    form_of(model).check(model)
+
+
+def export_pipelines(model: Teacher, folder: Path) -> dict[str, float]:
+    """Write ``folder``/pipeline, and ``folder``/pipeline-N for each step count N that needs its own; move the model to the CPU.
+
+    If all step counts need their own, the lowest is in pipeline. Returns {name: largest difference of a pixel to our sampler}.
+
+    Raises ValueError if no stock pipeline can hold the model, and RuntimeError if one gives other pixels; it is then removed.
+    """
+    check_exportable(model)
+    model.to(torch.device("cpu"))
+    form, out = form_of(model), {}
+    for name, (steps, only) in form.pipelines(model).items():
+        with replacing_folder(folder / name) as aside:
+            form.stock(model, steps, only).save_pretrained(aside)
+        try:
+            out[name] = verify(model, folder / name, steps)
+        except (RuntimeError, subprocess.CalledProcessError):
+            shutil.rmtree(folder / name)
+            raise
+    return out
+
+
+def add_variant(model: Teacher, folder: Path, variant: str) -> float:
+    """Add the weights in half precision to an exported pipeline, for ``from_pretrained(..., variant=VARIANT)``.
+
+    ``variant``: a key of `VARIANTS`. Returns the largest difference of a pixel to our sampler, where the rounded weights are used in
+    float32. Raises RuntimeError if it is more than rounding explains.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype, tolerance = VARIANTS[variant]
+    stock: Any = DiffusionPipeline.from_pretrained(folder)
+    stock.to(dtype)
+    stock.save_pretrained(folder, variant=variant)
+    return verify(model, folder, form_of(model).pipelines(model)[folder.name][0], variant, tolerance)
+
+
+@torch.inference_mode()
+def own_pixels(model: Teacher, steps: int, labels: list[int] | None, seeds: list[int]) -> Tensor:
+    """Return our sampler's images [n, H, W, C] in [0, 1], from the noise that a pipeline draws with these seeds."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+    times = model.times(steps)
+    cond = model.condition(None if labels is None else torch.tensor(labels))
+    x = prior_std(model.denoiser.schedule, times[0]) * noise(model.shape)
+    x0 = model.sampling.run(model.denoiser, x, times, lambda x: noise(x.shape[1:]), **cond)
+    return (model.decode(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def verify(model: Teacher, folder: Path, steps: list[int], variant: str | None = None, tolerance: float = TOLERANCE) -> float:
+    """Return the largest difference of a pixel between our sampler and the pipeline, run in a process with diffusers alone.
+
+    For a VQ autoencoder it is the difference of the median image, because rounding can change the nearest code of a latent.
+
+    Raises RuntimeError if it is more than ``tolerance``.
+    """
+    import numpy as np
+
+    seeds = list(range(8 if model.codec is None else 3))
+    labels = None if model.classes is None else [i % model.classes for i in seeds]
+    quantised = model.codec is not None and hasattr(model.codec.network, "quantize")
+    with tempfile.TemporaryDirectory() as out:
+        call = form_of(model).call(model, labels, len(seeds))
+        arguments = [str(folder.resolve()), out, *map(json.dumps, (steps, call, seeds, variant))]
+        subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=out)
+        worst = 0.0
+        for n in steps:
+            each = (torch.from_numpy(np.load(f"{out}/{n}.npy")) - own_pixels(model, n, labels, seeds)).abs().flatten(1).amax(1)
+            worst = max(worst, float(each.median() if quantised else each.max()))
+    if not worst <= tolerance:
+        raise RuntimeError(f"the pipeline in {folder} differs from our sampler by {worst:.2g}, more than {tolerance:g}")
+    return worst

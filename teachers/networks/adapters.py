@@ -1,0 +1,82 @@
+"""Adapters around networks of other conventions, so that a row of `distill.denoiser.PREDICTIONS` fits them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module):
+    """Hold a network under the name ``net``. Subclasses define how it is called."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+
+class Unit(Adapter):
+    """Convert a score network for images in [0, 1] to images in [-1, 1]: score(x, sigma) = F((x + 1) / 2, sigma / 2) / 2."""
+
+    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        return self.net((x + 1) / 2, sigma / 2, **cond) / 2
+
+
+class Span(Adapter):
+    """Convert the time input 1000 t of "thousand_time" to ``span`` t."""
+
+    def __init__(self, net: nn.Module, span: float):
+        super().__init__(net)
+        self.factor = span / 1000
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.net(x, t * self.factor, **cond)
+
+
+class Negative(Adapter):
+    """Return -F: "v_prediction" of diffusers' EDM schedulers."""
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return -self.net(x, t, **cond)
+
+
+class Boundary(Adapter):
+    """Evaluate a consistency function, the identity at sigma_min (Song et al. 2303.01469, eq. 5 and app. C), with t = 250 ln(sigma):
+
+    sd^2 / ((sigma - sigma_min)^2 + sd^2) x + (sigma - sigma_min) sd / sqrt(sigma^2 + sd^2) F(x / sqrt(sigma^2 + sd^2), t)
+    """
+
+    def __init__(self, net: nn.Module, sigma_min: float, sigma_data: float):
+        super().__init__(net)
+        self.sigma_min, self.sigma_data = sigma_min, sigma_data
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        sigma = torch.exp(t.double() / 250).reshape(-1, *[1] * (x.dim() - 1))
+        above, sd = sigma - self.sigma_min, self.sigma_data
+        scale = (sigma**2 + sd**2).sqrt()
+        output = self.net((1 / scale).to(x) * x, t, **cond)
+        return (sd**2 / (above**2 + sd**2)).to(x) * x + (above * sd / scale).to(x) * output
+
+
+class Renamed(Adapter):
+    """Pass labels to a network under its own keyword ``name``."""
+
+    def __init__(self, net: nn.Module, name: str):
+        super().__init__(net)
+        self.name = name
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **cond: Any) -> Tensor:
+        return self.net(x, t, **({} if labels is None else {self.name: labels}), **cond)
+
+
+KINDS: dict[str, type[Adapter]] = {"unit": Unit, "span": Span, "negative": Negative, "boundary": Boundary, "renamed": Renamed}
+
+
+def wrap(net: nn.Module, network: dict, adapter: dict | None) -> tuple[nn.Module, dict]:
+    """Return a network in its adapter, {"kind": a key of `KINDS`, **options}, and the description of both; unchanged for None."""
+    if adapter is None:
+        return net, network
+    options = dict(adapter)
+    made = KINDS[options.pop("kind")](net, **options)
+    return made, {"family": "adapter", "config": adapter | {"network": network}}

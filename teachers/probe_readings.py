@@ -1,0 +1,184 @@
+"""Readings of a network, and how well each of them denoises.
+
+A reading is a choice of prediction, time input, sigma_data and data range. It determines how the network's output becomes E[x0 | x_t].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import PREDICTIONS, TIMES, Denoiser, DenoiserLike
+from distill.schedule import Schedule, Table, add_noise, expand
+from teachers.codec import Codec
+
+PRECISION = 0.1  # part of its output's variance by which a trained network may be wrong
+SIGMAS = 4.0  # one false alarm in 1,000 probes of a dozen levels and a dozen readings
+LATENT_SCALES = (0.18215, 0.13025, 0.3611, 1.5305)  # scaling factors of the autoencoders of SD 1 and 2, SDXL, Flux, SD 3
+STATED = "as stated"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Hold one way to read a network, as made for the data ``scale`` x0 + ``shift``.
+
+    ``prediction``: a key of `PREDICTIONS`. ``time``: a key of `TIMES`. ``reverse``: the time axis is reversed.
+    """
+
+    prediction: str
+    time: str
+    sigma_data: float = 0.5
+    reverse: bool = False
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def against(self, stated: Reading) -> str:
+        """Return the difference from the stated reading in words."""
+        if self == stated:
+            return STATED
+        parts = []
+        if self.prediction != stated.prediction:
+            parts.append(f"prediction {self.prediction}")
+        if self.time != stated.time:
+            parts.append(f"time {self.time}")
+        if self.reverse:
+            parts.append("time axis reversed")
+        if self.sigma_data != stated.sigma_data:
+            parts.append(f"sigma_data {self.sigma_data:g}")
+        if self.shift:
+            parts.append("network made for data in [0, 1]" if self.scale == 0.5 else "data passed in as [0, 1]")
+        elif self.scale != 1:
+            parts.append(f"latents times {self.scale:g}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Hold data x0 and noise eps [N, ...] with their conditions, and the mean and variance per pixel over all data."""
+
+    x0: Tensor
+    eps: Tensor
+    cond: dict[str, Tensor]
+    mean: Tensor
+    variance: Tensor
+
+    def first(self, n: int) -> ProbeData:
+        """Return the first ``n`` samples, with the mean and variance of all."""
+        return replace(self, x0=self.x0[:n], eps=self.eps[:n], cond={k: v[:n] for k, v in self.cond.items()})
+
+    def bound(self, logsnr: float) -> float:
+        """Return the mean squared error per pixel of the best linear denoiser: the mean of v l^2 / (v + l^2), l^2 = exp(-logsnr)."""
+        square = math.exp(-logsnr)
+        return float((self.variance * square / (self.variance + square)).mean())
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Hold D(x_t) per level, squared errors per sample [L, N], and each level's log-SNR, bound and slack [L]."""
+
+    x0: list[Tensor]
+    errors: Tensor
+    logsnr: Tensor
+    bound: Tensor
+    slack: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """The mean squared error per pixel, [L]."""
+        return self.errors.mean(1)
+
+    @property
+    def allowed(self) -> Tensor:
+        """The largest error of a denoiser: bound, slack, and `SIGMAS` standard errors of what was measured, [L]."""
+        return self.bound + self.slack + SIGMAS * self.errors.std(1) / self.errors.shape[1] ** 0.5
+
+    @property
+    def misfit(self) -> float:
+        """The mean over levels of log(error / (bound + slack)); below 0 for a denoiser."""
+        return float((self.error / (self.bound + self.slack)).log().mean())
+
+    def beats(self, other: ProbeResult) -> bool:
+        """Return whether the misfit is lower by `SIGMAS` standard errors, paired over the same images and noise (delta method)."""
+        relative = (other.errors / other.error[:, None] - self.errors / self.error[:, None]).mean(0)
+        deviation = float(relative.std()) / len(relative) ** 0.5
+        return other.misfit - self.misfit > SIGMAS * max(deviation, 1e-6)
+
+
+def logsnr_range(schedule: Schedule) -> tuple[float, float]:
+    """Return the lowest and the highest log-SNR at which a network may be evaluated."""
+    low, high = schedule.logsnr(schedule.ends()).tolist()
+    return low, high
+
+
+def readings_near(stated: Reading, schedule: Schedule, codec: Codec | None) -> list[Reading]:
+    """Return the stated reading, and all that differ from it in one thing."""
+    times = [t for t in TIMES if t != "index" or isinstance(schedule, Table)]
+    out = [stated, *(replace(stated, prediction=p) for p in PREDICTIONS if p != stated.prediction)]
+    out += [replace(stated, time=t) for t in times if t != stated.time] + [replace(stated, reverse=True)]
+    if stated.prediction == "edm":
+        out += [replace(stated, sigma_data=stated.sigma_data * factor) for factor in (0.5, 2.0)]
+    if codec is None:
+        return [*out, replace(stated, scale=0.5, shift=0.5), replace(stated, scale=2.0, shift=-1.0)]
+    scales = {codec.scale, *LATENT_SCALES} - {1.0}
+    return out + [replace(stated, scale=scale) for s in sorted(scales) for scale in (s, 1 / s)]
+
+
+def evaluate_readings(d: Denoiser, readings: list[Reading], data: ProbeData, grid: Tensor) -> dict[Reading, ProbeResult]:
+    """Return the result of each reading at the log-SNRs ``grid`` [L].
+
+    Readings that repeat an earlier result, or that the network cannot be evaluated with, are left out.
+    """
+    out: dict[Reading, ProbeResult] = {}
+    outputs: dict[tuple, Tensor] = {}
+    for reading in readings:
+        try:
+            result = _evaluate(d, reading, data, grid, outputs)
+        except (RuntimeError, IndexError):  # a learned time embedding refuses fractions, for example
+            if not out:
+                raise
+            continue
+        if not any(torch.allclose(result.errors, other.errors, rtol=1e-4) for other in out.values()):
+            out[reading] = result
+    return out
+
+
+def _evaluate(d: Denoiser, reading: Reading, data: ProbeData, grid: Tensor, outputs: dict[tuple, Tensor]) -> ProbeResult:
+    """Return the result of one reading. ``outputs`` holds the network's outputs for inputs that readings share."""
+    schedule, x0s, levels, own = d.schedule, [], [], []
+    low, high = logsnr_range(schedule)
+    gain = 2 * math.log(reading.scale)
+    for level in grid:
+        u = schedule.time((level - gain).clamp(low, high))
+        c_noise = TIMES[reading.time](schedule, schedule.t_max + schedule.t_min - u if reading.reverse else u)
+        a, s = schedule.alpha(u), schedule.sigma(u)
+        c_in, c_skip, c_out = PREDICTIONS[reading.prediction](a, s, reading.sigma_data)
+        x_t = add_noise(schedule, reading.scale * data.x0 + reading.shift, data.eps, u)
+        key = (float(u), float(c_noise), float(c_in), reading.scale, reading.shift)
+        if key not in outputs:
+            outputs[key] = d.net(expand(c_in, x_t) * x_t, c_noise.to(x_t).expand(len(x_t)), **data.cond)
+        x0 = expand(c_skip, x_t) * x_t + expand(c_out, x_t) * outputs[key]
+        x0s.append((x0 - reading.shift) / reading.scale)
+        levels.append(float(schedule.logsnr(u)) + gain)
+        own.append(float((1 - c_skip * a) ** 2 * data.variance.mean().cpu() + (c_skip * s / reading.scale) ** 2))
+    return _result(x0s, data, levels, own)
+
+
+def evaluate_oracle(denoiser: DenoiserLike, data: ProbeData, grid: Tensor) -> ProbeResult:
+    """Return the result of a denoiser that is not a network, at the log-SNRs ``grid`` [L]."""
+    schedule, x0s = denoiser.schedule, []
+    for level in grid:
+        u = schedule.time(level)
+        x0s.append(denoiser(add_noise(schedule, data.x0, data.eps, u), u, **data.cond))
+    return _result(x0s, data, grid.tolist(), [0.0] * len(grid))
+
+
+def _result(x0s: list[Tensor], data: ProbeData, levels: list[float], own: list[float]) -> ProbeResult:
+    """``own``: the variance of the network's part of x0 per level, c_out^2 Var F."""
+    errors = torch.stack([(x0 - data.x0).square().flatten(1).mean(1) for x0 in x0s]).double().cpu()
+    bound = torch.tensor([data.bound(level) for level in levels], dtype=torch.float64)
+    slack = PRECISION * (bound + torch.tensor(own, dtype=torch.float64))
+    finite = errors.nan_to_num(1e12, 1e12).clamp(1e-12, 1e12)
+    return ProbeResult(x0s, finite, torch.tensor(levels, dtype=torch.float64), bound, slack)

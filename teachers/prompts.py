@@ -1,0 +1,79 @@
+"""Text-to-image pipelines as class-conditional models: each prompt is a class, encoded once by the pipeline itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachers.hub import assemble, first_line
+
+BATCH = 16  # prompts per call of the text encoders
+Encoded = dict[str, tuple[Tensor, Tensor]]  # condition -> embeddings [P, ...] of the prompts, and of the empty prompt
+
+
+def _stable_diffusion(pipeline: Any, prompts: list[str]) -> Encoded:
+    return {"text": pipeline.encode_prompt(prompts, torch.device("cpu"), 1, True)}
+
+
+def _pixart(pipeline: Any, prompts: list[str]) -> Encoded:
+    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=torch.device("cpu"))
+    return {"text": (text, null), "mask": (mask, null_mask)}
+
+
+def _pooled(pipeline: Any, prompts: list[str]) -> Encoded:
+    text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, None, None, device=torch.device("cpu"))
+    return {"text": (text, null), "pooled": (pooled, null_pooled)}
+
+
+def _xl(pipeline: Any, prompts: list[str]) -> Encoded:
+    """Add SDXL's size conditioning (2307.01952) of uncropped images: original size, crop (0, 0), target size."""
+    text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, device=torch.device("cpu"))
+    size = pipeline.unet.config.sample_size
+    height, width = (pipeline.vae_scale_factor * s for s in ((size, size) if isinstance(size, int) else size))
+    ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(len(prompts), 1)
+    return {"text": (text, null), "pooled": (pooled, null_pooled), "time_ids": (ids, ids)}
+
+
+ENCODERS: dict[str, Callable[[Any, list[str]], Encoded]] = {
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusionXLPipeline": _xl,
+    "StableDiffusion3Pipeline": _pooled,
+    "PixArtSigmaPipeline": _pixart,
+    "PixArtAlphaPipeline": _pixart,
+}
+
+
+def read_prompts(path: str) -> list[str]:
+    """Return the lines of a text file that are not empty. Raises ValueError if there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts={path}: not a readable text file ({type(error).__name__})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts={path}: the file is empty; accepted is one prompt per line")
+    return prompts
+
+
+@torch.no_grad()
+def embed(name: str, folder: Path, parts: dict[str, Any], prompts: list[str]) -> dict[str, Tensor]:
+    """Return the conditions of each prompt, {condition: [P + 1, ...]}; the last row is the pipeline's empty prompt.
+
+    ``name``: the pipeline's class. ``parts``: its components that are loaded already. Raises ValueError if an encoder is missing.
+    """
+    import diffusers
+
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise ValueError(f"{folder}: text pipelines need the package transformers: pip install transformers") from None
+    try:
+        pipeline = assemble(getattr(diffusers, name), folder, parts)
+    except Exception as error:  # the libraries raise many types; all mean that an encoder cannot be loaded
+        raise ValueError(f"{folder}: a text encoder or tokenizer cannot be read ({first_line(error)})") from None
+    rows = [ENCODERS[name](pipeline, prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+    return {key: torch.cat([*(part[key][0] for part in rows), rows[0][key][1][:1]]) for key in rows[0]}

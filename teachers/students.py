@@ -1,0 +1,94 @@
+"""Networks that students start from: a new UNet, or a teacher's weights in a two-time network or on a discrete table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from distill.denoiser import TIMES, Denoiser
+from distill.sampling import Sampling
+from distill.schedule import Schedule
+from teachers.diffusers_scheduler import table_of
+from teachers.networks import unet
+from teachers.networks.unet import UNet
+from teachers.teacher import Teacher, frozen
+
+COSINE_ZERO_SNR = {"num_train_timesteps": 1024, "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}
+
+
+def with_two_times(model: Teacher) -> Teacher:
+    """Return the model as a two-time network that at first ignores the end of a jump; unchanged if it is one already.
+
+    Raises ValueError unless the network is a UNet2DModel with a positional time embedding and a time input that is finite at the data.
+    """
+    net, schedule = model.parametric.net, model.denoiser.schedule
+    if not isinstance(net, UNet) or net.unet.config["time_embedding_type"] != "positional":  # type: ignore[index]
+        raise ValueError("a two-time network can be made only of a UNet2DModel with a positional time embedding")
+    if net.two_times:
+        return model
+    assert model.network is not None
+    ends = torch.tensor([schedule.t_max, schedule.t_clean])
+    first, last = TIMES[model.parametric.time](schedule, ends).tolist()
+    if not math.isfinite(first - last):
+        raise ValueError(
+            f"a two-time network needs a time input that is finite at the data; {model.parametric.time!r} on this schedule is not: "
+            "accepted is a model on a discrete table or a flow"
+        )
+    config = model.network["config"] | {"reach": abs(first - last)}
+    twin = unet.build(config)
+    twin.load_state_dict(net.state_dict() | {k: v for k, v in twin.state_dict().items() if "length_linear" in k})
+    twin.train(net.training)
+    return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
+
+
+def on_table(model: Teacher) -> Teacher:
+    """Return the weights of a UNet2DModel as a v network on the cosine table of `untrained`, which stock schedulers support.
+
+    It must be trained before it is a denoiser again. The table has the most entries, a power of two up to 1024, whose lowest noise
+    level is at least half of the model's. Raises ValueError for any other network.
+    """
+    net: Any = model.parametric.net
+    inner = net if isinstance(net, UNet) else getattr(net, "net", None)
+    if not isinstance(inner, UNet) or inner.two_times:
+        raise ValueError("only a UNet2DModel with one time input can be put on a discrete table")
+    tables = (table_of(COSINE_ZERO_SNR | {"num_train_timesteps": 2**k}) for k in range(10, 0, -1))
+    fits = (table for table in tables if _lowest_level(table) >= _lowest_level(model.denoiser.schedule) / 2)
+    denoiser = Denoiser(inner, next(fits, table_of(COSINE_ZERO_SNR)), "v", "index")
+    return replace(model, denoiser=denoiser, network=unet.describe(inner.unet), sampling=Sampling())
+
+
+def _lowest_level(schedule: Schedule) -> float:
+    return float(schedule.level(schedule.ends()[1]))
+
+
+def untrained(shape: tuple[int, ...], classes: int | None, channels: tuple[int, ...], layers: int, seed: int) -> Teacher:
+    """Return a new UNet2DModel for samples of ``shape`` [C, H, W], with a null class after ``classes``.
+
+    It predicts v on a cosine table of 1024 entries with zero terminal SNR; 1, 2, 4, ..., 64 steps meet the entries exactly.
+    ``channels``: per resolution. ``layers``: residual blocks per resolution. ``seed``: of the weights.
+
+    Raises ValueError if ``channels`` do not fit the shape.
+    """
+    depth, height, width = shape
+    levels = len(channels)
+    if any(c % 8 or c < 8 for c in channels) or channels[-1] < 16:
+        raise ValueError(f"--channels {channels}: accepted are multiples of 8, the last at least 16")
+    if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
+        raise ValueError(f"--channels has {levels} resolutions, but {height}x{width} cannot be halved {levels - 1} times")
+    torch.manual_seed(seed)
+    net = unet.build({
+        "sample_size": height if height == width else [height, width],
+        "in_channels": depth,
+        "out_channels": depth,
+        "block_out_channels": list(channels),
+        "layers_per_block": layers,
+        "down_block_types": ["DownBlock2D"] * levels,
+        "up_block_types": ["UpBlock2D"] * levels,
+        "norm_num_groups": 8,
+        "attention_head_dim": 16,
+        "num_class_embeds": None if classes is None else classes + 1,
+    })  # fmt: skip
+    return Teacher(Denoiser(net, table_of(COSINE_ZERO_SNR), "v", "index"), shape, unet.describe(net.unet), classes, classes)

@@ -1,0 +1,156 @@
+"""The class `Teacher`: a trained model, with everything needed to condition, sample, decode, save and identify it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from distill import files
+from distill.denoiser import Denoiser, DenoiserLike, Guided
+from distill.sampling import Sampling
+from distill.schedule import describe
+from teachers.codec import Codec
+
+EMBEDDINGS = "table."  # prefix of prompt embeddings among the tensors of a file
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Hold a trained model, teacher or student.
+
+    ``denoiser``: E[x0 | x_t]. ``shape``: the shape of one sample, without the batch. ``network``: the description from which
+    `teachers.networks.build` rebuilds the network, {"family", "config"}; None for oracles and experts. ``classes``: labels are
+    0..classes-1; None for an unconditional model. ``null``: the label of the unconditional case, for guidance. ``sampling``: how a
+    student is sampled; it has no step counts for a model that takes any. ``record``: method and provenance, as saved. ``codec``: the
+    autoencoder of a latent model. ``embeddings``: the conditions of a text-to-image model, where each class is a prompt:
+    {name: [classes + 1, ...]}; the last row is the unconditional case.
+    """
+
+    denoiser: DenoiserLike
+    shape: tuple[int, ...]
+    network: dict | None = None
+    classes: int | None = None
+    null: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    record: dict = field(default_factory=dict)
+    codec: Codec | None = None
+    embeddings: dict[str, Tensor] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image; for a latent model it differs from `shape`."""
+        return self.shape if self.codec is None else tuple(self.decode(torch.zeros(1, *self.shape)).shape[1:])
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Return images in [-1, 1] of samples x0; the identity for pixel-space models."""
+        return x0 if self.codec is None else self.codec.decode(x0)
+
+    @property
+    def parametric(self) -> Denoiser:
+        """The denoiser, if it is one network. Raises ValueError for oracles and experts."""
+        return require_network(self)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model was made for particular step counts."""
+        return bool(self.sampling.steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of all that determines the outputs: weights and description, or the definition of an oracle."""
+        if not isinstance(self.denoiser, Denoiser):
+            return hashlib.sha256(repr((self.record, self.denoiser)).encode()).hexdigest()
+        facts = {k: v for k, v in self.describe().items() if k not in ("record", "codec")}
+        before = [json.dumps(facts, sort_keys=True)]
+        weights = self.tensors()
+        if self.codec is not None:
+            weights |= {"codec." + name: value for name, value in self.codec.network.state_dict().items()}
+            before.append(repr((self.codec.scale, self.codec.shift)))
+        return files.weights_sha256(weights, *before)
+
+    @property
+    def conditions(self) -> str:
+        """What the denoiser is conditioned on, in words."""
+        kind = "labels" if self.embeddings is None else "prompts (" + ", ".join(sorted(self.embeddings)) + ")"
+        return "no condition" if self.classes is None else f"{self.classes} {kind}"
+
+    def same_conditioning(self, other: Teacher) -> bool:
+        """Return whether both models have equal conditions for equal labels."""
+        one, two = (model.embeddings or {} for model in (self, other))
+        same = one.keys() == two.keys() and all(one[k].shape == two[k].shape and torch.equal(one[k], two[k]) for k in one)
+        return self.conditions == other.conditions and same
+
+    def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return the denoiser's conditions for labels [B]: {} for an unconditional model or without labels."""
+        if self.classes is None or labels is None:
+            return {}
+        if self.embeddings is None:
+            return {"labels": labels}
+        return {name: rows[labels.to(rows.device)].to(labels.device) for name, rows in self.embeddings.items()}
+
+    def guided(self, scale: float) -> DenoiserLike:
+        """Return the denoiser under classifier-free guidance; unchanged for scale 1. Raises ValueError without a null class."""
+        if scale == 1:
+            return self.denoiser
+        if self.null is None:
+            raise ValueError("guidance needs a teacher trained with a null class; this one has none: use --guidance 1")
+        return Guided(self.denoiser, self.condition(torch.tensor([self.null])), scale)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move the model in place, and return self."""
+        if isinstance(self.denoiser, Denoiser):
+            self.denoiser.net.to(device)
+        if self.codec is not None:
+            self.codec.to(device)
+        if self.embeddings is not None:
+            self.embeddings.update({name: rows.to(device) for name, rows in self.embeddings.items()})
+        return self
+
+    def times(self, steps: int) -> Tensor:
+        """Return the time grid of a step count, float64 [steps + 1]."""
+        return self.sampling.times_for(self.denoiser.schedule, steps)
+
+    def student(self) -> Denoiser:
+        """Return a trainable copy of the denoiser."""
+        return dataclasses.replace(self.parametric, net=copy.deepcopy(self.parametric.net).requires_grad_(True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that a file of the model holds: weights and prompt embeddings."""
+        return self.parametric.net.state_dict() | {EMBEDDINGS + name: rows for name, rows in (self.embeddings or {}).items()}
+
+    def describe(self) -> dict:
+        """Return everything but the tensors as JSON data."""
+        d = self.parametric
+        return {
+            "network": self.network,
+            "schedule": describe(d.schedule),
+            "prediction": d.prediction,
+            "time": d.time,
+            "sigma_data": d.sigma_data,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "null": self.null,
+            "sampler": self.sampling.describe(),
+            "record": self.record,
+            **({} if self.embeddings is None else {"table": sorted(self.embeddings)}),
+            **({} if self.codec is None else {"codec": self.codec.describe()}),
+        }
+
+
+def require_network(model: Teacher) -> Denoiser:
+    """Return the denoiser of a model that is one network. Raises ValueError for oracles and experts."""
+    if not isinstance(model.denoiser, Denoiser):
+        raise ValueError("an oracle has no network, and experts have several: accepted is a model of one network with weights")
+    return model.denoiser
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    """Put a network in eval mode without gradients, and return it."""
+    return net.eval().requires_grad_(False)
