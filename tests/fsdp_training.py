@@ -33,8 +33,8 @@ def main(path):
         if accelerator.num_processes > 1:
             plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, **blocks)
             type(accelerator.state)._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-        shares = BatchSplit(32, accelerator.num_processes, accelerator.process_index)
-        batches = data.batches(shares, 0, name, accelerator.device)
+        split = BatchSplit(32, accelerator.num_processes, accelerator.process_index)
+        batches = data.batches(split, 0, name, accelerator.device, teacher.condition)
         how = Optimization(3 * 32, 32, ema_halflife_images=64)
         for state in train(method, teacher.student(), batches, accelerator, how, seed=0, phase=name):
             sharded = hasattr(next(state.student.net.parameters()), "full_tensor")

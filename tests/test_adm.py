@@ -233,6 +233,7 @@ def test_weights_in_half_precision_are_converted_to_float32(tmp_path, adm):
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_student_of_it_is_exported_in_stock_classes(tmp_path, adm):
     teacher = teachers.load(written(tmp_path / "adm.safetensors", adm) + ",heads=2,attention=new")
     student = replace(teacher, sampling=Sampling("ddim", steps=(1, 2)))

@@ -55,6 +55,7 @@ def test_the_command_lists_all_recipes_and_runs_them(capsys, tmp_path):
     assert exit_.value.code == 2 and "nearest are progressive" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_works_in_a_folder_with_an_eval_py_of_its_own(tmp_path):
     (tmp_path / "eval.py").write_text("raise SystemExit('this is not the package eval')")
     (tmp_path / "recipes").mkdir()
@@ -64,6 +65,7 @@ def test_the_command_works_in_a_folder_with_an_eval_py_of_its_own(tmp_path):
     assert done.returncode == 0 and (tmp_path / "s.png").exists(), done.stderr
 
 
+@pytest.mark.slow
 def test_the_shell_completes_commands_and_the_flags_of_the_chosen_one(tmp_path):
     pytest.importorskip("argcomplete")
     script = "import sys; sys.path.insert(0, sys.argv[1]); from fewstep.__main__ import main; main([])"

@@ -286,6 +286,7 @@ def mixture(n, seed):
     return MEANS[of] + DEVIATION * torch.randn(n, 2, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED)
 def test_every_method_learns_the_map_of_a_mixture(name):
     """In one step from pure noise, root mean square distance to where 200 Heun steps of the oracle end; its own single step, the
@@ -364,6 +365,7 @@ def test_gamma_0_is_ddim():
     assert torch.allclose(consistency(oracle, x, times, gamma=0.0), ddim(oracle, x, times))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch():
     """For every method, those with tangents above all: calling the network inside DDP directly would skip the reduction."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
@@ -372,6 +374,7 @@ def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch():
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_like_whole_ones(tmp_path):
     """FSDP2 of Accelerate over two processes against one: students, tangents and averages."""
     script, env = str(ROOT / "tests" / "fsdp_training.py"), os.environ | {"OMP_NUM_THREADS": "1"}

@@ -27,6 +27,7 @@ def student(teacher, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_an_export_holds_all_requested_files_and_loads_again_as_a_teacher(student, tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = ["--variants", "fp16", "bf16", "--torch-export", "--onnx", "--license", "apache-2.0"]
@@ -44,6 +45,7 @@ def test_an_export_holds_all_requested_files_and_loads_again_as_a_teacher(studen
     assert "pipeline, fp16: largest difference" in out and "one-step.onnx: largest difference" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [one_step.torch_export, one_step.onnx])
 def test_the_one_step_program_of_a_two_time_student_is_our_jump(teacher, tmp_path, write):
     model = with_two_times(replace(teacher, sampling=Sampling("jump", steps=(1,))))
@@ -55,6 +57,7 @@ def test_the_one_step_program_of_a_two_time_student_is_our_jump(teacher, tmp_pat
         assert torch.allclose(one_step.OneStep(model)(noise, labels), ours, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_program_that_differs_from_the_sampler_is_not_left_behind(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(one_step, "TOLERANCE", -1.0)
     with pytest.raises(RuntimeError, match="differs from our sampler"):
@@ -98,6 +101,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(student, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_export_stays(student, tmp_path, capsys, monkeypatch):
     import huggingface_hub
 

@@ -14,6 +14,8 @@ from teachers.hub import read_json
 from teachers.prompts import ENCODERS
 from teachers.students import untrained
 
+pytestmark = pytest.mark.slow
+
 
 def student(tmp_path, made, sampler, steps):
     """A model of the pipeline with other weights, loaded from its own file."""

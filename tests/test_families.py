@@ -316,6 +316,7 @@ def test_a_students_autoencoder_is_read_from_its_source_and_missed_when_the_file
         teachers.load(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_embedded_teacher_loads_without_diffusers_pipelines():
     code = (
         "import sys, teachers; teachers.load('digits')\n"

@@ -58,6 +58,7 @@ class Images(Dataset):
         return self.images[i].expand(3, -1, -1)
 
 
+@pytest.mark.slow
 def test_the_registered_extractor_gives_calculate_metrics_our_numbers():
     images, _ = digit_images()
     one, two = images[:1100], images[700:]

@@ -87,6 +87,7 @@ def test_files_are_readable_by_others_as_the_umask_allows(tmp_path):
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [b"\x80", b"PK"])
 def test_a_header_whose_length_looks_like_a_pickle_is_still_safetensors(tmp_path, first):
     """The file begins with the length of its header, little endian, which may be any bytes."""

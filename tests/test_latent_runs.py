@@ -17,8 +17,10 @@ from recipes import consistency, evaluate, export, latents, teacher, variance
 from recipes.common.checks import check_match
 from recipes.data import sets as datasets
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
-SHORT = ["--preset", "smoke", "--training-images", "64", "--batch-size", "32", "--images", "64"]
+SHORT = ["--preset", "smoke", "--training-images", "64", "--batch-size", "32", "--images", "64", "--chunk", "64"]
 SHORT += ["--sweep-steps", "1", "--force"]
 OURS = ["--features", "test_latent_runs:Pool", "--threads", "1"]
 
@@ -50,7 +52,19 @@ def made(tmp_path_factory):
     np.savez(folder / "captioned.npz", images=images, captions=[PROMPTS[i % 3] for i in range(96)])
     for model, name in ((folder / "ldm", "plain"), (text_model(folder), "captioned")):
         encode(model, folder / f"{name}.npz", folder / name)
-    measured = ["--images", "64", "--steps", "1", "--samplers", "ddim", "--output-dir", str(folder / "measured"), *OURS]
+    measured = [
+        "--images",
+        "64",
+        "--chunk",
+        "64",
+        "--steps",
+        "1",
+        "--samplers",
+        "ddim",
+        "--output-dir",
+        str(folder / "measured"),
+        *OURS,
+    ]
     evaluate.main(["--model", str(folder / "ldm"), "--data", str(folder / "plain.npz"), *measured])
     return folder
 

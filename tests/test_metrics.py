@@ -63,6 +63,7 @@ def test_measure_returns_every_metric_of_the_report():
     assert all(np.isfinite(np.asarray(v)).all() for v in row.values())
 
 
+@pytest.mark.slow
 def test_the_intervals_of_a_distance_and_of_a_difference_cover_the_truth_as_often_as_they_promise():
     """Of 200 intervals at 95 %, between 180 and 198 cover the truth with a probability of 0.998."""
     reference = Reference(gaussian_features(400_000, seed=11))

@@ -6,6 +6,7 @@ import torch
 from eval.perceptual import Lpips
 
 
+@pytest.mark.slow
 def test_lpips_is_zero_on_equal_images_alone_and_passes_gradients():
     torch.manual_seed(0)
     distance = Lpips(3, weights=False)

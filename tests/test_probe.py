@@ -98,6 +98,7 @@ def of(teacher, net, schedule, prediction, time, **kwargs):
     return Teacher(Denoiser(net, schedule, prediction, time, **kwargs), teacher.shape, classes=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRUTHS)
 def test_every_wrong_convention_is_found_and_the_right_one_given(teacher, real, name):
     """Wrong predictions, times and directions of time of one network; the right ones are accepted."""
@@ -123,6 +124,7 @@ def test_every_wrong_convention_is_found_and_the_right_one_given(teacher, real, 
     assert not backward.ok and backward.best == "time axis reversed", backward.lines()
 
 
+@pytest.mark.slow
 def test_an_index_is_distinguished_from_a_thousandfold_time_on_a_table_of_1024(teacher, real):
     """The times differ by 2 % and the errors by 0.4 %; paired differences find it."""
     twin = replace(teacher, denoiser=replace(teacher.denoiser, time="thousand_time"))
@@ -211,6 +213,7 @@ def mislabelled(tmp_path_factory, teacher):
     return path
 
 
+@pytest.mark.slow
 def test_recipes_refuse_a_mislabelled_teacher_in_one_line_and_write_nothing(mislabelled, tmp_path, capsys):
     arguments = ["--teacher", str(mislabelled), "--threads", "1", "--output-dir", str(tmp_path / "run")]
     for main in (progressive.main, teacher_recipe.main):
@@ -221,6 +224,7 @@ def test_recipes_refuse_a_mislabelled_teacher_in_one_line_and_write_nothing(misl
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_force_and_students_pass_with_a_warning(mislabelled, teacher, real):
     data = Data("digits", *digits())
     wrong = load(str(mislabelled))
@@ -230,6 +234,7 @@ def test_force_and_students_pass_with_a_warning(mislabelled, teacher, real):
     assert "student of ddim" in str(check_denoiser(student, data, 0, False))
 
 
+@pytest.mark.slow
 def test_the_probe_and_the_likelihood_are_printed_and_no_denoiser_ends_in_one_line(mislabelled, capsys):
     with pytest.raises(SystemExit) as exit_:
         probe_recipe.main(["--model", str(mislabelled), "--threads", "1"])
@@ -240,6 +245,7 @@ def test_the_probe_and_the_likelihood_are_printed_and_no_denoiser_ends_in_one_li
     assert "variational bound" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

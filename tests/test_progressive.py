@@ -121,6 +121,7 @@ class AffineInTable(nn.Module):
         return self.w[i] * x + self.b[i]
 
 
+@pytest.mark.slow
 def test_a_ladder_on_gaussian_data_reaches_the_closed_form_map():
     schedule, start = Cosine(), 64
     oracle = gaussian(schedule)

@@ -8,9 +8,11 @@ import fewstep as fs
 from teachers.digits import digits
 from teachers.students import untrained
 
+pytestmark = pytest.mark.slow
+
 IMAGES, LABELS = digits()
-FEW = {"samplers": ("ddim",), "steps": (1, 2), "baseline_steps": 2, "threads": 1}
-QUICK = {"images_per_stage": 256, "images": 60, "sweep_steps": (1,), "threads": 1}
+FEW = {"samplers": ("ddim",), "steps": (1, 2), "baseline_steps": 2, "chunk": 60, "threads": 1}
+QUICK = {"images_per_stage": 256, "images": 60, "chunk": 60, "sweep_steps": (1,), "threads": 1}
 
 
 class Mine(nn.Module):
@@ -74,7 +76,7 @@ def test_a_finished_distillation_is_continued_and_another_one_is_refused(student
 
 def test_a_consistency_student_takes_all_its_step_counts_and_exports(tmp_path, monkeypatch):
     monkeypatch.setattr("teachers.export.deliver.verify", lambda *a: 0.0)  # tested with the pipelines themselves
-    settings = {"training_images": 256, "images": 60, "sweep_steps": (1,), "threads": 1}
+    settings = {"training_images": 256, "images": 60, "chunk": 60, "sweep_steps": (1,), "threads": 1}
     made = fs.distil(fs.load("digits"), IMAGES, LABELS, method="cd", steps=(1, 2), out=tmp_path / "cd", **settings)
     assert made[1].inner is made[2].inner and made[1].steps == (1, 2)
     assert (made[2].export(tmp_path / "x") / "pipeline" / "model_index.json").is_file()

@@ -27,7 +27,9 @@ from teachers.export.deliver import verify
 from teachers.networks.adapters import wrap
 from teachers.students import on_table, untrained
 
-SMALL = "--threads 1 --preset smoke --start-steps 4 --images-per-stage 512 --images 80 --sweep-steps 1".split()  # noqa: SIM905
+pytestmark = pytest.mark.slow
+
+SMALL = "--threads 1 --preset smoke --start-steps 4 --images-per-stage 512 --images 80 --chunk 80 --sweep-steps 1".split()  # noqa: SIM905
 WRITTEN = {
     "config.json", "metrics.jsonl", "student.safetensors", "report.json", "report.csv", "report.md", "report.html",
     "fid_vs_nfe.png", "fid_vs_seconds.png", "samples.png", "labels.png", "pipeline", "stages", "cells", "reference.safetensors",
@@ -191,7 +193,7 @@ def test_samples_are_the_images_that_were_measured(small, tmp_path):
     import eval.fidelity  # noqa: F401  (registers the extractor)
     from teachers.digits import digits
 
-    few = ("--images", 110, "--steps", 1, "--baseline-steps", 0)
+    few = ("--images", 110, "--chunk", 55, "--steps", 1, "--baseline-steps", 0)
     here(evaluate.main, "--model", "digits", small, *few, "--output-dir", tmp_path / "e")
     sample.main(["--model", str(small), "--images", "110", "--output", str(tmp_path / "images")])
     (tmp_path / "real").mkdir()
@@ -237,7 +239,7 @@ def test_verify_searched_grids_and_a_stored_reference(small, tmp_path, capsys):
 
 
 def test_finished_runs_are_compared_on_one_page(small, tmp_path, capsys):
-    few = ("--steps", 1, "--baseline-steps", 0)
+    few = ("--steps", 1, "--baseline-steps", 0, "--chunk", 60)
     for name in ("a", "b"):
         model = ("digits",) if name == "a" else (small,)
         here(evaluate.main, "--model", *model, *few, "--images", 60, "--output-dir", tmp_path / name)
@@ -253,7 +255,7 @@ def test_finished_runs_are_compared_on_one_page(small, tmp_path, capsys):
 def test_a_full_disk_is_one_line_and_the_finished_cells_are_kept(small, tmp_path, monkeypatch, capsys):
     import errno
 
-    arguments = ["--model", "digits", str(small), "--images", "60", "--steps", "1", "--baseline-steps", "0"]
+    arguments = ["--model", "digits", str(small), "--images", "60", "--chunk", "60", "--steps", "1", "--baseline-steps", "0"]
     arguments += ["--output-dir", str(tmp_path / "e")]
     real_fsync, written = os.fsync, []
 
@@ -315,7 +317,19 @@ def test_a_teacher_without_a_stock_pipeline_has_a_student_on_a_table_with_one(tm
     teachers.save(
         tmp_path / "t.safetensors", replace(model, network=network, denoiser=Denoiser(net, schedule, prediction, time))
     )
-    common = ["--teacher", str(tmp_path / "t.safetensors"), "--force", "--threads", "1", "--images", "60", "--sweep-steps", "1"]
+    common = [
+        "--teacher",
+        str(tmp_path / "t.safetensors"),
+        "--force",
+        "--threads",
+        "1",
+        "--images",
+        "60",
+        "--chunk",
+        "60",
+        "--sweep-steps",
+        "1",
+    ]
     runs = (
         (progressive.main, ["--start-steps", "4", "--images-per-stage", "128", "--student", "table"], "a"),
         (consistency.main, ["--method", "cd", "--training-images", "128", "--steps", "1", "--student", "table"], "b"),
@@ -333,7 +347,20 @@ def test_a_teacher_without_a_stock_pipeline_has_a_student_on_a_table_with_one(tm
         assert torch.equal(began.denoiser.net(x, t, torch.arange(3)), inner(x, t, torch.arange(3)))
 
 
-TINY = ("--preset", "smoke", "--training-images", "256", "--images", "60", "--sweep-steps", "1", "--threads", "1")
+TINY = (
+    "--preset",
+    "smoke",
+    "--chunk",
+    "60",
+    "--training-images",
+    "256",
+    "--images",
+    "60",
+    "--sweep-steps",
+    "1",
+    "--threads",
+    "1",
+)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +419,7 @@ def test_a_network_that_returns_nan_fails_its_cells_and_leaves_the_others(small,
     tensors, description = files.load(small / "student.safetensors")
     tensors["unet.conv_out.bias"] = torch.full_like(tensors["unet.conv_out.bias"], float("nan"))
     files.save(path, tensors, {k: v for k, v in description.items() if k != "format"})
-    few = ("--images", 60, "--steps", 1, "--baseline-steps", 0)
+    few = ("--images", 60, "--chunk", 60, "--steps", 1, "--baseline-steps", 0)
     here(evaluate.main, "--model", "digits", path, *few, "--output-dir", tmp_path / "e")
     out = rows(tmp_path / "e")
     assert out["student@1 ddim 1"]["error"].startswith("image 0 of cell") and out["teacher ddim 1"]["fid"] > 0

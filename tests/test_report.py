@@ -114,6 +114,7 @@ def written(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_the_schema_describes_report_json(written):
     out = json.loads((written("a", [*TEACHER, row("student", "ddim", 1, 0.6)]) / "report.json").read_text())
     SCHEMA.validate(out)
@@ -121,6 +122,7 @@ def test_the_schema_describes_report_json(written):
     assert not SCHEMA.is_valid(out)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_merged_on_one_page_with_different_names(written):
     one = written("one", [*TEACHER, row("student", "ddim", 1, 0.6)])
     two = written("two", [*TEACHER, row("student", "ddim", 1, 0.7, model_sha256="other")])
@@ -130,6 +132,7 @@ def test_finished_runs_are_merged_on_one_page_with_different_names(written):
     SCHEMA.validate(out)
 
 
+@pytest.mark.slow
 def test_protocols_are_not_mixed(written):
     one, two = written("one", TEACHER), written("two", TEACHER, PROTOCOL | {"images": 10_000, "seed": 1})
     with pytest.raises(ValueError, match="cannot be compared: images is 5000 and 10000, seed is 0 and 1"):
@@ -151,6 +154,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390], ids=["wide", "phone"])
 def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_loads_nothing_else(written, browser, width):
     rows = [*TEACHER, row("student", "ddim", 1, 0.6)]
@@ -172,6 +176,7 @@ def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_loads_noth
     page.close()
 
 
+@pytest.mark.slow
 def test_the_variance_page_gives_the_images_that_the_teachers_student_needed(tmp_path):
     curves = {"data": [[100, 0.5], [400, 0.3]], "teacher": [[100, 0.3], [400, 0.1]]}
     said = variance_page.verdict({"curves": curves})

@@ -102,6 +102,7 @@ def found(teacher, averaged=1.0, n=4000):
 LEVELS = torch.linspace(-4, 4, 5)
 
 
+@pytest.mark.slow
 def test_variance_and_bias_are_those_of_the_closed_form():
     t = SCHEDULE.time(LEVELS)[:, None]
     variance = SCHEDULE.sigma(t) ** 2 * ORACLE.std**2 / (SCHEDULE.alpha(t) ** 2 * ORACLE.std**2 + SCHEDULE.sigma(t) ** 2)
@@ -111,6 +112,7 @@ def test_variance_and_bias_are_those_of_the_closed_form():
         assert torch.allclose(errors["bias"], torch.full((5,), bias), atol=0.01)
 
 
+@pytest.mark.slow
 def test_auto_finds_the_part_that_minimises_variance_and_bias_together():
     for n in (1, 64):
         errors = found(Off(), n)
@@ -121,6 +123,7 @@ def test_auto_finds_the_part_that_minimises_variance_and_bias_together():
     assert (found(ORACLE)["best"] > 0.99).all()
 
 
+@pytest.mark.slow
 def test_an_exact_teacher_is_trusted_though_few_samples_say_so_and_64_targets_are_averaged():
     assert (found(ORACLE, 64)["best"] > 0.85).all() and found(ORACLE, 64)["best"].mean() > 0.95
 
@@ -133,6 +136,7 @@ def test_a_class_with_one_sample_is_compared_with_all_samples():
         TeacherBias(ORACLE, data[:1])
 
 
+@pytest.mark.slow
 def test_on_a_mixture_the_exact_teacher_is_trusted_and_a_shifted_one_is_found_out():
     """Two narrow Gaussians: E[x0 | x_t] is far from linear, and x0 given x_t has the variance of which one it was."""
     means, std = torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.1

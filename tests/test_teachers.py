@@ -246,6 +246,7 @@ SAMPLINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_any_time_grid_is_baked_into_a_pipeline_of_stock_classes(teacher, tmp_path, sampling):
     model = replace(two_times(teacher) if sampling.two_times else teacher, sampling=sampling)
@@ -254,6 +255,7 @@ def test_any_time_grid_is_baked_into_a_pipeline_of_stock_classes(teacher, tmp_pa
     assert classes["unet"] == ["diffusers", "UNet2DModel"] and classes["_class_name"] == "ConsistencyModelPipeline"
 
 
+@pytest.mark.slow
 def test_a_student_of_several_baked_step_counts_gets_a_pipeline_for_each(teacher, tmp_path):
     model = replace(teacher, sampling=Sampling("consistency", steps=(1, 2, 3)))
     assert deliver.export_pipelines(model, tmp_path).keys() == {"pipeline", "pipeline-2", "pipeline-3"}

@@ -142,6 +142,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step():
         list(train(method, model, batches(BatchSplit(64)), Accelerator(cpu=True), o, seed=0, phase="p"))
 
 
+@pytest.mark.slow
 def test_regression_on_the_teacher_reaches_the_teacher_faster_than_on_data():
     """The reason for the project: the same mean, none of the variance."""
     oracle = Gaussian(Cosine(), torch.tensor([0.3, -0.2]), torch.tensor([0.7, 0.7]))
