@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.denoiser import DenoiserLike, on_schedule
 from distill.rng import Rng
 from distill.schedule import EDM, Schedule, add_noise, expand, move, posterior, to_eps
-from distill.scm import unwrap_ddp
+from distill.scm import forward_mode, unwrap_ddp
 from distill.train import Method
 
 Residual = Callable[..., Tensor]  # (student, x_t, t, rng, **cond) -> [B], 0 in expectation where the property holds
@@ -75,7 +74,7 @@ def fokker_planck(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, **con
         value, along = torch.func.jvp(lambda z: score(z, sigma), (x,), (v,))[:2]
         return (v * along).sum() + value.square().sum()
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with forward_mode():
         _, change = torch.func.jvp(lambda z: score(x, z), (sigma,), (torch.ones_like(sigma),))[:2]
         residual = change - expand(sigma, x) * torch.func.grad(potential)(x)
     return (expand(sigma, x).square() * residual).square().flatten(1).mean(1)

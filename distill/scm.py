@@ -12,12 +12,13 @@ gradient. One ordinary forward pass through DDP follows, so that gradients are r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.consistency import same_dropout
@@ -79,6 +80,20 @@ def unwrap_ddp(student: DenoiserLike) -> DenoiserLike:
     return dataclasses.replace(student, net=getattr(student.net, "module", student.net))
 
 
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Use only kernels with a forward-mode rule: math attention, and before torch 2.14 GroupNorm of contiguous inputs."""
+
+    def contiguous(module: nn.Module, inputs: tuple) -> tuple | None:
+        return tuple(x.contiguous() for x in inputs) if isinstance(module, nn.GroupNorm) else None
+
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.__version__ < (2, 14):
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(contiguous).remove)
+        yield
+
+
 def tangent(
     function: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
@@ -103,7 +118,7 @@ def tangent(
             ahead, behind = function(x + step, a + by), function(x - step, a - by)
             return function(x, a), (ahead - behind) / expand(2 * by, x)
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with a forward-mode rule
+        with forward_mode():
             value, derivative = torch.func.jvp(function, (x, a), (dx, torch.ones_like(a)))[:2]
             return value, derivative
     except (NotImplementedError, RuntimeError) as error:

@@ -1,6 +1,6 @@
 """Merge the reports of several finished runs into one page. All runs must share one measurement protocol.
 
-    python recipes/compare.py --runs runs/a runs/b --output-dir runs/a-and-b
+python recipes/compare.py --runs runs/a runs/b --output-dir runs/a-and-b
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from recipes.data import sets as datasets
 from recipes.data.sets import Data
 from teachers import Teacher
 
+LEGEND = """error: E|D - x0|^2 per pixel. bound: of the best linear denoiser. allowed: the largest error that passes. bias, slope: best is 0.
+spread: deviation of D over that of the data. reach: largest |D| over largest |x0|. misfit: lower fits better."""
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
 
 
@@ -77,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         data = check_match(model, datasets.load(config.data))
         found = probed(model, data, config.seed)
         print("\n".join(found.lines()[:-1]))
+        print(LEGEND)
         if not found.ok:
             raise ValueError(f"{config.model}: {found.verdict}")
         print(f"{config.model}: {found.verdict}")

@@ -23,7 +23,9 @@ def fetch(where: str) -> Path:
         return Path(DiffusionPipeline.download(where, trust_remote_code=False, use_safetensors=True))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be loaded
         reason = type(error).__name__
-        raise ValueError(f"{where!r} is no folder here and cannot be fetched from the hub ({reason}): check spelling and network") from None
+        raise ValueError(
+            f"{where!r} is no folder here and cannot be fetched from the hub ({reason}): check spelling and network"
+        ) from None
 
 
 def read_json(path: Path, problem: str) -> dict:

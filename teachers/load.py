@@ -43,4 +43,6 @@ def load(spec: str) -> Teacher:
         return diffusers_pipeline.load(spec)
     if "/" in where:
         raise ValueError(f"{where}: there is no such file or folder; accepted are paths that exist, and OWNER/NAME of the hub")
-    raise ValueError(f"unknown model {spec!r}: accepted are digits, paths, OWNER/NAME of the hub and more; --help teacher lists all")
+    raise ValueError(
+        f"unknown model {spec!r}: accepted are digits, paths, OWNER/NAME of the hub and more; --help teacher lists all"
+    )

@@ -240,7 +240,7 @@ def test_the_probe_and_the_likelihood_are_printed_and_no_denoiser_ends_in_one_li
         probe_recipe.main(["--model", str(mislabelled), "--threads", "1"])
     said = capsys.readouterr()
     assert exit_.value.code == 2 and said.err.count("\n") == 1 and "misread: with prediction v" in said.err
-    assert said.out.splitlines()[0].startswith("log-SNR") and len(said.out.splitlines()) == 18
+    assert said.out.splitlines()[0].startswith("log-SNR") and len(said.out.splitlines()) == 20
     probe_recipe.main(["--model", "oracle:digits", "--nll", "--threads", "1"])
     assert "variational bound" in capsys.readouterr().out
 

@@ -36,7 +36,9 @@ class OneStep(nn.Module):
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         x, batch = self.sigma * noise, noise.shape[:1]
         c_noise, end = (times.expand(batch) for times in (self.c_noise, self.end))
-        cond = ({} if labels is None else {"labels": labels}) | ({"to": end} if self.two_times else {})
+        cond = {} if labels is None else {"labels": labels}
+        if self.two_times:
+            cond["to"] = end
         return self.c_skip * x + self.c_out * self.net(self.c_in * x, c_noise, **cond)
 
 
@@ -66,9 +68,8 @@ def torch_export(model: Teacher, path: Path) -> float:
 
     Raises RuntimeError if it is more than `TOLERANCE`.
     """
-    program = torch.export.export(OneStep(model).eval(), inputs(model, 4, 0), dynamic_shapes=_any_batch(model))
     with replacing(path) as aside, open(aside, "wb") as file:
-        torch.export.save(program, file)
+        torch.export.save(_program(model), file)
     loaded = torch.export.load(str(path)).module()
     return _compare(model, path, lambda given: loaded(*given))
 
@@ -84,8 +85,8 @@ def onnx(model: Teacher, path: Path) -> float:
     with replacing(path) as aside, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            OneStep(model).eval(), inputs(model, 4, 0), str(aside), input_names=names, output_names=["x0"],
-            dynamic_shapes=_any_batch(model), dynamo=True, external_data=False, verbose=False,
+            _program(model), (), str(aside), input_names=names, output_names=["x0"], dynamic_shapes=_any_batch(model),
+            dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -94,6 +95,10 @@ def onnx(model: Teacher, path: Path) -> float:
         return torch.from_numpy(x0)
 
     return _compare(model, path, run)
+
+
+def _program(model: Teacher) -> torch.export.ExportedProgram:
+    return torch.export.export(OneStep(model).eval(), inputs(model, 4, 0), dynamic_shapes=_any_batch(model))
 
 
 def _any_batch(model: Teacher) -> Any:
