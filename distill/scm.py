@@ -89,8 +89,8 @@ def forward_mode() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.__version__ < (2, 14):
-            stack.callback(nn.modules.module.register_module_forward_pre_hook(contiguous).remove)
+        if torch.__version__ < (2, 14):  # type: ignore[operator]
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(contiguous).remove)  # type: ignore[arg-type]
         yield
 
 
