@@ -136,7 +136,7 @@ class Counted:
 
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
         self.count[0] += x_t.shape[0]
-        return self.inner(x_t, t, to, **cond)
+        return self.inner(x_t, t, to=to, **cond)
 
 
 def counted(denoiser: DenoiserLike, count: list[int]) -> DenoiserLike:

@@ -90,7 +90,7 @@ def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
     student = on_table(teacher) if config.student else teacher
     teacher.guided(config.guidance)  # raises where the teacher has no null label
     record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
-    title = f"progressive distillation of {config.teacher}: {names} steps"
+    title = f"Progressive distillation of {config.teacher}: {names} steps"
     return Experiment.open(config, teacher, student, data, title=title, record=record)
 
 
