@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import zipfile
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,6 @@ class Extractor:
         One process per machine downloads, the others wait. Raises ValueError for an unknown name and for weights that are
         missing, unsafe to load, or of another network.
         """
-        if weights is not None:
-            _check_weights(Path(weights))
         with PartialState(cpu=not torch.cuda.is_available()).local_main_process_first():
             if name in fidelity.extractor_names():
                 return cls(name, _registered(name, weights))
@@ -92,7 +90,7 @@ def _registered(name: str, weights: str | None) -> nn.Module:
         raise ValueError(
             f"features {name!r}: no weights and no download ({reason}): give a file with --features-weights"
         ) from None
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{weights}: these are not the weights of {name!r} ({first_line(error)})") from None
 
 
@@ -115,27 +113,6 @@ def _own(name: str) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise ValueError(f"features {name!r} are a {type(net).__name__}: accepted are {OWN}")
     return net.eval().requires_grad_(False)
-
-
-def _check_weights(path: Path) -> None:
-    """Raise ValueError for a file that is missing, or that runs code when loaded."""
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file of extractor weights")
-    if path.suffix == ".safetensors" or _is_torchscript(path):
-        return
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: weights that need code to load are refused ({first_line(error)}): save a plain state dict"
-        ) from None
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
 
 
 def fingerprint(images: Tensor) -> str:

@@ -5,6 +5,9 @@ Some of these functions are not public there. tests/test_fidelity.py tests what 
 
 from __future__ import annotations
 
+import os
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +24,10 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from eval.digits import FeatureExtractorDigits
+from teachers.weights import state_dict
 
 METRICS = ("fid", "kid", "isc", "prc")
+_TENSORS_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch.load at every call
 
 if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
     register_feature_extractor("digits", FeatureExtractorDigits)
@@ -39,6 +44,48 @@ def layers(name: str) -> dict[str, str]:
     return {metric: cls.get_default_feature_layer_for_metric(metric) for metric in METRICS}
 
 
+@contextmanager
+def tensors_alone(name: str, weights: str | None) -> Iterator[str | None]:
+    """Yield a file of the extractor's weights that torch-fidelity may unpickle, because it was written here from tensors alone.
+
+    Meanwhile torch refuses every pickle that holds more than tensors, downloads included. CLIP's download is TorchScript, whose
+    hash torch-fidelity checks. Raises ValueError for a file ``weights`` that is missing or holds more than tensors.
+    """
+    was = os.environ.get(_TENSORS_ALONE)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit, which torch-fidelity uses for CLIP
+        path = weights
+        if weights is not None and name != "digits":  # the loader of "digits" reads tensors alone
+            path = str(Path(folder) / "weights.pt")
+            tensors = state_dict(weights)
+            if name.startswith("clip"):
+                torch.jit.script(_tree(tensors)).save(path)
+            else:
+                torch.save(tensors, path)
+        if not name.startswith("clip"):
+            os.environ[_TENSORS_ALONE] = "1"
+        try:
+            yield path
+        finally:
+            os.environ.pop(_TENSORS_ALONE, None)
+            if was is not None:
+                os.environ[_TENSORS_ALONE] = was
+
+
+def _tree(tensors: dict[str, Tensor]) -> nn.Module:
+    """Return a module whose state dict is ``tensors``."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_buffer(last, tensor)
+    return root
+
+
 class Registered(nn.Module):
     """Evaluate an extractor that torch-fidelity creates, on the CPU: uint8 [B, 3, H, W] -> (FID features, logits or None)."""
 
@@ -46,7 +93,8 @@ class Registered(nn.Module):
         super().__init__()
         self.layers = layers(name)
         wanted = sorted(set(self.layers.values()))
-        self.module = create_feature_extractor(name, wanted, cuda=False, verbose=False, feature_extractor_weights_path=weights)
+        with tensors_alone(name, weights) as path:
+            self.module = create_feature_extractor(name, wanted, cuda=False, verbose=False, feature_extractor_weights_path=path)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         out = self.module.convert_features_tuple_to_dict(self.module(images))
@@ -86,12 +134,13 @@ def calculate(generated: Path, real: Path, name: str, weights: str | None, batch
     """Return the metrics of `torch_fidelity.calculate_metrics` for two folders of PNG files, all with one extractor."""
     layer = layers(name)
     scored = layer["isc"] != layer["fid"]
-    out = calculate_metrics(
-        input1=str(generated), input2=str(real), cuda=cuda, batch_size=batch_size, feature_extractor=name,
-        feature_extractor_weights_path=weights, fid=True, kid=True, isc=scored, prc=True,
-        feature_layer_prc=layer["fid"], feature_layer_kid=layer["fid"], verbose=False, cache=False,
-        kid_subset_size=min(1000, *(len(list(folder.iterdir())) for folder in (generated, real))),
-    )  # fmt: skip
+    with tensors_alone(name, weights) as path:
+        out = calculate_metrics(
+            input1=str(generated), input2=str(real), cuda=cuda, batch_size=batch_size, feature_extractor=name,
+            feature_extractor_weights_path=path, fid=True, kid=True, isc=scored, prc=True,
+            feature_layer_prc=layer["fid"], feature_layer_kid=layer["fid"], verbose=False, cache=False,
+            kid_subset_size=min(1000, *(len(list(folder.iterdir())) for folder in (generated, real))),
+        )  # fmt: skip
     keys = {"fid": KEY_METRIC_FID, "kid": KEY_METRIC_KID_MEAN, "isc": KEY_METRIC_ISC_MEAN}
     keys |= {"precision": KEY_METRIC_PRECISION, "recall": KEY_METRIC_RECALL}
     return {metric: float(out[key]) for metric, key in keys.items() if key in out}

@@ -10,11 +10,15 @@
 The rooms behind it are `distill`, `teachers`, `eval` and `recipes`; everything there may be used as well.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from fewstep.model import Model, Samples, load
 from fewstep.runs import Report, distil, evaluate
+from teachers import trust
 
 Teacher = Model  # a teacher and a student are one kind of thing
-__version__ = version("fewstep")
-__all__ = ["Model", "Report", "Samples", "Teacher", "distil", "evaluate", "load"]
+try:
+    __version__ = version("fewstep")
+except PackageNotFoundError:  # a clone that is not installed
+    __version__ = "0+unknown"
+__all__ = ["Model", "Report", "Samples", "Teacher", "distil", "evaluate", "load", "trust"]

@@ -28,11 +28,11 @@ class Codec:
 
     @cached_property
     def network(self) -> Any:
-        """The autoencoder. Raises ValueError if it is no longer at its source."""
+        """The autoencoder. A file that names one on the hub causes no download. Raises ValueError if it is not at its source."""
         if self.vae is not None:
             return self.vae
         where = self.source["folder"]
-        vae = component(fetch(where), self.source["part"], self.source["class"], where)
+        vae = component(fetch(where, download=False), self.source["part"], self.source["class"], where)
         return vae.eval().requires_grad_(False)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -57,8 +57,11 @@ def wrap(
     return Teacher(denoiser, tuple(shape), network, classes, null, record={"source": name})
 
 
-def load(spec: str) -> Teacher:
-    """Load the module that a factory makes. Raises ValueError for a missing or unknown option, factory or weight."""
+def load(spec: str, trusted: bool = True) -> Teacher:
+    """Load the module that a factory makes. ``trusted``: the user named the factory; otherwise `factory.trust` must have named it.
+
+    Raises ValueError for a missing or unknown option, factory or weight, and for a factory that is not trusted.
+    """
     path, *pairs = spec.split(",")
     fields = dict(pair.partition("=")[::2] for pair in pairs)
     arguments = {k: _value(v) for k, v in _take(fields, "arg.").items()}
@@ -73,6 +76,8 @@ def load(spec: str) -> Teacher:
     if "part" in fields and "weights" not in fields:
         raise ValueError(f"part={fields['part']}: accepted together with weights=FILE only")
     config = {"factory": path, "arguments": arguments}
+    if trusted:
+        factory.trust(path)
     net = factory.build(config)
     if "weights" in fields:
         tensors = state_dict(fields["weights"], fields.get("part"))

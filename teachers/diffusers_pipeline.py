@@ -76,11 +76,12 @@ def _read_prompts(where: str, name: str, path: str | None) -> list[str]:
 def _check_parts(where: str, folder: Path, index: dict) -> None:
     """Raise ValueError for a component that is missing, or that is not of a class of diffusers or transformers."""
     for part, stated in index.items():
-        is_component = isinstance(stated, list) and len(stated) == 2 and stated[0] is not None
-        if part.startswith("_") or part in (*UNUSED, "scheduler") or not is_component:
+        if part in UNUSED or not isinstance(stated, list) or stated == [None, None]:
             continue
-        if stated[0] not in ("diffusers", "transformers"):
-            raise ValueError(f"{where}: {part} is own code ({'.'.join(stated)}), which is not run; {_accepted()}")
+        nested = str(stated[-1]).endswith("Pipeline") or str(stated[-1]).startswith(("AutoPipeline", "AutoModel"))
+        if part.startswith("_") or len(stated) != 2 or stated[0] not in ("diffusers", "transformers") or nested:
+            own = ".".join(map(str, stated))
+            raise ValueError(f"{where}: {part} is code outside of diffusers ({own:.80}), which is not run; {_accepted()}")
         if not (folder / part).is_dir():
             raise ValueError(f"{where}: the pipeline lacks {part}/")
 

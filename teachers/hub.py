@@ -10,8 +10,10 @@ from typing import Any
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are never loaded
 
 
-def fetch(where: str) -> Path:
+def fetch(where: str, download: bool = True) -> Path:
     """Return the folder of a pipeline, downloaded from the hub if there is no folder ``where``.
+
+    ``download``: False accepts only what an earlier download left on this machine.
 
     Raises ValueError if the hub does not have it or cannot be reached.
     """
@@ -20,12 +22,12 @@ def fetch(where: str) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(where, trust_remote_code=False, use_safetensors=True))
+        options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": not download}
+        return Path(DiffusionPipeline.download(where, **options))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be loaded
         reason = type(error).__name__
-        raise ValueError(
-            f"{where!r} is no folder here and cannot be fetched from the hub ({reason}): check spelling and network"
-        ) from None
+        found = "cannot be fetched from the hub" if download else f"was not downloaded yet, which `hf download {where}` does"
+        raise ValueError(f"{where!r} is no folder here and {found} ({reason}): check spelling and network") from None
 
 
 def read_json(path: Path, problem: str) -> dict:
@@ -43,10 +45,13 @@ def component(folder: Path, part: str, name: str, what: str) -> Any:
     """
     import diffusers
 
+    cls = getattr(diffusers, name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)):
+        raise ValueError(f"{what}: {part} is of class {name}, which is no network of diffusers")
     if not (folder / part / "config.json").is_file():
         raise ValueError(f"{what}: the pipeline lacks {part}/config.json")
     try:
-        return getattr(diffusers, name).from_pretrained(folder / part, use_safetensors=True, local_files_only=True)
+        return cls.from_pretrained(folder / part, use_safetensors=True, local_files_only=True)
     except OSError as error:
         raise ValueError(f"{what}: the pipeline lacks the safetensors weights of {part} ({first_line(error)})") from None
     except (ValueError, RuntimeError, TypeError) as error:

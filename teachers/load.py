@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from teachers import adm, custom, diffusers_pipeline, experts, oracle
@@ -22,9 +23,18 @@ ACCEPTED = "\n".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
-def load(spec: str) -> Teacher:
-    """Load a model from its spec, frozen and on the CPU. Raises ValueError for a spec that is not among `FORMS`."""
-    prefixes = {"experts:": lambda text: experts.load(text, load), "oracle:": oracle.load, "guided:": adm.load}
+def load(spec: str, trusted: bool = True) -> Teacher:
+    """Load a model from its spec, frozen and on the CPU.
+
+    ``trusted``: the user gave the spec, so a factory in it may run. False for a spec that a file holds: `trust` must name its factory.
+
+    Raises ValueError for a spec that is not among `FORMS`, and for a factory that is not trusted.
+    """
+    prefixes = {
+        "experts:": lambda text: experts.load(text, partial(load, trusted=trusted)),
+        "oracle:": oracle.load,
+        "guided:": adm.load,
+    }
     for prefix, load_kind in prefixes.items():
         if spec.startswith(prefix):
             return load_kind(spec)
@@ -36,7 +46,7 @@ def load(spec: str) -> Teacher:
     if path.is_dir() or Path(where).is_dir():
         return diffusers_pipeline.load(spec)
     if not path.is_file() and ":" in where:
-        return custom.load(spec)
+        return custom.load(spec, trusted)
     if path.is_file() or path.suffix in WEIGHTS:
         return load_file(path)
     if where.count("/") == 1 and not where.startswith((".", "/")) and not Path(where).parent.is_dir():

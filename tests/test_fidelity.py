@@ -115,7 +115,7 @@ def test_an_extractor_with_an_output_of_another_shape_is_refused():
         ("nowhere:Own", None, "No module named 'nowhere'"),
         ("other.pth.pt", None, "not a TorchScript file"),
         ("inception-v3-compat", "nowhere.pth", "no such file"),
-        ("inception-v3-compat", "module.pth", "weights that need code to load are refused"),
+        ("inception-v3-compat", "module.pth", "would run code from it, which is refused"),
         ("inception-v3-compat", "other.pth", "these are not the weights of 'inception-v3-compat'"),
     ],
 )

@@ -67,7 +67,7 @@ def codec_of(data: Data) -> Codec | None:
     if "folder" in described:
         codec = Codec.from_description(described, Path())
     else:  # of a model that is not a pipeline
-        codec = teachers.load(data.latents["model"]).codec
+        codec = teachers.load(data.latents["model"], trusted=False).codec
     if codec is None or codec_sha256(codec) != data.latents["codec_sha256"]:
         raise ValueError(f"{data.name}: the autoencoder of {data.latents['model']} has changed since it made these latents")
     return codec

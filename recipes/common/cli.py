@@ -60,12 +60,16 @@ def parse(config: type[C], doc: str, presets: dict[str, dict], argv: list[str] |
     preset = presets[chosen.preset]
     parser.set_defaults(**preset)
     chosen = parser.parse_args(argv)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(chosen).items() if k != "help"}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(chosen).items() if k not in ("help", "trust")}
     if chosen.help:
         _show_help(config, doc, chosen.help, values, preset)
     tracker = values.get("log_with")
     if isinstance(tracker, str) and importlib.util.find_spec(tracker) is None:
         fail(f"--log-with {tracker}: the package {tracker} is not installed: pip install {tracker}")
+    if chosen.trust:
+        from teachers.networks.factory import trust
+
+        trust(*chosen.trust)
     return config(**values)
 
 
@@ -132,6 +136,10 @@ def parser_of(
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     groups["what to do"].add_argument(
         "-h", "--help", nargs="?", const="short", help="short help; --help all shows every flag", metavar="TOPIC"
+    )
+    about = "modules of your own whose factories model files may name, as in --teacher; their code is run"
+    groups["machine and output"].add_argument(
+        "--trust", nargs="+", default=[], metavar="MODULE", help=about if full else argparse.SUPPRESS
     )
     kinds = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
