@@ -1,17 +1,21 @@
-"""Shared by all tests: few threads, the embedded models once, and recipes launched as a user launches them."""
+"""Shared by all tests: few threads, the embedded models once, and recipes run in this process or as a user launches them."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never use the network
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # the tests never use the network
 torch.set_num_threads(1)
 
 
@@ -27,25 +31,75 @@ def teacher():
     return teachers.load("digits")
 
 
-def launch(recipe: str, *arguments: object, processes: int = 0, threads: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """Runs recipes/<recipe>.py: with python, or with torchrun on several CPU processes. Output is captured as text."""
-    head = [sys.executable]
-    if processes:
-        head += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    command = [*head, str(ROOT / "recipes" / f"{recipe}.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, **kwargs)
+@pytest.fixture(scope="session")
+def two_times(teacher):
+    """The teacher as a two-time network whose output depends on the end of the jump."""
+    from teachers.students import with_two_times
+
+    model = with_two_times(teacher)
+    torch.nn.init.normal_(model.denoiser.net.unet.time_proj.length_linear.weight, std=0.02)
+    return model
 
 
-def succeed(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
-    done = launch(*arguments, **kwargs)  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def ladder(teacher, tmp_path_factory):
+    """The directory of a run with students of 2 steps and of 1. They are the teacher, changed a little instead of trained."""
+    import teachers
+    from distill.sampling import Sampling
+
+    folder = tmp_path_factory.mktemp("ladder")
+    record = {"method": "progressive", "of": "digits", "data": "digits"}
+    for steps, path in ((2, "stages/2"), (1, "stages/1"), (1, "")):
+        student = replace(teacher, denoiser=replace(teacher.denoiser, net=teacher.student().net), record=record)
+        with torch.no_grad():
+            student.denoiser.net.unet.conv_out.bias.add_(0.05 / steps)
+        teachers.save(folder / path / "student.safetensors", replace(student, sampling=Sampling(steps=(steps,))))
+    return folder
+
+
+@pytest.fixture
+def stock_here(monkeypatch):
+    """Run the stock pipelines of exports in this process. Importing diffusers in one of their own takes seconds; `small` does it."""
+    from teachers.export import deliver
+
+    def run(command: list[str], **kwargs: Any) -> None:
+        monkeypatch.setattr(sys, "argv", command[2:])
+        exec(deliver.STOCK.partition("assert ")[0], {})
+
+    monkeypatch.setattr(deliver.subprocess, "run", run)
+
+
+def words(*arguments: object) -> list[str]:
+    """The words of texts, and paths as they are: a command line."""
+    return [word for a in arguments for word in (a.split() if isinstance(a, str) else [str(a)])]
+
+
+def here(main: Callable, *arguments: object) -> None:
+    """The recipe in this process, on one thread: seconds less than a launch, where nothing is claimed about launching."""
+    main([*words(*arguments), "--threads", "1"])
+
+
+@pytest.fixture
+def refused(capsys):
+    """Return a function that runs a recipe, which must end with exit code 2 and one line on standard error, and returns it."""
+
+    def run(main: Callable, *arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(words(*arguments))
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1, line
+        return line
+
+    return run
+
+
+def succeed(*command: object) -> str:
+    """Run a Python command, which must succeed, and return its standard output."""
+    done = subprocess.run([sys.executable, *words(*command)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return done.stdout
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def rows(folder: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}

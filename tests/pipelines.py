@@ -5,62 +5,37 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    LDMPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
-)
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+import transformers
 
 WIDTH = 8  # hidden size of every text encoder
 DDIM = {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "clip_sample": False}
 
 
-def unet(**options) -> UNet2DModel:
-    return UNet2DModel(**{
+def unet(**options) -> diffusers.UNet2DModel:
+    return diffusers.UNet2DModel(**{
         "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 8), "layers_per_block": 1,
         "norm_num_groups": 4, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, **options,
     }).eval()  # fmt: skip
 
 
-def vae(channels: int = 4, **options) -> AutoencoderKL:
-    return AutoencoderKL(
+def vae(channels: int = 4, **options) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
         latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
     ).eval()  # fmt: skip
 
 
-def vq() -> VQModel:
-    return VQModel(
+def vq() -> diffusers.VQModel:
+    return diffusers.VQModel(
         block_out_channels=(8, 8), norm_num_groups=4, num_vq_embeddings=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     ).eval()  # fmt: skip
 
 
-def text_unet(context: int = WIDTH, **options) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def text_unet(context: int = WIDTH, **options) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=context,
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **options,
@@ -76,12 +51,12 @@ def clip(folder: Path, projected: bool = False):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(words), hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
         projection_dim=WIDTH, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
     )  # fmt: skip
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval(), tokenizer
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config).eval(), tokenizer
 
 
 def t5(width: int = WIDTH):
@@ -90,10 +65,10 @@ def t5(width: int = WIDTH):
     from tokenizers.models import Unigram
 
     letters = ["<pad>", "</s>", "<unk>", *"▁abcdefghijklmnopqrstuvwxyz"]
-    config = T5Config(vocab_size=len(letters), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    config = transformers.T5Config(vocab_size=len(letters), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     inner = Tokenizer(Unigram([(letter, -1.0) for letter in letters], unk_id=2))
-    tokenizer = T5TokenizerFast(tokenizer_object=inner, extra_ids=0, model_max_length=16)
-    return T5EncoderModel(config).eval(), tokenizer
+    tokenizer = transformers.T5TokenizerFast(tokenizer_object=inner, extra_ids=0, model_max_length=16)
+    return transformers.T5EncoderModel(config).eval(), tokenizer
 
 
 def randomized(net: torch.nn.Module) -> torch.nn.Module:
@@ -105,22 +80,22 @@ def randomized(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def ldm(folder, autoencoder):
-    return LDMPipeline(autoencoder, unet(in_channels=autoencoder.config.latent_channels,
-                                         out_channels=autoencoder.config.latent_channels), DDIMScheduler(**DDIM))  # fmt: skip
+    n = autoencoder.config.latent_channels
+    return diffusers.LDMPipeline(autoencoder, unet(in_channels=n, out_channels=n), diffusers.DDIMScheduler(**DDIM))
 
 
 def dit(folder):
-    net = DiTTransformer2DModel(
+    net = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
         num_embeds_ada_norm=1000, norm_num_groups=4,
     )  # fmt: skip
-    return DiTPipeline(randomized(net).eval(), vae(), DDIMScheduler(**DDIM))
+    return diffusers.DiTPipeline(randomized(net).eval(), vae(), diffusers.DDIMScheduler(**DDIM))
 
 
 def sd(folder):
     encoder, tokenizer = clip(folder / "words")
-    return StableDiffusionPipeline(
-        vae(), encoder, tokenizer, text_unet(), DDIMScheduler(**DDIM, prediction_type="v_prediction", steps_offset=1),
+    return diffusers.StableDiffusionPipeline(
+        vae(), encoder, tokenizer, text_unet(), diffusers.DDIMScheduler(**DDIM, prediction_type="v_prediction", steps_offset=1),
         None, None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -131,20 +106,20 @@ def xl(folder):
     net = text_unet(
         2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=WIDTH + 24
     )
-    return StableDiffusionXLPipeline(vae(), one, two, tokenizer, tokenizer, net, DDIMScheduler(**DDIM))
+    return diffusers.StableDiffusionXLPipeline(vae(), one, two, tokenizer, tokenizer, net, diffusers.DDIMScheduler(**DDIM))
 
 
 def sd3(folder):
     one, tokenizer = clip(folder / "words", projected=True)
     two, _ = clip(folder / "words", projected=True)
     three, letters = t5(2 * WIDTH)
-    net = SD3Transformer2DModel(
+    net = diffusers.SD3Transformer2DModel(
         sample_size=8, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=2 * WIDTH, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8,
     )  # fmt: skip
     autoencoder = vae(scaling_factor=1.5, shift_factor=0.06)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return StableDiffusion3Pipeline(
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(
         randomized(net).eval(), scheduler, autoencoder, one, tokenizer, two, tokenizer, three, letters
     )
 
@@ -153,8 +128,10 @@ def pixart(folder, pipeline, **options):
     encoder, tokenizer = t5()
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
     small = {**heads, "num_layers": 1, "norm_num_groups": 4}
-    net = PixArtTransformer2DModel(**small | options, in_channels=4, out_channels=8, sample_size=8, caption_channels=WIDTH)
-    return pipeline(tokenizer, encoder, vae(), randomized(net).eval(), DDIMScheduler(**DDIM))
+    net = diffusers.PixArtTransformer2DModel(
+        **small | options, in_channels=4, out_channels=8, sample_size=8, caption_channels=WIDTH
+    )
+    return pipeline(tokenizer, encoder, vae(), randomized(net).eval(), diffusers.DDIMScheduler(**DDIM))
 
 
 FAMILIES = {
@@ -164,7 +141,7 @@ FAMILIES = {
     "Stable Diffusion": sd,
     "SDXL": xl,
     "SD3": sd3,
-    "PixArt Sigma": lambda f: pixart(f, PixArtSigmaPipeline, use_additional_conditions=False),
-    "PixArt Alpha": lambda f: pixart(f, PixArtAlphaPipeline, use_additional_conditions=False),
+    "PixArt Sigma": lambda f: pixart(f, diffusers.PixArtSigmaPipeline, use_additional_conditions=False),
+    "PixArt Alpha": lambda f: pixart(f, diffusers.PixArtAlphaPipeline, use_additional_conditions=False),
 }
 PROMPTS = ["a cat", "two dogs on a boat", "blue"]

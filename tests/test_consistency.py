@@ -2,17 +2,13 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import ROOT, free_port
 from torch import nn
 
-from distill import files, grid
+from distill import grid
 from distill.consistency import (
     Consistency,
     Gap,
@@ -363,31 +359,3 @@ def test_gamma_0_is_ddim():
     schedule, x = Cosine(), torch.randn(10, 2).double()
     oracle, times = Gaussian(schedule, MEAN, STD), grid.uniform(schedule, 5)
     assert torch.allclose(consistency(oracle, x, times, gamma=0.0), ddim(oracle, x, times))
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch():
-    """For every method, those with tangents above all: calling the network inside DDP directly would skip the reduction."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    command.append(str(ROOT / "tests" / "ddp_gradients.py"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_sharded_weights_train_like_whole_ones(tmp_path):
-    """FSDP2 of Accelerate over two processes against one: students, tangents and averages."""
-    script, env = str(ROOT / "tests" / "fsdp_training.py"), os.environ | {"OMP_NUM_THREADS": "1"}
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    found = []
-    for launcher in ([], two):
-        path = tmp_path / f"{len(found)}.safetensors"
-        done = subprocess.run(
-            [sys.executable, *launcher, script, str(path)], capture_output=True, text=True, timeout=300, env=env
-        )
-        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-        found.append(files.load(path)[0])
-    one, other = found
-    assert one.keys() == other.keys()
-    for key in one:
-        assert torch.allclose(one[key], other[key], atol=2e-5), key

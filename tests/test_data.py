@@ -1,6 +1,5 @@
 import io
 import json
-import re
 import struct
 import sys
 import tarfile
@@ -11,6 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from conftest import here
 from PIL import Image
 from torch import nn
 
@@ -70,14 +70,12 @@ def labels_of(batches):
     return torch.cat([cond["labels"] for _, cond in batches]).tolist()
 
 
-def failed(capsys, program, *arguments):
-    """The one line on standard error with which a program ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        program(*arguments)
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1, err
-    return err
+def refuses(message, make, *arguments):
+    """make(*arguments) raises ValueError in one short line with this text, in which " ... " stands for anything."""
+    with pytest.raises(ValueError) as error:
+        make(*arguments)
+    line = str(error.value)
+    assert all(part in line for part in message.split(" ... ")) and "\n" not in line and len(line) < 250, line
 
 
 def test_sub_folders_are_classes_and_images_are_centre_cropped_squares(tmp_path):
@@ -117,9 +115,7 @@ def test_a_wrong_spec_ends_in_a_short_message_with_the_nearest_accepted():
         "hf:a,split": "option split has no value; accepted is split=...",
         "digits,flip=1": "option flip has the value '1'; accepted is flip alone",
     }.items():
-        with pytest.raises(ValueError, match=re.escape(message)) as error:
-            sets.load(text)
-        assert len(str(error.value)) < 250
+        refuses(message, sets.load, text)
 
 
 def test_every_form_and_option_has_a_line_of_help():
@@ -150,14 +146,11 @@ def test_data_made_in_python_of_a_wrong_shape_type_or_range_are_refused_in_one_l
         (right, torch.zeros(4), "labels are torch.float32 (4,)"),
         (right, torch.arange(4) - 1, "label -1; accepted are 0 and more"),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)) as error:
-            sets.Data.of(images, labels)
-        assert "\n" not in str(error.value)
+        refuses(message, sets.Data.of, images, labels)
 
 
 def test_torchvisions_sets_are_read_from_their_root_and_downloaded_only_on_request(tmp_path):
-    with pytest.raises(ValueError, match=f"mnist:{tmp_path},download fetches it"):
-        sets.load(f"mnist:{tmp_path}")
+    refuses(f"mnist:{tmp_path},download fetches it", sets.load, f"mnist:{tmp_path}")
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for split, n in (("train", 6), ("t10k", 2)):
@@ -251,13 +244,12 @@ def test_shards_that_are_missing_or_damaged_or_have_a_wrong_label_are_refused_wi
     pack(tmp_path / "a.tar", {"0.png": png(0), "0.cls": b"two"})
     (tmp_path / "torn.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
     for name, message in (
-        ("a.tar", r"a\.tar/0: .*accepted are \.cls with a number"),
-        ("b-{1..2}.tar", r"there is no file .*b-1\.tar; accepted is"),
+        ("a.tar", "a.tar/0: ... accepted are .cls with a number"),
+        ("b-{1..2}.tar", f"there is no file {tmp_path}/b-1.tar; accepted is"),
         ("b-*.tar", "no file matches"),
-        ("torn.tar", r"torn\.tar: not a whole tar file"),
+        ("torn.tar", "torn.tar: not a whole tar file"),
     ):
-        with pytest.raises(ValueError, match=message):
-            sets.load(f"wds:{tmp_path / name}")
+        refuses(message, sets.load, f"wds:{tmp_path / name}")
 
 
 @pytest.fixture
@@ -280,8 +272,7 @@ def test_a_stream_shows_every_image_once_per_pass_shuffled_and_with_its_own_labe
 def test_processes_stream_parts_that_do_not_overlap(streamed):
     parts = [seen(some(4, streamed, BatchSplit(6, 2, rank))) for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == list(range(24))
-    with pytest.raises(ValueError, match="fewer shards than the 5 processes"):
-        some(1, streamed, BatchSplit(5, 5, 4))
+    refuses("fewer shards than the 5 processes", some, 1, streamed, BatchSplit(5, 5, 4))
 
 
 def test_a_stream_continues_from_a_step_with_the_same_bits(streamed):
@@ -297,8 +288,8 @@ def test_captions_become_labels_by_their_position_among_the_prompts_with_and_wit
         found = sets.load(f"wds:{tmp_path}/s.tar{options}").captioned(["nothing", *prompts])
         batches = some(4, found, BatchSplit(6))
         assert labels_of(batches) == [1 + i % 3 for i in seen(batches)] and found.classes == 4
-    with pytest.raises(ValueError, match=r"s.tar/2: the caption 'two' is none of the teacher's 2 prompts"):
-        some(2, sets.load(f"wds:{tmp_path}/s.tar,stream=2").captioned(prompts[:2]), BatchSplit(6))
+    found = sets.load(f"wds:{tmp_path}/s.tar,stream=2").captioned(prompts[:2])
+    refuses("s.tar/2: the caption 'two' is none of the teacher's 2 prompts", some, 2, found, BatchSplit(6))
 
 
 def test_in_a_stream_another_image_replaces_a_corrupt_one_and_more_than_1_percent_are_fatal(tmp_path, capsys):
@@ -313,10 +304,9 @@ def test_in_a_stream_another_image_replaces_a_corrupt_one_and_more_than_1_percen
 
 
 def test_a_labelled_stream_needs_the_number_of_classes(tmp_path, streamed):
-    with pytest.raises(ValueError, match="add classes=N"):
-        sets.load(f"wds:{tmp_path}/s-{{0..3}}.tar,stream=8")
-    with pytest.raises(ValueError, match="label 1; accepted are 0 to 0, classes=N sets their number"):
-        sets.load(f"wds:{tmp_path}/s-{{0..3}}.tar,classes=1")
+    shards = f"wds:{tmp_path}/s-{{0..3}}.tar"
+    refuses("add classes=N", sets.load, f"{shards},stream=8")
+    refuses("label 1; accepted are 0 to 0, classes=N sets their number", sets.load, f"{shards},classes=1")
 
 
 @pytest.mark.parametrize("prefix", ["", "hf:"])
@@ -352,18 +342,14 @@ def test_a_saved_set_of_the_datasets_package_is_read_offline_with_its_classes_an
         ("label=text", "text is 'v'; accepted as label=... is a column of class numbers"),
         ("split=validation", "KeyError: 'validation'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            sets.load(f"hf:{tmp_path / 'saved'},{option}")
+        refuses(message, sets.load, f"hf:{tmp_path / 'saved'},{option}")
 
 
 def test_without_the_datasets_package_or_a_network_one_line_explains_it(monkeypatch):
     pytest.importorskip("datasets")
-    with pytest.raises(ValueError, match=r"hf:nobody/nothing, split=train: .*is there a network") as error:
-        sets.load("hf:nobody/nothing")
-    assert "\n" not in str(error.value)
+    refuses("hf:nobody/nothing, split=train: ... is there a network", sets.load, "hf:nobody/nothing")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"needs the package datasets: pip install -e '\.\[hf\]'"):
-        sets.load("hf:cifar10")
+    refuses("needs the package datasets: pip install -e '.[hf]'", sets.load, "hf:cifar10")
 
 
 class Halves(nn.Module):
@@ -389,12 +375,11 @@ def latent(monkeypatch):
 
 
 def encode(folder, *arguments):
-    """Run recipes/latents.py."""
-    latents.main(["--model", "latent", "--output-dir", str(folder), "--threads", "1", *map(str, arguments)])
+    here(latents.main, "--model latent --output-dir", folder, *arguments)
 
 
 def test_latents_of_a_set_are_those_of_its_codec_and_batches_take_them_unchanged(latent, tmp_path):
-    encode(tmp_path / "l", "--dtype", "float32", "--shard-images", "1000")
+    encode(tmp_path / "l", "--dtype float32 --shard-images 1000")
     index = json.loads((tmp_path / "l" / "index.json").read_text())
     assert (index["count"], index["scale"], index["shift"], len(index["shards"])) == (1797, 0.5, 0.1, 2)
     digits, found = sets.load("digits"), sets.load(str(tmp_path / "l"))
@@ -405,57 +390,53 @@ def test_latents_of_a_set_are_those_of_its_codec_and_batches_take_them_unchanged
     assert x0.dtype == torch.float32 and len(cond["labels"]) == 12
 
 
-def test_latents_need_a_model_with_an_autoencoder_images_and_a_new_folder(latent, tmp_path, capsys, monkeypatch):
-    encode(tmp_path / "l", "--preset", "smoke")
-    for codec, folder, arguments, message in (
-        (latent.codec, "l", [], "exists already; choose another --output-dir"),
-        (latent.codec, "m", ["--data", tmp_path / "l"], "holds latents already; accepted are images"),
-        (latent.codec, "m", ["--batch-size", 0], "--shard-images and --batch-size must be 1 or more"),
-        (None, "m", [], "a pixel-space model without autoencoder"),
+def test_latents_need_a_model_with_an_autoencoder_images_and_a_new_folder(latent, tmp_path, refused, monkeypatch):
+    encode(tmp_path / "l", "--preset smoke")
+    for codec, folder, more, message in (
+        (latent.codec, "l", "", "exists already; choose another --output-dir"),
+        (latent.codec, "m", f"--data {tmp_path / 'l'}", "holds latents already; accepted are images"),
+        (latent.codec, "m", "--batch-size 0", "--shard-images and --batch-size must be 1 or more"),
+        (None, "m", "", "a pixel-space model without autoencoder"),
     ):
         monkeypatch.setattr(teachers, "load", lambda spec, codec=codec: replace(latent, codec=codec))
-        assert message in failed(capsys, encode, tmp_path / folder, *arguments)
-    assert "required: --model" in failed(capsys, latents.main, ["--output-dir", str(tmp_path / "m")])
+        assert message in refused(latents.main, "--model latent --output-dir", tmp_path / folder, more)
+    assert "required: --model" in refused(latents.main, "--output-dir", tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["l"]
 
 
 def test_captions_go_with_latents_and_a_changed_shard_is_refused(latent, tmp_path):
     images = np.zeros((70, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=np.arange(70) % 10, captions=list("ab" * 35))
-    encode(tmp_path / "l", "--data", tmp_path / "set.npz", "--preset", "smoke")
+    encode(tmp_path / "l", "--data", tmp_path / "set.npz", "--preset smoke")
     found = sets.load(str(tmp_path / "l"))
     assert found.captions == list("ab" * 32) and found.images.dtype == torch.float16
     files.save(tmp_path / "l" / "latents-00000.safetensors", {"latents": torch.zeros(3, 1, 4, 4)}, {})
-    message = r"latents are torch.float32 \(3, 1, 4, 4\), the index has torch.float16 \(64, 1, 4, 4\)"
-    with pytest.raises(ValueError, match=message):
-        sets.load(str(tmp_path / "l"))
+    message = "latents are torch.float32 (3, 1, 4, 4), the index has torch.float16 (64, 1, 4, 4)"
+    refuses(message, sets.load, str(tmp_path / "l"))
 
 
 def test_latents_train_only_models_with_the_autoencoder_that_made_them(latent, tmp_path):
-    encode(tmp_path / "l", "--preset", "smoke")
+    encode(tmp_path / "l", "--preset smoke")
     found = sets.load(str(tmp_path / "l"))
     checks.check_match(latent, found, training=True)
     for codec, message in (
-        (Codec(Halves(), 0.25, 0.1), r"latents with scale 0\.5, the teacher.* 0\.25"),
+        (Codec(Halves(), 0.25, 0.1), "latents with scale 0.5, the teacher has 0.25"),
         (Codec(Halves(2.0), 0.5, 0.1), "latents with codec_sha256"),
         (None, "the teacher works on images"),
     ):
-        with pytest.raises(ValueError, match=message):
-            checks.check_match(replace(latent, codec=codec), found)
+        refuses(message, checks.check_match, replace(latent, codec=codec), found)
     checks.check_match(latent, sets.load("digits"))
-    with pytest.raises(ValueError, match=r"recipes/latents\.py makes latents"):
-        checks.check_match(latent, sets.load("digits"), training=True)
+    refuses("recipes/latents.py makes latents", checks.check_match, latent, sets.load("digits"), True)
 
 
-def test_measuring_against_latents_needs_a_stored_reference(latent, tmp_path, capsys):
-    encode(tmp_path / "l", "--preset", "smoke")
+def test_measuring_against_latents_needs_a_stored_reference(latent, tmp_path, refused):
+    encode(tmp_path / "l", "--preset smoke")
     for recipe in (evaluate, progressive):
-        arguments = ["--data", str(tmp_path / "l"), "--output-dir", str(tmp_path / "out"), "--threads", "1"]
-        message = failed(capsys, recipe.main, arguments)
-        assert "FID cannot be measured against; give a stored --reference" in message and not (tmp_path / "out").exists()
+        line = refused(recipe.main, "--data", tmp_path / "l", "--output-dir", tmp_path / "out")
+        assert "FID cannot be measured against; give a stored --reference" in line and not (tmp_path / "out").exists()
 
 
-def test_bad_data_end_in_one_line_with_exit_code_2_and_nothing_written(tmp_path, capsys):
+def test_bad_data_end_in_one_line_with_exit_code_2_and_nothing_written(tmp_path, refused):
     images = np.zeros((4, 8, 8, 1), np.uint8)
     for name, arrays in {
         "float": {"images": images.astype(np.float32)}, "short": {"images": images, "labels": np.arange(3)},
@@ -476,6 +457,5 @@ def test_bad_data_end_in_one_line_with_exit_code_2_and_nothing_written(tmp_path,
         "empty.npz": "accepted are images uint8", "empty": "holds no images", "small,size=64": "0.png: 12x10 is smaller than 64x64",
         "deep": "mode I;16; accepted are 8 bits", "gone": "unknown data", "index": "not a whole index of latents",
     }.items():  # fmt: skip
-        arguments = ["--data", f"{tmp_path / text}", "--output-dir", str(tmp_path / "out"), "--threads", "1"]
-        assert message in failed(capsys, evaluate.main, arguments)
+        assert message in refused(evaluate.main, f"--data {tmp_path / text} --output-dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -96,14 +96,8 @@ def test_changing_the_schedule_leaves_the_posterior_mean(inner, outer):
     assert torch.allclose(found, Gaussian(outer, mean, std)(x_t, t), atol=1e-9)
 
 
-def test_rescheduling_is_finite_at_zero_terminal_snr():
-    denoiser = Rescheduled(Gaussian(Cosine(), torch.zeros(2), torch.ones(2)), Flow())
-    assert torch.isfinite(denoiser(torch.randn(3, 2), torch.ones(3))).all()
-
-
 class ByLabel(nn.Module):
     def forward(self, x, t, labels):
-        self.calls = getattr(self, "calls", 0) + 1
         return labels[:, None].float().expand_as(x)
 
 
@@ -112,14 +106,6 @@ def test_guidance_is_null_plus_scale_times_the_difference():
     guided = Guided(denoiser, {"labels": torch.tensor([10])}, 3.0)
     out = guided(torch.zeros(2, 4), torch.tensor(0.5), labels=torch.tensor([1, 2]))
     assert torch.equal(out[:, 0], torch.tensor([10 + 3 * (1 - 10.0), 10 + 3 * (2 - 10.0)]))
-
-
-def test_guidance_of_scale_one_evaluates_the_network_once():
-    net = ByLabel()
-    Guided(Denoiser(net, Cosine(), "x0"), {"labels": torch.tensor([10])}, 1.0)(
-        torch.zeros(2, 4), torch.tensor(0.5), labels=torch.tensor([1, 2])
-    )
-    assert net.calls == 1
 
 
 def test_wrong_names_and_pairs_are_refused_with_what_is_accepted():
@@ -133,9 +119,9 @@ def test_wrong_names_and_pairs_are_refused_with_what_is_accepted():
         Denoiser(nn.Identity(), Flow(), "v", "index")
 
 
-@pytest.mark.parametrize("inner", [EDM(), VE()], ids=["EDM", "VE"])
-def test_pure_noise_is_clamped_to_t_max_of_a_denoiser_without_it(inner):
+@pytest.mark.parametrize("inner", [EDM(), VE(), Cosine()], ids=["EDM", "VE", "Cosine"])
+@pytest.mark.parametrize("outer", [Cosine(), Flow()], ids=["Cosine", "Flow"])
+def test_pure_noise_is_clamped_to_t_max_of_a_denoiser_without_it(inner, outer):
     """Where alpha is 0 there is no time of equal log-SNR; the answer is near the mean of the data, of deviation 1 here."""
-    denoiser = Rescheduled(Gaussian(inner, torch.full((2,), 0.5), torch.ones(2)), Cosine())
-    x0 = denoiser(torch.randn(100, 2), torch.ones(()))
+    x0 = Rescheduled(Gaussian(inner, torch.full((2,), 0.5), torch.ones(2)), outer)(torch.randn(100, 2), torch.ones(()))
     assert torch.isfinite(x0).all() and torch.allclose(x0, torch.full((2,), 0.5), atol=0.1)

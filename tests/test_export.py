@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import words
 
 import teachers
 from distill.grid import uniform
@@ -12,7 +13,6 @@ from distill.sampling import Sampling
 from recipes import export
 from teachers.export import one_step
 from teachers.export.card import card, measured
-from teachers.students import with_two_times
 
 
 def of_one_step(teacher):
@@ -28,10 +28,9 @@ def student(teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export_holds_all_requested_files_and_loads_again_as_a_teacher(student, tmp_path, capsys):
-    folder = tmp_path / "out"
-    arguments = ["--variants", "fp16", "bf16", "--torch-export", "--onnx", "--license", "apache-2.0"]
-    export.main(["--model", str(student), "--output-dir", str(folder), *arguments])
+def test_an_export_holds_all_requested_files_and_loads_again_as_a_teacher(student, tmp_path, capsys, stock_here):
+    folder, more = tmp_path / "out", "--variants fp16 bf16 --torch-export --onnx --license apache-2.0"
+    export.main(words("--model", student, "--output-dir", folder, more))
     files = {"student.safetensors", "pipeline", "README.md", "samples.png", "one-step.pt2", "one-step.onnx"}
     assert {p.name for p in folder.iterdir()} == files and [p.name for p in tmp_path.iterdir() if p.name[0] == "."] == []
     weights = {p.name for p in (folder / "pipeline" / "unet").iterdir()}
@@ -47,9 +46,8 @@ def test_an_export_holds_all_requested_files_and_loads_again_as_a_teacher(studen
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [one_step.torch_export, one_step.onnx])
-def test_the_one_step_program_of_a_two_time_student_is_our_jump(teacher, tmp_path, write):
-    model = with_two_times(replace(teacher, sampling=Sampling("jump", steps=(1,))))
-    torch.nn.init.normal_(model.denoiser.net.unet.time_proj.length_linear.weight, std=0.02)
+def test_the_one_step_program_of_a_two_time_student_is_our_jump(two_times, tmp_path, write):
+    model = replace(two_times, sampling=Sampling("jump", steps=(1,)))
     assert write(model, tmp_path / "program") < 1e-4
     noise, labels = one_step.inputs(model, 3, 5)
     with torch.inference_mode():
@@ -67,14 +65,8 @@ def test_a_program_that_differs_from_the_sampler_is_not_left_behind(teacher, tmp
 
 def test_a_card_has_the_rows_of_this_very_model_and_the_settings_to_run_it(student):
     model = teachers.load(str(student))
-    mine = {
-        "model_sha256": model.fingerprint,
-        "steps": 1,
-        "sampler": "ddim",
-        "fid": 0.5,
-        "fid_interval": [0.4, 0.6],
-        "images": 100,
-    }
+    mine = {"steps": 1, "sampler": "ddim", "fid": 0.5, "fid_interval": [0.4, 0.6], "images": 100}
+    mine["model_sha256"] = model.fingerprint
     (student.parent / "report.json").write_text(json.dumps({"rows": [mine, mine | {"model_sha256": "other", "fid": 9.0}]}))
     rows = measured(str(student), model.fingerprint)
     assert rows == [mine] == measured(str(student.parent), model.fingerprint)
@@ -85,24 +77,17 @@ def test_a_card_has_the_rows_of_this_very_model_and_the_settings_to_run_it(stude
     assert "| teacher | digits |" in text and "pipeline(batch_size=2, class_labels=[0, 1], num_inference_steps=1)" in text
 
 
-def failing(*arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        export.main(list(arguments))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(student, tmp_path, capsys, monkeypatch):
-    out = ["--output-dir", str(tmp_path / "out")]
-    line = failing("--model", "digits", "--onnx", *out, capsys=capsys)
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(student, tmp_path, refused, monkeypatch):
+    arguments = ("--onnx --output-dir", tmp_path / "out", "--model")
+    line = refused(export.main, *arguments, "digits")
     assert "needs a student of one step; this model was made for any number of steps" in line
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "pip install -e '.[onnx]'" in failing("--model", str(student), "--onnx", *out, capsys=capsys)
+    assert "pip install -e '.[onnx]'" in refused(export.main, *arguments, student)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow
-def test_a_hub_that_cannot_be_reached_is_one_line_and_the_export_stays(student, tmp_path, capsys, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_export_stays(student, tmp_path, refused, monkeypatch, stock_here):
     import huggingface_hub
 
     out, pushed = tmp_path / "out", []
@@ -115,6 +100,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_the_export_stays(student, 
             raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    line = failing("--model", str(student), "--output-dir", str(out), "--push-to-hub", "me/it", "--private", capsys=capsys)
+    line = refused(export.main, "--model", student, "--output-dir", out, "--push-to-hub me/it --private")
     assert "--push-to-hub me/it: no route to the hub; the export stays in" in line
     assert (out / "README.md").is_file() and pushed == [("me/it", True)]

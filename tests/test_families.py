@@ -8,23 +8,6 @@ import sys
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    CMStochasticIterativeScheduler,
-    ConsistencyModelPipeline,
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DiTPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    KarrasVeScheduler,
-    LDMPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    ScoreSdeVePipeline,
-    ScoreSdeVeScheduler,
-)
 from pipelines import FAMILIES, PROMPTS, WIDTH, dit, ldm, pixart, sd, unet, vae
 
 import teachers
@@ -41,11 +24,11 @@ def test_every_scheduler_of_a_discrete_table_is_the_same_table(tmp_path, name, p
     options = {"prediction_type": prediction, "beta_schedule": BETAS[prediction], "beta_start": 0.001, "beta_end": 0.015}
     if name == "PNDMScheduler" and prediction == "sample":
         pytest.skip("PNDM has no sample prediction")
-    pipeline = DDIMPipeline if name == "DDIMScheduler" else DDPMPipeline
+    pipeline = diffusers.DDIMPipeline if name == "DDIMScheduler" else diffusers.DDPMPipeline
     pipeline(net, getattr(diffusers, name)(**options)).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
     assert teacher.shape == (3, 8, 8) and teacher.classes is None
-    theirs = DDIMScheduler(**options, clip_sample=False)
+    theirs = diffusers.DDIMScheduler(**options, clip_sample=False)
     theirs.set_timesteps(1000)
     x = torch.randn(2, 3, 8, 8)
     for index in (0, 400, 999):
@@ -54,8 +37,8 @@ def test_every_scheduler_of_a_discrete_table_is_the_same_table(tmp_path, name, p
 
 
 def test_an_euler_pipelines_own_step_gives_the_same_x0_from_the_scaled_sample(tmp_path):
-    net, theirs = unet(), EulerDiscreteScheduler(timestep_spacing="trailing")
-    DDPMPipeline(net, theirs).save_pretrained(tmp_path)
+    net, theirs = unet(), diffusers.EulerDiscreteScheduler(timestep_spacing="trailing")
+    diffusers.DDPMPipeline(net, theirs).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
     theirs.set_timesteps(4)
     t, x = theirs.timesteps[0], theirs.init_noise_sigma * torch.randn(2, 3, 8, 8)
@@ -70,7 +53,7 @@ def test_an_euler_pipelines_own_step_gives_the_same_x0_from_the_scaled_sample(tm
 def test_a_zero_terminal_snr_is_exactly_zero_and_refuses_eps(tmp_path, name):
     for prediction in ("v_prediction", "epsilon"):
         made = getattr(diffusers, name)(rescale_betas_zero_snr=True, prediction_type=prediction)
-        DDPMPipeline(unet(), made).save_pretrained(tmp_path)
+        diffusers.DDPMPipeline(unet(), made).save_pretrained(tmp_path)
         if prediction == "epsilon":
             with pytest.raises(ValueError, match="divides by alpha"):
                 teachers.load(str(tmp_path))
@@ -80,7 +63,9 @@ def test_a_zero_terminal_snr_is_exactly_zero_and_refuses_eps(tmp_path, name):
 
 def test_trained_betas_are_the_table(tmp_path):
     betas = torch.linspace(0.01, 0.3, 7, dtype=torch.float64)
-    DDPMPipeline(unet(), DDIMScheduler(trained_betas=betas.tolist(), num_train_timesteps=7)).save_pretrained(tmp_path)
+    diffusers.DDPMPipeline(
+        unet(), diffusers.DDIMScheduler(trained_betas=betas.tolist(), num_train_timesteps=7)
+    ).save_pretrained(tmp_path)
     schedule = teachers.load(str(tmp_path)).denoiser.schedule
     assert isinstance(schedule, Table)
     assert torch.allclose(torch.tensor(schedule.alphas_cumprod).double(), torch.cumprod(1 - betas, 0), atol=1e-6)
@@ -88,7 +73,7 @@ def test_trained_betas_are_the_table(tmp_path):
 
 def test_a_learned_variance_is_dropped(tmp_path):
     net = unet(out_channels=6)
-    DDPMPipeline(net, DDIMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
+    diffusers.DDPMPipeline(net, diffusers.DDIMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
     x = torch.randn(2, 3, 8, 8)
     assert torch.allclose(teachers.load(str(tmp_path)).denoiser(x, torch.tensor(0.5)), net(x, 499).sample[:, :3], atol=1e-5)
 
@@ -101,7 +86,7 @@ def again(model, tmp_path):
 
 def test_a_score_sde_network_is_given_sigma_and_images_in_0_1(tmp_path):
     net = unet(time_embedding_type="fourier")
-    ScoreSdeVePipeline(net, ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50)).save_pretrained(tmp_path)
+    diffusers.ScoreSdeVePipeline(net, diffusers.ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50)).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
     schedule, x = teacher.denoiser.schedule, 3 * torch.randn(2, 3, 8, 8)
     for sigma in (0.01, 0.7, 50.0):  # of images in [0, 1], where Tweedie's formula is x + sigma^2 score
@@ -114,8 +99,8 @@ def test_a_score_sde_network_is_given_sigma_and_images_in_0_1(tmp_path):
 
 
 def test_a_karras_ve_network_is_read_as_its_pipeline_reads_it(tmp_path):
-    net, theirs = unet(time_embedding_type="fourier"), KarrasVeScheduler()
-    DDPMPipeline(net, theirs).save_pretrained(tmp_path)
+    net, theirs = unet(time_embedding_type="fourier"), diffusers.KarrasVeScheduler()
+    diffusers.DDPMPipeline(net, theirs).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
     x = 3 * torch.randn(2, 3, 8, 8)
     for sigma in (0.05, 1.0, 60.0):
@@ -129,7 +114,7 @@ def test_a_karras_ve_network_is_read_as_its_pipeline_reads_it(tmp_path):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_an_edm_scheduler_preconditions_its_network(tmp_path, name, prediction):
     net, theirs = unet(), getattr(diffusers, name)(sigma_data=0.7, sigma_max=70.0, prediction_type=prediction)
-    DDPMPipeline(net, theirs).save_pretrained(tmp_path)
+    diffusers.DDPMPipeline(net, theirs).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
     x = 3 * torch.randn(2, 3, 8, 8)
     for sigma in torch.tensor([0.01, 1.0, 60.0]):
@@ -142,8 +127,8 @@ def test_an_edm_scheduler_preconditions_its_network(tmp_path, name, prediction):
 
 def test_a_consistency_network_keeps_its_boundary_and_its_classes(tmp_path):
     net = unet(num_class_embeds=5)
-    theirs = CMStochasticIterativeScheduler(sigma_min=0.01, sigma_data=0.4, clip_denoised=False)
-    ConsistencyModelPipeline(net, theirs).save_pretrained(tmp_path)
+    theirs = diffusers.CMStochasticIterativeScheduler(sigma_min=0.01, sigma_data=0.4, clip_denoised=False)
+    diffusers.ConsistencyModelPipeline(net, theirs).save_pretrained(tmp_path)
     teacher = teachers.load(str(tmp_path))
     assert teacher.classes == 5 and teacher.sampling.name == "consistency"
     x, labels = 3 * torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
@@ -161,12 +146,12 @@ def stock(pipeline, guidance):
     """Images in [0, 1] that the pipeline itself makes in one step from the noise of seed 5."""
     pipeline.set_progress_bar_config(disable=True)
     common = {"num_inference_steps": 1, "output_type": "np", "generator": torch.Generator().manual_seed(5)}
-    if isinstance(pipeline, LDMPipeline):
+    if isinstance(pipeline, diffusers.LDMPipeline):
         images = pipeline(2, **common).images
-    elif isinstance(pipeline, DiTPipeline):
+    elif isinstance(pipeline, diffusers.DiTPipeline):
         images = pipeline([1, 2], guidance_scale=guidance, **common).images
     else:
-        pixart = isinstance(pipeline, (PixArtSigmaPipeline, PixArtAlphaPipeline))
+        pixart = isinstance(pipeline, (diffusers.PixArtSigmaPipeline, diffusers.PixArtAlphaPipeline))
         extra = {"use_resolution_binning": False, "clean_caption": False} if pixart else {}
         images = pipeline(PROMPTS[1:], guidance_scale=guidance, height=16, width=16, **extra, **common).images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -201,7 +186,7 @@ def test_a_pixart_network_is_conditioned_on_the_resolution_of_the_image(tmp_path
     from teachers.networks.conditional import PixArt
 
     wide = {"attention_head_dim": 12, "cross_attention_dim": 24}
-    net = pixart(tmp_path, PixArtAlphaPipeline, use_additional_conditions=True, **wide).transformer
+    net = pixart(tmp_path, diffusers.PixArtAlphaPipeline, use_additional_conditions=True, **wide).transformer
     x, text, mask = torch.randn(2, 4, 8, 8), torch.randn(2, 5, WIDTH), torch.ones(2, 5)
     size = {"resolution": torch.tensor([[64.0, 64.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
     with torch.no_grad():
@@ -219,14 +204,14 @@ def prompted(tmp_path_factory):
 
 
 def test_a_flow_networks_x0_is_x_minus_sigma_v_for_any_shift_of_its_grid(tmp_path):
-    net, theirs = unet(), FlowMatchEulerDiscreteScheduler(shift=3.0)
-    DDPMPipeline(net, theirs).save_pretrained(tmp_path)
+    net, theirs = unet(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    diffusers.DDPMPipeline(net, theirs).save_pretrained(tmp_path)
     teacher, x = teachers.load(str(tmp_path)), torch.randn(2, 3, 8, 8)
     assert teacher.denoiser.schedule == Flow() and teacher.record["shift"] == 3.0
     theirs.set_timesteps(10)
     for t, sigma in zip(theirs.timesteps, theirs.sigmas):
         assert torch.allclose(teacher.denoiser(x, sigma), x - sigma * net(x, t).sample, atol=1e-4)
-    DDPMPipeline(net, DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    diffusers.DDPMPipeline(net, diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
                  ).save_pretrained(tmp_path)  # fmt: skip
     assert torch.equal(teachers.load(str(tmp_path)).denoiser(x, torch.tensor(0.6)), teacher.denoiser(x, torch.tensor(0.6)))
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import launch, succeed
+from conftest import here, words
 from PIL import Image
 from pipelines import PROMPTS, ldm, sd, vae
+from processes import together
 
 import teachers
 from recipes import consistency, evaluate, export, latents, teacher, variance
@@ -20,9 +21,8 @@ from recipes.data import sets as datasets
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-SHORT = ["--preset", "smoke", "--training-images", "64", "--batch-size", "32", "--images", "64", "--chunk", "64"]
-SHORT += ["--sweep-steps", "1", "--force"]
-OURS = ["--features", "test_latent_runs:Pool", "--threads", "1"]
+SHORT = "--preset smoke --training-images 64 --batch-size 32 --images 64 --chunk 64 --sweep-steps 1 --force"
+OURS = "--features test_latent_runs:Pool"
 
 
 class Pool(torch.nn.Module):
@@ -32,12 +32,13 @@ class Pool(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
 
 
+def measured(folder):
+    """The reference that a run is measured against, as its images are latents."""
+    return f"--reference {folder / 'measured' / 'reference.safetensors'}"
+
+
 def text_model(folder):
     return f"{folder / 'sd'},prompts={folder / 'prompts.txt'}"
-
-
-def encode(model, data, output):
-    latents.main(f"--model {model} --data {data} --shard-images 40 --threads 1 --output-dir {output}".split())
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +52,9 @@ def made(tmp_path_factory):
     np.savez(folder / "plain.npz", images=images)
     np.savez(folder / "captioned.npz", images=images, captions=[PROMPTS[i % 3] for i in range(96)])
     for model, name in ((folder / "ldm", "plain"), (text_model(folder), "captioned")):
-        encode(model, folder / f"{name}.npz", folder / name)
-    measured = [
-        "--images",
-        "64",
-        "--chunk",
-        "64",
-        "--steps",
-        "1",
-        "--samplers",
-        "ddim",
-        "--output-dir",
-        str(folder / "measured"),
-        *OURS,
-    ]
-    evaluate.main(["--model", str(folder / "ldm"), "--data", str(folder / "plain.npz"), *measured])
+        here(latents.main, "--shard-images 40 --model", model, "--data", folder / f"{name}.npz", "--output-dir", folder / name)
+    few = f"--images 64 --chunk 64 --steps 1 --samplers ddim {OURS} --output-dir"
+    here(evaluate.main, few, folder / "measured", "--model", folder / "ldm", "--data", folder / "plain.npz")
     return folder
 
 
@@ -75,22 +64,22 @@ def importable(monkeypatch):
 
 
 def test_two_processes_make_the_latents_of_one(made, tmp_path):
-    arguments = ["--model", made / "ldm", "--data", made / "plain.npz", "--shard-images", 40, "--threads", 1]
-    succeed("latents", *arguments, "--output-dir", tmp_path / "two", processes=2)
+    common = words("--shard-images 40 --threads 1 --model", made / "ldm", "--data", made / "plain.npz")
+    codes, out = together(2, latents.main, [*common, "--output-dir", str(tmp_path / "two")], log=tmp_path / "log")
     files = sorted(p.name for p in (made / "plain").iterdir())
-    assert len(files) == 4 and filecmp.cmpfiles(made / "plain", tmp_path / "two", files, shallow=False) == (files, [], [])
+    assert codes == {0} and len(files) == 4, out
+    assert filecmp.cmpfiles(made / "plain", tmp_path / "two", files, shallow=False) == (files, [], [])
 
 
 def test_a_failure_in_one_process_ends_all_of_them_in_one_line_and_leaves_nothing(made, tmp_path):
-    images = np.zeros((8, 16, 16, 3), np.uint8)
-    (tmp_path / "set").mkdir()
-    for i in range(8):
-        Image.fromarray(images[i]).save(tmp_path / "set" / f"{i}.png")
-    Image.fromarray(images[0, :4]).save(tmp_path / "set" / "7.png")  # too small, in the shard of the second process
-    arguments = ["--model", made / "ldm", "--data", f"{tmp_path / 'set'},stream=2", "--shard-images", 4, "--threads", 1]
-    done = launch("latents", *arguments, "--output-dir", tmp_path / "l" / "out", processes=2)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode and len(errors) == 1 and "7.png: 16x4 is smaller than 16x16" in errors[0]
+    data = tmp_path / "set"
+    data.mkdir()
+    for i in range(8):  # the last one, in the shard of the second process, is too small
+        Image.fromarray(np.zeros((16 if i < 7 else 4, 16, 3), np.uint8)).save(data / f"{i}.png")
+    common = words("--shard-images 4 --threads 1 --model", made / "ldm", "--data", f"{data},stream=2")
+    codes, out = together(2, latents.main, [*common, "--output-dir", str(tmp_path / "l" / "out")], log=tmp_path / "log")
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert 0 not in codes and len(errors) == 1 and "7.png: 16x4 is smaller than 16x16" in errors[0], out
     assert not list((tmp_path / "l").iterdir())
 
 
@@ -111,51 +100,43 @@ def test_captions_are_the_labels_of_a_teacher_that_is_conditioned_on_prompts(mad
         datasets.load(str(made / "captioned")).captioned(["a dog"])
 
 
-def test_a_text_teacher_is_distilled_on_captions_and_its_export_needs_no_other_folder(made, tmp_path, capsys):
+def test_a_text_teacher_is_distilled_on_captions_and_its_export_needs_no_other_folder(made, tmp_path, capsys, stock_here):
     shutil.copytree(made / "sd", tmp_path / "sd")
-    run = ["--teacher", f"{tmp_path / 'sd'},prompts={made / 'prompts.txt'}", "--data", str(made / "captioned"), *SHORT, *OURS]
-    run += ["--reference", str(made / "measured" / "reference.safetensors"), "--output-dir", str(tmp_path / "run")]
-    consistency.main([*run, "--method", "cd", "--steps", "1", "2"])
+    run, out = tmp_path / "run", tmp_path / "out"
+    teacher = ("--teacher", f"{tmp_path / 'sd'},prompts={made / 'prompts.txt'}", "--data", made / "captioned")
+    here(consistency.main, *teacher, SHORT, OURS, measured(made), "--method cd --steps 1 2 --output-dir", run)
     assert "gives the same pixels through diffusers alone" in capsys.readouterr().out
-    export.main(["--model", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")])
-    call = (
-        "pipeline(prompt=['a cat', 'two dogs on a boat', 'blue', 'a cat'], guidance_scale=1.0, eta=0.5, num_inference_steps=1)"
-    )
-    assert call in (tmp_path / "out" / "README.md").read_text()
-    model = teachers.load(str(tmp_path / "run"))
+    export.main(words("--model", run, "--output-dir", out))
+    prompts = "['a cat', 'two dogs on a boat', 'blue', 'a cat']"
+    call = f"pipeline(prompt={prompts}, guidance_scale=1.0, eta=0.5, num_inference_steps=1)"
+    assert call in (out / "README.md").read_text()
+    model = teachers.load(str(run))
     before = model.decode(torch.ones(1, 4, 8, 8))
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    out.rename(tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "sd")
     again = teachers.load(str(tmp_path / "elsewhere"))
     assert again.fingerprint == model.fingerprint and torch.equal(again.decode(torch.ones(1, 4, 8, 8)), before)
 
 
-def test_new_networks_are_trained_on_latents_and_exported_with_the_autoencoder(made, tmp_path):
-    new = ["--channels", "8", "16", *OURS[2:], "--data", str(made / "plain")]
-    common = [*SHORT, *OURS[:2], *new, "--steps", "1", "--sampler", "ddim"]
-    common += ["--reference", str(made / "measured" / "reference.safetensors")]
-    ect = ["--method", "ect", "--student", "new", "--teacher", str(made / "ldm")]
-    consistency.main([*ect, "--output-dir", str(tmp_path / "a"), *common])
-    consistency.main(["--method", "ict", "--from-scratch", "--output-dir", str(tmp_path / "b"), *common])
+def test_new_networks_are_trained_on_latents_and_exported_with_the_autoencoder(made, tmp_path, stock_here):
+    new = ("--channels 8 16 --data", made / "plain")
+    common = (*new, SHORT, OURS, measured(made), "--steps 1 --sampler ddim --output-dir")
+    here(consistency.main, "--method ect --student new --teacher", made / "ldm", *common, tmp_path / "a")
+    here(consistency.main, "--method ict --from-scratch", *common, tmp_path / "b")
     assert all((tmp_path / run / "pipeline" / "vqvae").is_dir() for run in "ab")
-    teacher.main(["--preset", "smoke", "--images", "64", "--output-dir", str(tmp_path / "t"), *new])
+    here(teacher.main, "--preset smoke --images 64 --output-dir", tmp_path / "t", *new)
     assert (tmp_path / "t" / "samples.png").is_file() and teachers.load(str(tmp_path / "t" / "teacher.safetensors")).codec
 
 
 def test_what_a_text_teacher_does_not_support_ends_in_one_line(made, capsys, tmp_path):
-    arguments = ["--teacher", text_model(made), "--data", str(made / "captioned"), "--output-dir", str(tmp_path / "none")]
-    measured = ["--reference", str(made / "measured" / "reference.safetensors"), *OURS]
+    arguments = words("--teacher", text_model(made), "--data", made / "captioned", "--output-dir", tmp_path / "none")
     for recipe, more, message in (
-        (variance.main, [], "conditioned on labels or on nothing, and this teacher on text"),
-        (consistency.main, ["--target", "posterior-mean", *measured], "needs labels, and this model is conditioned on text"),
-        (teacher.main, ["--label-dropout", "0"], "conditioned on labels or on nothing, and this teacher on text"),
-        (
-            consistency.main,
-            ["--student", "new", *measured],
-            "takes 3 labels and the teacher 3 prompts (text): they must be the same",
-        ),
+        (variance, "", "conditioned on labels or on nothing, and this teacher on text"),
+        (consistency, "--target posterior-mean", "needs labels, and this model is conditioned on text"),
+        (teacher, "--label-dropout 0", "conditioned on labels or on nothing, and this teacher on text"),
+        (consistency, "--student new", "takes 3 labels and the teacher 3 prompts (text): they must be the same"),
     ):
         with pytest.raises(SystemExit) as stop:
-            recipe([*arguments, *more])
+            recipe.main([*arguments, *words(more, *((measured(made), OURS) if recipe is consistency else ()))])
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and message in line and not (tmp_path / "none").exists()

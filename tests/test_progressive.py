@@ -9,7 +9,7 @@ from distill.distance import DISTANCES, WEIGHTS, PseudoHuber, l2
 from distill.progressive import Progressive, two_steps_in_one
 from distill.rng import Rng
 from distill.samplers import ddim
-from distill.schedule import EDM, Cosine, Flow, add_noise, explain, move
+from distill.schedule import EDM, Cosine, Flow, add_noise, move
 from distill.train import Optimization, train
 from teachers.oracle import Gaussian
 
@@ -150,12 +150,3 @@ def test_a_ladder_on_gaussian_data_reaches_the_closed_form_map():
     assert (ladder - many).abs().max() < 0.01  # one step does what 64 did,
     assert (ladder - flow).abs().max() < 0.01 + (many - flow).abs().max()  # which is the exact map but for DDIM's own error
     assert (many - flow).abs().max() < 0.06
-
-
-def test_a_target_that_swaps_mid_and_s_is_noticed():
-    """The mistake of a published attempt: this file's first test must tell it from the right target."""
-    oracle, schedule, x = gaussian(Cosine()), Cosine(), torch.randn(64, 2)
-    t, mid, s = torch.tensor(0.75), torch.tensor(0.5), torch.tensor(0.25)
-    x_s = move(schedule, x, oracle(x, t), t, s)
-    wrong = explain(schedule, x, move(schedule, x_s, oracle(x_s, s), s, mid), t, s)
-    assert (move(schedule, x, wrong, t, s) - ddim(oracle, x, torch.stack([t, mid, s]))).abs().max() > 1e-2

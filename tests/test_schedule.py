@@ -5,23 +5,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from distill.schedule import (
-    EDM,
-    VE,
-    Cosine,
-    Flow,
-    LinearVP,
-    Table,
-    Trig,
-    add_noise,
-    describe,
-    expand,
-    explain,
-    move,
-    schedule_from,
-    to_eps,
-    to_x0,
-)  # fmt: skip
+from distill import schedule as schedules
+from distill.schedule import EDM, VE, Cosine, Flow, LinearVP, Table, Trig, add_noise, expand, explain, move
 
 
 def ddim_table(**config) -> Table:
@@ -126,8 +111,8 @@ def test_two_moves_with_one_x0_are_one_move():
 def test_eps_and_x0_are_each_others_inverse_and_what_noise_was_added():
     x0, eps, t = torch.randn(5, 2), torch.randn(5, 2), torch.linspace(0.1, 0.9, 5)
     x_t = add_noise(Flow(), x0, eps, t)
-    assert torch.allclose(to_eps(Flow(), x_t, x0, t), eps, atol=1e-5)
-    assert torch.allclose(to_x0(Flow(), x_t, eps, t), x0, atol=1e-5)
+    assert torch.allclose(schedules.to_eps(Flow(), x_t, x0, t), eps, atol=1e-5)
+    assert torch.allclose(schedules.to_x0(Flow(), x_t, eps, t), x0, atol=1e-5)
 
 
 def test_a_coefficient_multiplies_samples_not_columns_when_batch_height_and_width_are_equal():
@@ -140,14 +125,14 @@ def test_a_coefficient_multiplies_samples_not_columns_when_batch_height_and_widt
 
 @every_schedule
 def test_a_schedule_survives_json(schedule):
-    assert schedule_from(json.loads(json.dumps(describe(schedule)))) == schedule
+    assert schedules.schedule_from(json.loads(json.dumps(schedules.describe(schedule)))) == schedule
 
 
 def test_unknown_schedules_and_fields_are_named():
     with pytest.raises(ValueError, match="unknown schedule 'cosin': accepted are flow, cosine"):
-        schedule_from("cosin")
+        schedules.schedule_from("cosin")
     with pytest.raises(ValueError, match="sigma_min"):
-        schedule_from({"kind": "flow", "sigma_min": 1})
+        schedules.schedule_from({"kind": "flow", "sigma_min": 1})
 
 
 def test_edm_and_trig_agree_on_x_t_up_to_scale():

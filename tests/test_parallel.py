@@ -1,0 +1,101 @@
+"""Two processes train as one: the gradients of every method under DDP, and weights that FSDP2 shards."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from processes import together
+from test_consistency import LEARNED, Small
+
+import teachers
+from distill import files
+from distill.consistency import Consistency, Neighbours, truncated_snr
+from distill.denoiser import Denoiser
+from distill.regularize import Regularized
+from distill.resume import whole
+from distill.rng import Rng
+from distill.schedule import Cosine
+from distill.scm import ContinuousConsistency
+from distill.target import Mix
+from distill.train import BatchSplit, Optimization, train
+from recipes.data import sets
+
+pytestmark = pytest.mark.slow
+
+
+def gradient(method, student, x0, rows):
+    rng = Rng(torch.Generator().manual_seed(7), 32, rows)
+    return method(student, x0[rows] if rows else x0, rng=rng, progress=0.6).mean()
+
+
+def compare_gradients():
+    """In each of two processes: the gradient of half of the batch, averaged by DDP, and that of the whole batch."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)).double()
+    methods = {name: method for name, (method, _) in LEARNED.items()}
+    methods["regularized"] = Regularized(methods["cd"], (("martingale", 0.1), ("fokker-planck", 0.01)))
+    for name, method in methods.items():
+        alone = Denoiser(Small().double(), Cosine())
+        shared = replace(alone, net=accelerator.prepare(copy.deepcopy(alone.net)))
+        assert type(shared.net).__name__ == "DistributedDataParallel"
+        gradient(method, alone, x0, None).backward()
+        accelerator.backward(gradient(method, shared, x0, slice(16 * rank, 16 * rank + 16)))
+        pairs = zip(alone.net.parameters(), shared.net.parameters(), strict=True)
+        worst = max((a.grad - b.grad).abs().max().item() / max(1.0, a.grad.abs().max().item()) for a, b in pairs)
+        assert worst < 1e-6, (name, worst)
+        print(name)
+    accelerator.end_training()
+
+
+def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch(tmp_path):
+    """For every method, those with tangents above all: calling the network inside DDP directly would skip the reduction."""
+    codes, out = together(2, compare_gradients, log=tmp_path / "log")
+    assert codes == {0} and out.split().count("regularized") == 2, out
+
+
+def train_sharded(path):
+    """Train the digits teacher's copy a few steps, in several processes with shards, and write weights and average.
+
+    Accelerate shards on accelerators only; on CPUs its state is therefore set by hand; its FSDP2 code is the real one.
+    """
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    world = accelerator.num_processes
+    blocks = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["ResnetBlock2D"]}
+    teacher, data = teachers.load("digits"), sets.load("digits")
+    pairs = Neighbours(lambda _: 4, grid="uniform")
+    methods = {
+        "cd": Consistency(Mix(teacher.denoiser), pairs, truncated_snr, averaged=True),
+        "scd": ContinuousConsistency(Mix(teacher.denoiser), warmup=0.0),
+    }
+    tensors = {}
+    for name, method in methods.items():
+        if world > 1:
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, **blocks)
+            type(accelerator.state)._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        batches = data.batches(BatchSplit(32, world, accelerator.process_index), 0, name, accelerator.device, teacher.condition)
+        how = Optimization(3 * 32, 32, ema_halflife_images=64)
+        for state in train(method, teacher.student(), batches, accelerator, how, seed=0, phase=name):
+            assert hasattr(next(state.student.net.parameters()), "full_tensor") == (world > 1)
+        for kind, net in (("student", state.student.net), ("average", state.ema.net)):
+            tensors |= {f"{name} {kind} {key}": whole(value.detach()) for key, value in net.state_dict().items()}
+    if accelerator.is_main_process:
+        files.save(path, tensors, {})
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def test_sharded_weights_train_like_whole_ones(tmp_path):
+    """FSDP2 of Accelerate over two processes against one: students, tangents and averages."""
+    train_sharded(tmp_path / "one")
+    codes, out = together(2, train_sharded, tmp_path / "two", log=tmp_path / "log")
+    assert codes == {0}, out
+    one, two = (files.load(tmp_path / name)[0] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.allclose(one[key], two[key], atol=2e-5), key
