@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +103,14 @@ def succeed(*command: object) -> str:
 
 def rows(folder: Path) -> dict[str, dict]:
     return {row["name"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}
+
+
+@dataclass(frozen=True)
+class Function:
+    """A denoiser that is any function of x_t and t."""
+
+    schedule: Any
+    of: Callable
+
+    def __call__(self, x_t, t, to=None, **cond):
+        return self.of(x_t, t)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import Function
 from torch import nn
 
 from distill import grid
@@ -70,17 +71,10 @@ def test_the_distillation_loss_vanishes_on_the_exact_function_as_the_grid_refine
 
 def test_training_is_distillation_by_a_teacher_that_returns_the_data_sample():
     x0, schedule = data(64), Cosine()
-
-    class Returns:
-        def __init__(self):
-            self.schedule = schedule
-
-        def __call__(self, x_t, t, **cond):
-            return x0
-
+    returns = Function(schedule, lambda x_t, t: x0)
     pairs = Neighbours(lambda _: 30)
     one = Consistency(DataSample(), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
-    two = Consistency(Mix(Returns(), 1.0), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
+    two = Consistency(Mix(returns, 1.0), pairs)(Exact(schedule), x0, rng=rng(64), progress=0.5)
     assert torch.allclose(one, two)
 
 
@@ -88,13 +82,8 @@ def test_the_euler_step_of_training_keeps_the_noise():
     """Song et al. 2023: with the data sample as x0_hat, x_s is that sample with the same noise."""
     schedule, x0 = Cosine(), data(32)
     seen = []
-
-    class Records(Exact):
-        def __call__(self, x_t, t, **cond):
-            seen.append((x_t, t))
-            return x_t
-
-    Consistency(DataSample(), Neighbours(lambda _: 12))(Records(schedule), x0, rng=rng(32), progress=0.0)
+    records = Function(schedule, lambda x_t, t: seen.append((x_t, t)) or x_t)
+    Consistency(DataSample(), Neighbours(lambda _: 12))(records, x0, rng=rng(32), progress=0.0)
     (x_s, s), (x_t, t) = seen
     inner = t > schedule.t_min  # the last pair ends at the data, where the function is not evaluated
     noise = (x_t - schedule.alpha(t)[:, None] * x0) / schedule.sigma(t)[:, None]

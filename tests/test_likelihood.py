@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import Function
 
+from distill.denoiser import on_schedule
 from distill.distance import WEIGHTS
 from distill.likelihood import bits, bound, flow
 from distill.regression import DRAWS
@@ -65,22 +67,11 @@ def test_random_signs_estimate_the_exact_trace_without_bias():
     """On two points off the axes, whose dD/dx is no diagonal."""
     x = torch.tensor([[0.3, 0.1]], dtype=torch.float64)
     denoiser = finite(Cosine(), torch.tensor([[0.5, 0.4], [-0.5, -0.3]], dtype=torch.float64))
-    smooth = Smooth(denoiser)
+    stops = EDM(t_min=0.3, t_max=80.0)  # where the data are still blurred
+    smooth = Function(stops, on_schedule(denoiser, stops))
     exact = flow(smooth, x, rng(), probes=None, steps=16)
     many = flow(smooth, x.expand(4000, 2), rng(), probes=1, steps=16)
     assert many.std() > 0.01 and (many.mean() - exact).abs() < 4 * many.std() / 4000**0.5
-
-
-class Smooth:
-    """The denoiser on a schedule that stops where its data are still blurred."""
-
-    def __init__(self, denoiser):
-        self.denoiser, self.schedule = denoiser, EDM(t_min=0.3, t_max=80.0)
-
-    def __call__(self, x_t, t):
-        from distill.denoiser import on_schedule
-
-        return on_schedule(self.denoiser, self.schedule)(x_t, t)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

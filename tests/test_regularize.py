@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Function
 from test_consistency import MEAN, STD, Exact, Small, data
 
 from distill.consistency import Consistency, Neighbours
@@ -37,16 +38,11 @@ def test_the_residual_vanishes_on_the_exact_denoiser_and_not_on_a_wrong_one(name
     if name == "fokker-planck":
         assert right.abs().max() < 1e-6
 
-    class Wrong:
-        """Too sharp at high noise only: no data at all have this denoiser."""
+    def too_sharp(x, t):
+        """At high noise only: no data at all have this denoiser."""
+        return replace(exact, std=exact.std * (1 + 0.5 * torch.tanh(schedule.logsnr(t)))[:, None])(x, t)
 
-        def __init__(self):
-            self.schedule = schedule
-
-        def __call__(self, x, t, **cond):
-            return replace(exact, std=exact.std * (1 + 0.5 * torch.tanh(schedule.logsnr(t)))[:, None])(x, t)
-
-    wrong = RESIDUALS[name](Wrong(), x_t, t, rng())
+    wrong = RESIDUALS[name](Function(schedule, too_sharp), x_t, t, rng())
     error = 3 * right.std() / N**0.5
     assert right.mean().abs() < error + 1e-9 < wrong.mean()
 
@@ -54,12 +50,8 @@ def test_the_residual_vanishes_on_the_exact_denoiser_and_not_on_a_wrong_one(name
 def test_the_consistency_residual_vanishes_on_the_consistency_function_and_not_on_the_denoiser():
     schedule = Cosine()
     x_t, t = at(schedule)
-
-    class Path(Exact):
-        """The exact function; its own DDIM step leaves the path, so the step is made small."""
-
-    small = {"by": 1e-3}
-    on_function = RESIDUALS["self-consistency"](Path(schedule), x_t, t, rng(), **small).mean()
+    small = {"by": 1e-3}  # for a DDIM step of the exact function leaves the path
+    on_function = RESIDUALS["self-consistency"](Exact(schedule), x_t, t, rng(), **small).mean()
     on_denoiser = RESIDUALS["self-consistency"](Gaussian(schedule, MEAN, STD), x_t, t, rng(), **small).mean()
     assert on_denoiser > 0 and on_function < on_denoiser
 

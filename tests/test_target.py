@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import Function
 
 from distill.denoiser import Rescheduled
 from distill.schedule import EDM, Cosine, Flow, add_noise
@@ -79,20 +80,8 @@ def test_the_posterior_mean_stays_within_a_label():
     )
 
 
-class Off:
-    """The Gaussian's exact answer and a known error."""
-
-    schedule = SCHEDULE
-
-    def __call__(self, x_t, t, **cond):
-        return ORACLE(x_t, t) + 0.2
-
-
-class Labelled:
-    schedule = SCHEDULE
-
-    def __call__(self, x_t, t, labels):
-        return ORACLE(x_t, t)
+OFF = Function(SCHEDULE, lambda x_t, t: ORACLE(x_t, t) + 0.2)  # the Gaussian's exact mean and a known error
+LABELLED = Function(SCHEDULE, ORACLE)
 
 
 def found(teacher, averaged=1.0, n=4000):
@@ -106,7 +95,7 @@ LEVELS = torch.linspace(-4, 4, 5)
 def test_variance_and_bias_are_those_of_the_closed_form():
     t = SCHEDULE.time(LEVELS)[:, None]
     variance = SCHEDULE.sigma(t) ** 2 * ORACLE.std**2 / (SCHEDULE.alpha(t) ** 2 * ORACLE.std**2 + SCHEDULE.sigma(t) ** 2)
-    for teacher, bias in ((Off(), 0.04), (ORACLE, 0.0)):
+    for teacher, bias in ((OFF, 0.04), (ORACLE, 0.0)):
         errors = found(teacher)
         assert torch.allclose(errors["variance"], variance.mean(1), rtol=0.08)
         assert torch.allclose(errors["bias"], torch.full((5,), bias), atol=0.01)
@@ -115,11 +104,11 @@ def test_variance_and_bias_are_those_of_the_closed_form():
 @pytest.mark.slow
 def test_auto_finds_the_part_that_minimises_variance_and_bias_together():
     for n in (1, 64):
-        errors = found(Off(), n)
+        errors = found(OFF, n)
         for part in (0.0, 0.1, 0.3, 0.7, 1.0):
             of = lambda g: (1 - g) ** 2 * errors["variance"] / n + g**2 * errors["bias"]  # noqa: E731, B023
             assert (of(errors["best"]) <= of(torch.tensor(part)) + 1e-9).all()
-    assert torch.allclose(found(Off())["best"], found(Off())["variance"] / (found(Off())["variance"] + 0.04), rtol=0.1)
+    assert torch.allclose(found(OFF)["best"], found(OFF)["variance"] / (found(OFF)["variance"] + 0.04), rtol=0.1)
     assert (found(ORACLE)["best"] > 0.99).all()
 
 
@@ -130,7 +119,7 @@ def test_an_exact_teacher_is_trusted_though_few_samples_say_so_and_64_targets_ar
 
 def test_a_class_with_one_sample_is_compared_with_all_samples():
     labels, data = torch.arange(40), noisy(40)[0]
-    errors = TeacherBias(Labelled(), data, labels).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=400)
+    errors = TeacherBias(LABELLED, data, labels).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=400)
     assert all(torch.isfinite(values).all() for values in errors.values())
     with pytest.raises(ValueError, match="at least 2 data samples, here are 1"):
         TeacherBias(ORACLE, data[:1])
@@ -151,14 +140,8 @@ def test_on_a_mixture_the_exact_teacher_is_trusted_and_a_shifted_one_is_found_ou
         x0 = means[torch.randint(2, (20_000,), generator=g)] + std * torch.randn(20_000, 2, generator=g)
         x_t = add_noise(SCHEDULE, x0, z, level)
         assert torch.isclose((x0 - oracle(x_t, level)).square().mean(), found_variance, rtol=0.1, atol=1e-4)
-
-    class Shifted:
-        schedule = SCHEDULE
-
-        def __call__(self, x_t, t, **cond):
-            return oracle(x_t, t) + 0.2
-
-    shifted = TeacherBias(Shifted(), data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000)
+    off = Function(SCHEDULE, lambda x_t, t: oracle(x_t, t) + 0.2)
+    shifted = TeacherBias(off, data).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), 4000)
     assert torch.allclose(shifted["bias"], torch.full((5,), 0.04), atol=0.01)
 
 
