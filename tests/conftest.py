@@ -94,6 +94,15 @@ def refused(capsys):
     return run
 
 
+def refuses(message: str, call: Callable, *arguments: Any, **options: Any) -> str:
+    """The call must raise ValueError in one line with this text, in which " ... " stands for anything."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments, **options)
+    line = str(error.value)
+    assert all(part in line for part in message.split(" ... ")) and "\n" not in line, line
+    return line
+
+
 def succeed(*command: object) -> str:
     """Run a Python command, which must succeed, and return its standard output."""
     done = subprocess.run([sys.executable, *words(*command)], capture_output=True, text=True, timeout=600)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import Function
+from conftest import Function, refuses
 from torch import nn
 
 from distill import grid
@@ -231,9 +231,8 @@ class NoRule(nn.Module):
 
 
 def test_a_network_without_a_forward_rule_is_refused_by_the_name_of_its_operator():
-    student = Denoiser(NoRule(), TRIG, "v")
-    with pytest.raises(ValueError, match=r"no exact tangent .*: use --jvp finite"):
-        tangent(velocity(student, {}), torch.randn(3, 2), torch.rand(3), torch.randn(3, 2))
+    function, x = velocity(Denoiser(NoRule(), TRIG, "v"), {}), torch.randn(3, 2)
+    refuses("no exact tangent ... : use --jvp finite", tangent, function, x, torch.rand(3), x)
 
 
 class Small(nn.Module):

@@ -50,8 +50,8 @@ def test_every_consistency_method_writes_what_progressive_writes(tmp_path, new, 
     assert ("teacher ddim 1" in found) != ("--from-scratch" in arguments)
 
 
-def test_a_consistency_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path, new):
-    arguments = words("--method ect", TINY, "--training-images 1024 --force --teacher", new, "--output-dir")
+def test_a_consistency_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path, new, stock_here):
+    arguments = words("--method ect", TINY, "--training-images 512 --force --teacher", new, "--output-dir")
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     consistency.main([*arguments, str(whole)])
     killed(lambda: list(folder.glob("stages/ect/resume-*")), consistency.main, [*arguments, str(folder)])

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import here
+from conftest import here, refuses
 from PIL import Image
 from torch import nn
 
@@ -70,14 +70,6 @@ def labels_of(batches):
     return torch.cat([cond["labels"] for _, cond in batches]).tolist()
 
 
-def refuses(message, make, *arguments):
-    """make(*arguments) raises ValueError in one short line with this text, in which " ... " stands for anything."""
-    with pytest.raises(ValueError) as error:
-        make(*arguments)
-    line = str(error.value)
-    assert all(part in line for part in message.split(" ... ")) and "\n" not in line and len(line) < 250, line
-
-
 def test_sub_folders_are_classes_and_images_are_centre_cropped_squares(tmp_path):
     for name, n in (("cat", 3), ("ant", 2)):
         write(tmp_path / name, n)
@@ -101,8 +93,7 @@ def test_a_corrupt_image_is_reported_and_left_out_and_many_are_fatal(tmp_path, c
     assert "007.png cannot be read and is left out" in capsys.readouterr().err
     for i in range(3):
         (tmp_path / "set" / f"bad{i}.png").write_bytes((tmp_path / "set" / "0.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"4 of 154 images cannot be read, the first is .*007\.png"):
-        sets.load(str(tmp_path / "set"))
+    refuses("4 of 154 images cannot be read, the first is ... 007.png", sets.load, str(tmp_path / "set"))
 
 
 def test_a_wrong_spec_ends_in_a_short_message_with_the_nearest_accepted():
@@ -115,7 +106,7 @@ def test_a_wrong_spec_ends_in_a_short_message_with_the_nearest_accepted():
         "hf:a,split": "option split has no value; accepted is split=...",
         "digits,flip=1": "option flip has the value '1'; accepted is flip alone",
     }.items():
-        refuses(message, sets.load, text)
+        assert len(refuses(message, sets.load, text)) < 250
 
 
 def test_every_form_and_option_has_a_line_of_help():
@@ -299,8 +290,7 @@ def test_in_a_stream_another_image_replaces_a_corrupt_one_and_more_than_1_percen
     assert "s.tar/300 cannot be read and is left out" in capsys.readouterr().err
     assert all(len(x0) == 50 for x0, _ in whole) and torch.equal(whole[7][0], some(1, found, BatchSplit(50), step=7)[0][0])
     shard(tmp_path / "s.tar", range(500), png=lambda i: b"no image" if 200 < i < 220 else png(i % 250))
-    with pytest.raises(ValueError, match=r"\d\d of 1000 images cannot be read, the first is .*s\.tar/2\d\d"):
-        some(20, found, BatchSplit(50))
+    refuses(" of 1000 images cannot be read, the first is ... s.tar/2", some, 20, found, BatchSplit(50))
 
 
 def test_a_labelled_stream_needs_the_number_of_classes(tmp_path, streamed):

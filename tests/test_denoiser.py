@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import refuses
 from diffusers import DDIMScheduler
 from torch import nn
 
@@ -38,8 +39,7 @@ def outputs(prediction, schedule, x0, eps, t):
 @pytest.mark.parametrize("schedule", [Flow(), Cosine(), LinearVP(), EDM(), VE(), Trig()], ids=lambda s: type(s).__name__)
 def test_a_perfect_network_of_any_prediction_gives_back_x0(prediction, schedule):
     if prediction in ("eps", "score") and isinstance(schedule, (Flow, Cosine, Trig)):
-        with pytest.raises(ValueError, match="divides by alpha"):
-            Denoiser(nn.Identity(), schedule, prediction)
+        refuses("divides by alpha", Denoiser, nn.Identity(), schedule, prediction)
         return
     t = torch.linspace(schedule.t_min, schedule.t_max, 7, dtype=torch.float64)[1:-1]
     x0, eps = torch.randn(5, 3).double(), torch.randn(5, 3).double()
@@ -109,14 +109,10 @@ def test_guidance_is_null_plus_scale_times_the_difference():
 
 
 def test_wrong_names_and_pairs_are_refused_with_what_is_accepted():
-    with pytest.raises(ValueError, match="unknown prediction 'epsilon': accepted are x0, eps"):
-        Denoiser(nn.Identity(), Flow(), "epsilon")
-    with pytest.raises(ValueError, match="divides by alpha"):
-        Denoiser(nn.Identity(), Flow(), "eps")
-    with pytest.raises(ValueError, match="unknown time convention"):
-        Denoiser(nn.Identity(), Flow(), "v", "sigma")
-    with pytest.raises(ValueError, match="needs a schedule of kind 'table'"):
-        Denoiser(nn.Identity(), Flow(), "v", "index")
+    refuses("unknown prediction 'epsilon': accepted are x0, eps", Denoiser, nn.Identity(), Flow(), "epsilon")
+    refuses("divides by alpha", Denoiser, nn.Identity(), Flow(), "eps")
+    refuses("unknown time convention", Denoiser, nn.Identity(), Flow(), "v", "sigma")
+    refuses("needs a schedule of kind 'table'", Denoiser, nn.Identity(), Flow(), "v", "index")
 
 
 @pytest.mark.parametrize("inner", [EDM(), VE(), Cosine()], ids=["EDM", "VE", "Cosine"])

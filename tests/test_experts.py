@@ -1,7 +1,7 @@
 from dataclasses import replace
 
-import pytest
 import torch
+from conftest import refuses
 
 import teachers
 from distill.denoiser import Rescheduled
@@ -44,5 +44,4 @@ def test_a_spec_gives_the_experts_and_the_bounds_between_them():
         ("experts:digits|oracle:gaussian,logsnr=0", "the first expert has"),
         ("experts:digits|nothing,logsnr=0", "unknown model 'nothing'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            teachers.load(wrong)
+        refuses(message, teachers.load, wrong)

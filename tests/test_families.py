@@ -8,6 +8,7 @@ import sys
 import diffusers
 import pytest
 import torch
+from conftest import refuses
 from pipelines import FAMILIES, PROMPTS, WIDTH, dit, ldm, pixart, sd, unet, vae
 
 import teachers
@@ -55,8 +56,7 @@ def test_a_zero_terminal_snr_is_exactly_zero_and_refuses_eps(tmp_path, name):
         made = getattr(diffusers, name)(rescale_betas_zero_snr=True, prediction_type=prediction)
         diffusers.DDPMPipeline(unet(), made).save_pretrained(tmp_path)
         if prediction == "epsilon":
-            with pytest.raises(ValueError, match="divides by alpha"):
-                teachers.load(str(tmp_path))
+            refuses("divides by alpha", teachers.load, str(tmp_path))
         else:
             assert teachers.load(str(tmp_path)).denoiser.schedule.alphas_cumprod[-1] == 0
 
@@ -277,7 +277,7 @@ def test_a_broken_pipeline_is_refused_in_one_line_with_the_reason(tmp_path, prom
         (without("vae/diffusion_pytorch_model.safetensors"), given, "lacks the safetensors weights of vae"),
         (without("text_encoder/model.safetensors"), given, "a text encoder or tokenizer cannot be read"),
         (without("tokenizer"), given, "lacks tokenizer/"),
-        (index(unet=["mine", "Net"]), given, r"unet is own code \(mine.Net\), which is not run"),
+        (index(unet=["mine", "Net"]), given, "unet is own code (mine.Net), which is not run"),
         (index(unet=["diffusers", "UNet1DModel"]), given, "class UNet1DModel; accepted are pipelines of UNet2DModel"),
         (index(_class_name="StableDiffusionInpaintPipeline"), str(folder), "class UNet2DConditionModel; accepted are"),
         (index(_class_name="StableDiffusionInpaintPipeline"), given, "takes no prompts"),
@@ -285,9 +285,7 @@ def test_a_broken_pipeline_is_refused_in_one_line_with_the_reason(tmp_path, prom
         shutil.copytree(pipeline, folder)
         shutil.copy(tmp_path / "mine.py", folder / "mine.py")
         change()
-        with pytest.raises(ValueError, match=message) as error:
-            teachers.load(spec)
-        assert "\n" not in str(error.value)
+        refuses(message, teachers.load, spec)
         shutil.rmtree(folder)
 
 
@@ -297,8 +295,7 @@ def test_a_students_autoencoder_is_read_from_its_source_and_missed_when_the_file
     assert copy.codec.vae is None and "network" not in vars(copy.codec)
     assert copy.image_shape == (3, 16, 16)
     shutil.rmtree(tmp_path / "pipeline" / "vqvae")
-    with pytest.raises(ValueError, match="there is no vqvae in it any more"):
-        teachers.load(str(tmp_path / "model.safetensors"))
+    refuses("there is no vqvae in it any more", teachers.load, str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.slow

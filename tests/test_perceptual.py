@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import torch
+from conftest import refuses
 
 from eval.perceptual import Lpips
 
@@ -19,8 +20,6 @@ def test_lpips_is_zero_on_equal_images_alone_and_passes_gradients():
 
 
 def test_lpips_without_its_package_or_on_one_channel_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="defined for 3 channels, these images have 1: accepted are l2, pseudo_huber"):
-        Lpips(1)
+    refuses("defined for 3 channels, these images have 1: accepted are l2, pseudo_huber", Lpips, 1)
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ValueError, match="needs the lpips package"):
-        Lpips(3)
+    refuses("needs the lpips package", Lpips, 3)

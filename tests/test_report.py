@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refuses
 from jsonschema import Draft202012Validator
 
 from distill import files
@@ -135,10 +135,8 @@ def test_finished_runs_are_merged_on_one_page_with_different_names(written):
 @pytest.mark.slow
 def test_protocols_are_not_mixed(written):
     one, two = written("one", TEACHER), written("two", TEACHER, PROTOCOL | {"images": 10_000, "seed": 1})
-    with pytest.raises(ValueError, match="cannot be compared: images is 5000 and 10000, seed is 0 and 1"):
-        compare.merged([one, two])
-    with pytest.raises(ValueError, match="there is no finished report"):
-        compare.merged([one, one / "nowhere"])
+    refuses("cannot be compared: images is 5000 and 10000, seed is 0 and 1", compare.merged, [one, two])
+    refuses("there is no finished report", compare.merged, [one, one / "nowhere"])
 
 
 @pytest.fixture(scope="module")

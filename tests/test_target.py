@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import Function
+from conftest import Function, refuses
 
 from distill.denoiser import Rescheduled
 from distill.schedule import EDM, Cosine, Flow, add_noise
@@ -47,10 +47,8 @@ def test_a_part_by_noise_level_is_linear_between_its_levels_and_flat_outside():
 
 
 def test_a_part_outside_0_to_1_is_refused():
-    with pytest.raises(ValueError, match="accepted are 0 to 1"):
-        Mix(ORACLE, 1.5)
-    with pytest.raises(ValueError, match="accepted are 0 to 1"):
-        Mix(ORACLE, torch.tensor([0.0, -0.1]), torch.tensor([0.0, 1.0]))
+    refuses("accepted are 0 to 1", Mix, ORACLE, 1.5)
+    refuses("accepted are 0 to 1", Mix, ORACLE, torch.tensor([0.0, -0.1]), torch.tensor([0.0, 1.0]))
 
 
 def test_a_teacher_is_evaluated_on_its_own_schedule():
@@ -121,8 +119,7 @@ def test_a_class_with_one_sample_is_compared_with_all_samples():
     labels, data = torch.arange(40), noisy(40)[0]
     errors = TeacherBias(LABELLED, data, labels).errors(SCHEDULE, LEVELS, torch.Generator().manual_seed(0), samples=400)
     assert all(torch.isfinite(values).all() for values in errors.values())
-    with pytest.raises(ValueError, match="at least 2 data samples, here are 1"):
-        TeacherBias(ORACLE, data[:1])
+    refuses("at least 2 data samples, here are 1", TeacherBias, ORACLE, data[:1])
 
 
 @pytest.mark.slow

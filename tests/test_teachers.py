@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refuses
 from safetensors.torch import save_file
 from torch import nn
 
@@ -59,16 +59,12 @@ def test_a_module_is_refused_where_none_is_needed_and_missed_where_one_is(tmp_pa
     teachers.save(digits, teacher)
     for path, net, message in (
         (mine, None, f"needs your module {__name__}.ByLabel: use teachers.load_file"),
-        (mine, nn.Linear(2, 2), "1 weights missing: net.bias|2 weights missing"),
+        (mine, nn.Linear(2, 2), "weights missing"),
         (digits, ByLabel(), "net=ByLabel: this model's file builds its own network"),
     ):
-        with pytest.raises(ValueError, match=message) as error:
-            teachers.load_file(path, net=net)
-        assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="no network description"):
-        teachers.save(tmp_path / "x.safetensors", replace(teacher, network=None))
-    with pytest.raises(ValueError, match="unknown schedule 'flaw': accepted are flow"):
-        wrap(ByLabel(), shape=(2,), schedule="flaw", prediction="x0")
+        refuses(message, teachers.load_file, path, net=net)
+    refuses("no network description", teachers.save, tmp_path / "x.safetensors", replace(teacher, network=None))
+    refuses("unknown schedule 'flaw': accepted are flow", wrap, ByLabel(), shape=(2,), schedule="flaw", prediction="x0")
 
 
 class Scale(nn.Module):
@@ -98,8 +94,7 @@ def test_a_factory_makes_a_teacher(tmp_path):
         f"{__name__}:three,{rest}": "made a int",
         f"{mine},schedule=flow,prediction=eps,shape=2": "divides by alpha",
     }.items():
-        with pytest.raises(ValueError, match=message):
-            teachers.load(spec)
+        refuses(message, teachers.load, spec)
 
 
 class Net(nn.Module):
@@ -144,11 +139,10 @@ def test_networks_of_other_code_bases_are_read_in_their_own_conventions():
         ("time=level,range=unit", "accepted is range=unit with prediction=score, time=level and schedule=ve or edm"),
         ("span=9", "accepted with time="),
         ("time=thousand_time,span=x", "span=x: accepted is a number"),
-        ("schedule.sigma=3", "schedule ve: .*sigma"),
+        ("schedule.sigma=3", "schedule ve:  ... sigma"),
         ("part=ema", "accepted together with weights=FILE"),
     ):
-        with pytest.raises(ValueError, match=message):
-            teachers.load("test_teachers:Net,schedule=ve,prediction=eps,shape=2," + wrong)
+        refuses(message, teachers.load, "test_teachers:Net,schedule=ve,prediction=eps,shape=2," + wrong)
 
 
 def test_weights_come_from_safetensors_and_from_pickles_of_tensors_alone(tmp_path):
@@ -175,9 +169,7 @@ def test_weights_come_from_safetensors_and_from_pickles_of_tensors_alone(tmp_pat
         "number.pt": "holds no tensors",
         "none.pt": "there is no such file",
     }.items():
-        with pytest.raises(ValueError, match=message) as error:
-            teachers.load(f"{spec}{tmp_path}/{file}")
-        assert "\n" not in str(error.value)
+        refuses(message, teachers.load, f"{spec}{tmp_path}/{file}")
 
 
 def test_a_mixture_of_one_is_a_gaussian_and_its_mean_is_numeric():
@@ -211,8 +203,7 @@ def test_powers_of_two_steps_meet_the_entries_of_the_embedded_teachers_table(tea
 
 
 def test_guidance_needs_a_null_class(teacher):
-    with pytest.raises(ValueError, match="needs a teacher trained with a null class"):
-        replace(teacher, null=None).guided(2.0)
+    refuses("needs a teacher trained with a null class", replace(teacher, null=None).guided, 2.0)
     assert teacher.guided(1.0) is teacher.denoiser and teacher.guided(2.0).scale == 2.0
 
 
@@ -252,8 +243,7 @@ def test_a_two_time_network_starts_as_the_one_time_network_and_survives_its_file
     again = teachers.load(str(tmp_path / "t.safetensors"))
     here, there = (m.denoiser(x, t, t / 2, labels=labels) for m in (model, again))
     assert torch.equal(here, there) and not torch.allclose(here, model.denoiser(x, t, labels=labels), atol=1e-3)
-    with pytest.raises(ValueError, match="has one time input"):
-        teacher.denoiser(x, t, t / 2, labels=labels)
+    refuses("has one time input", teacher.denoiser, x, t, t / 2, labels=labels)
 
 
 def test_the_end_of_a_jump_is_converted_to_the_networks_own_time(two_times):
@@ -269,5 +259,4 @@ def test_the_end_of_a_jump_is_converted_to_the_networks_own_time(two_times):
 
 def test_a_two_time_network_needs_a_time_input_that_is_finite_at_the_data(teacher):
     endless = replace(teacher, denoiser=replace(teacher.denoiser, schedule=EDM(), prediction="edm", time="log_sigma"))
-    with pytest.raises(ValueError, match="finite at the data"):
-        with_two_times(endless)
+    refuses("finite at the data", with_two_times, endless)

@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import refuses
 from torch import nn
 
 from distill.denoiser import Denoiser
@@ -98,8 +99,7 @@ def test_shares_cover_the_batch_once_and_refuse_what_does_not_divide():
     shares = [BatchSplit(24, 3, rank, 4) for rank in range(3)]
     rows = [i for s in shares for turn in range(s.accumulate) for i in range(24)[s.rows(turn)]]
     assert sorted(rows) == list(range(24))
-    with pytest.raises(ValueError, match="choose a multiple of 3"):
-        BatchSplit(32, 3)
+    refuses("choose a multiple of 3", BatchSplit, 32, 3)
 
 
 def test_draws_cut_to_rows_are_the_rows_of_the_whole_draw():
