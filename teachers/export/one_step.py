@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import PREDICTIONS, TIMES
 from distill.files import replacing
+from distill.schedule import prior_std
 from teachers.teacher import Teacher, require_network
 
 TOLERANCE = 1e-4  # largest accepted difference of a value in [-1, 1]
@@ -27,14 +28,14 @@ class OneStep(nn.Module):
         t = times[:1]
         coefficients = PREDICTIONS[d.prediction](d.schedule.alpha(t), d.schedule.sigma(t), d.sigma_data)
         self.net = d.net
-        self.sigma = float(d.schedule.sigma(t))
+        self.prior_std = prior_std(d.schedule, t)
         self.c_in, self.c_skip, self.c_out = map(float, coefficients)
         self.c_noise = nn.Buffer(TIMES[d.time](d.schedule, t).float())
         self.end = nn.Buffer(TIMES[d.time](d.schedule, times[1:]).float())
         self.two_times = model.sampling.two_times
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        x, batch = self.sigma * noise, noise.shape[:1]
+        x, batch = self.prior_std * noise, noise.shape[:1]
         c_noise, end = (times.expand(batch) for times in (self.c_noise, self.end))
         cond = {} if labels is None else {"labels": labels}
         if self.two_times:
@@ -110,7 +111,7 @@ def _any_batch(model: Teacher) -> Any:
 def _compare(model: Teacher, path: Path, run: Callable[[tuple[Tensor, ...]], Tensor]) -> float:
     given = inputs(model, 7, 1)  # a batch size other than the traced one
     times = model.times(1)
-    x = given[0] * float(model.denoiser.schedule.sigma(times[0]))
+    x = prior_std(model.denoiser.schedule, times[0]) * given[0]
     cond = model.condition(given[1] if len(given) > 1 else None)
     ours = model.sampling.run(model.denoiser, x, times, torch.randn_like, **cond)
     worst = float((run(given) - ours).abs().max())

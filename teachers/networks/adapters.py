@@ -20,7 +20,7 @@ class Unit(Adapter):
     """Convert a score network for images in [0, 1] to images in [-1, 1]: score(x, sigma) = F((x + 1) / 2, sigma / 2) / 2."""
 
     def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        return self.net((x + 1) / 2, sigma / 2, **cond) / 2
+        return self.net((x + 1) / 2, sigma / 2, **_scaled(cond, 0.5)) / 2
 
 
 class Span(Adapter):
@@ -31,7 +31,7 @@ class Span(Adapter):
         self.factor = span / 1000
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        return self.net(x, t * self.factor, **cond)
+        return self.net(x, t * self.factor, **_scaled(cond, self.factor))
 
 
 class Negative(Adapter):
@@ -68,6 +68,11 @@ class Renamed(Adapter):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **cond: Any) -> Tensor:
         return self.net(x, t, **({} if labels is None else {self.name: labels}), **cond)
+
+
+def _scaled(cond: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Return the conditions of a call with the end of a jump, ``to``, times ``factor``, as its start is."""
+    return cond | {"to": factor * cond["to"]} if "to" in cond else cond
 
 
 KINDS: dict[str, type[Adapter]] = {"unit": Unit, "span": Span, "negative": Negative, "boundary": Boundary, "renamed": Renamed}
