@@ -1,7 +1,7 @@
 """Any nn.Module as a model: an object, with `wrap`, or ``package.module:factory,schedule=cosine,prediction=v,shape=3x32x32``.
 
 The factory is called with the ``arg.KEY=VALUE`` options of the spec. It returns a module called as (x, c_noise, **cond), where cond is
-``labels`` if ``classes`` is given. The other options:
+``labels`` if ``classes`` is given. A network of another call needs a wrapper. The other options:
 
     weights=FILE, part=NAME    a state dict as .safetensors or as a .pt of tensors alone, and which one if the file holds several
     time, sigma_data           the fields of `distill.denoiser.Denoiser`
@@ -21,6 +21,7 @@ from torch import nn
 from distill.denoiser import PREDICTIONS, TIMES, Denoiser
 from distill.files import load_weights
 from distill.schedule import SCHEDULES, Schedule, schedule_from
+from teachers.call import fitted
 from teachers.networks import adapters, factory
 from teachers.teacher import Teacher, frozen
 from teachers.weights import state_dict, unwrapped
@@ -47,13 +48,16 @@ def wrap(
     one sample. ``schedule``: a value or a name. ``prediction``, ``time``, ``sigma_data``: as in `distill.denoiser.Denoiser`.
     ``classes``, ``null``: as in `Teacher`. `teachers.save` saves the result; `teachers.load_file` needs a module of the same class.
 
-    Raises ValueError for an unknown schedule, prediction or time.
+    The module is called once. If it returns twice the channels, the second half, a learned variance, is dropped.
+
+    Raises ValueError for an unknown schedule, prediction or time, and for a module whose call does not fit.
     """
     name = f"{type(net).__module__}.{type(net).__qualname__}"
     adapter = None if labels == "labels" else {"kind": "renamed", "name": labels}
     outer, network = adapters.wrap(net, {"family": "given", "config": {"class": name}}, adapter)
     schedule = schedule_from(schedule) if isinstance(schedule, str) else schedule
     denoiser = Denoiser(frozen(outer), schedule, prediction, time, sigma_data)
+    denoiser, network = fitted(denoiser, network, tuple(shape), classes, name)
     return Teacher(denoiser, tuple(shape), network, classes, null, record={"source": name})
 
 
@@ -92,6 +96,7 @@ def load(spec: str, trusted: bool = True) -> Teacher:
     )
     classes, null = (int(fields[k]) if k in fields else None for k in ("classes", "null"))
     shape = tuple(map(int, fields["shape"].split("x")))
+    denoiser, network = fitted(denoiser, network, shape, classes, path)
     return Teacher(denoiser, shape, network, classes, null, record={"source": spec})
 
 

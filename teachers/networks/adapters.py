@@ -41,6 +41,13 @@ class Negative(Adapter):
         return -self.net(x, t, **cond)
 
 
+class Mean(Adapter):
+    """Return the first half of twice as many output channels as inputs. The second half is a learned variance."""
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.net(x, t, **cond)[:, : x.shape[1]]
+
+
 class Boundary(Adapter):
     """Evaluate a consistency function, the identity at sigma_min (Song et al. 2303.01469, eq. 5 and app. C), with t = 250 ln(sigma):
 
@@ -75,7 +82,14 @@ def _scaled(cond: dict[str, Any], factor: float) -> dict[str, Any]:
     return cond | {"to": factor * cond["to"]} if "to" in cond else cond
 
 
-KINDS: dict[str, type[Adapter]] = {"unit": Unit, "span": Span, "negative": Negative, "boundary": Boundary, "renamed": Renamed}
+KINDS: dict[str, type[Adapter]] = {
+    "unit": Unit,
+    "span": Span,
+    "negative": Negative,
+    "mean": Mean,
+    "boundary": Boundary,
+    "renamed": Renamed,
+}
 
 
 def wrap(net: nn.Module, network: dict, adapter: dict | None) -> tuple[nn.Module, dict]:
