@@ -1,11 +1,16 @@
-"""The file format of models: one safetensors file with the weights and a description that rebuilds the model."""
+"""The file format of models: one safetensors file with the weights and a description that rebuilds the model.
+
+Prompts are a tensor of their JSON text, because safetensors limits the description to 100 MB. Older files have them in the description.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distill import files
 from distill.denoiser import Denoiser
@@ -14,6 +19,8 @@ from distill.schedule import schedule_from
 from teachers import networks
 from teachers.codec import Codec
 from teachers.teacher import EMBEDDINGS, Teacher, frozen, require_network
+
+PROMPTS = "record.prompts"  # name of the prompts among the tensors of a file
 
 
 def save(path: Path | str, model: Teacher) -> None:
@@ -26,7 +33,11 @@ def save(path: Path | str, model: Teacher) -> None:
         raise ValueError("this model cannot be saved: its Teacher has no network description (teachers.custom.wrap gives one)")
     if model.codec is not None and not model.codec.source:
         raise ValueError("this model cannot be saved: its Codec has no source, the folder of its autoencoder")
-    files.save(path, model.tensors(), model.describe())
+    tensors, description = model.tensors(), model.describe()
+    if "prompts" in model.record:
+        tensors |= {PROMPTS: _encoded(model.record["prompts"])}
+        description["record"] = {key: value for key, value in model.record.items() if key != "prompts"}
+    files.save(path, tensors, description)
 
 
 def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
@@ -40,6 +51,7 @@ def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
     tensors, description = files.load(path)
     if "network" not in description:
         raise ValueError(f"{path}: holds no model; it may be the checkpoint of an unfinished run")
+    record = description["record"] | ({"prompts": _decoded(tensors.pop(PROMPTS))} if PROMPTS in tensors else {})
     embeddings = {name: tensors.pop(EMBEDDINGS + name) for name in description.get("table", [])}
     codec = Codec.from_description(description["codec"], path.parent) if "codec" in description else None
     try:
@@ -55,10 +67,19 @@ def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
         description["classes"],
         description["null"],
         Sampling.from_description(description["sampler"]),
-        description["record"],
+        record,
         codec,
         embeddings or None,
     )
+
+
+def _encoded(data: list[str]) -> Tensor:
+    """Return JSON data as the bytes of its text, uint8 [N]."""
+    return torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
+
+
+def _decoded(text: Tensor) -> list[str]:
+    return json.loads(text.numpy().tobytes())
 
 
 def load_student(path: Path | str, origin: Teacher) -> Teacher:
