@@ -24,6 +24,7 @@ FORMAT = "fewstep/1"
 _KEY = "fewstep"
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+FILE_MODE = 0o666 & ~_UMASK  # of ordinary files; safetensors makes private ones
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         yield aside
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_UMASK)  # safetensors makes its files private
+        os.chmod(aside, FILE_MODE)
         os.replace(aside, path)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None

@@ -84,7 +84,8 @@ def _write(config: Config, model: Teacher, folder: Path) -> None:
     shown = draw_samples(model, folder / "samples.png")
     labels = None if model.classes is None else [i % model.classes for i in range(4)]
     call = deliver.form_of(model).call(model, labels, 4)
-    text = card(model, list(pipelines), call, measured(config.model, model.fingerprint), config.license, shown)
+    rows = measured(config.model, model.fingerprint)
+    text = card(model, list(pipelines), call, rows, config.license, shown, config.push_to_hub)
     write_text(folder / "README.md", text)
 
 

@@ -9,12 +9,17 @@ from typing import Any
 from teachers.teacher import Teacher
 
 USE = """```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{folder}")
+{load}
 images = pipeline({call}, num_inference_steps={steps}).images
 ```
 """
+FROM_FOLDER = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{folder}")"""
+FROM_HUB = """from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+pipeline = DiffusionPipeline.from_pretrained(snapshot_download("{repository}") + "/{folder}")"""
 
 
 def measured(spec: str, fingerprint: str) -> list[dict]:
@@ -30,11 +35,18 @@ def measured(spec: str, fingerprint: str) -> list[dict]:
 
 
 def card(
-    model: Teacher, pipelines: list[str], call: dict[str, Any], rows: list[dict], licence: str, picture: str | None
+    model: Teacher,
+    pipelines: list[str],
+    call: dict[str, Any],
+    rows: list[dict],
+    licence: str,
+    picture: str | None,
+    repository: str | None = None,
 ) -> str:
     """Return the text of README.md, with the front matter that the hub reads.
 
     ``pipelines``: folder names. ``call``: arguments of the pipelines. ``rows``: from `measured`. ``picture``: a file of samples.
+    ``repository``: where the hub will have the export; None for an export that is loaded from its folder.
     """
     record, sampling = model.record, model.sampling
     tags = ["diffusion", "distillation", "few-step", *([record["method"]] if "method" in record else [])]
@@ -65,7 +77,9 @@ def card(
             out.append(f"| {row['steps']} | {row['sampler']} | {row['fid']:.4g} | {low:.4g} - {high:.4g} | {row['images']:,} |")
         out += ["", "FID from the report of this model's run. Compare it only with FID of the same protocol.", ""]
     steps, how = min(sampling.steps, default=64), ", ".join(f"{name}={value!r}" for name, value in call.items())
-    out += [USE.format(folder=name, call=how, steps=_steps(name, steps)) for name in pipelines]
+    load = FROM_FOLDER if repository is None else FROM_HUB
+    for name in pipelines:
+        out += [USE.format(load=load.format(folder=name, repository=repository), call=how, steps=_steps(name, steps))]
     out += ["`student.safetensors` is the same model with its recipe, for `--teacher` and `--model` of fewstep.", ""]
     out += [f"Licence: {licence}.", ""]
     return "\n".join(out)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.files import replacing_folder
+from distill.files import FILE_MODE, replacing_folder
 from distill.schedule import prior_std
 from teachers.export import latent, pixel
 from teachers.teacher import Teacher, require_network
@@ -21,6 +21,7 @@ from teachers.teacher import Teacher, require_network
 TOLERANCE = 1e-4  # largest accepted difference of a pixel in [0, 1]
 VARIANTS = {"fp16": (torch.float16, 0.05), "bf16": (torch.bfloat16, 0.3)}  # dtype, and the tolerance for rounded weights
 EXPORTED = ("ddim", "consistency", "jump")
+SOURCES = ("_name_or_path", "name_or_path")  # where the libraries keep the folder that a part was loaded from
 
 # What a user runs, without this project. Writes the images of each step count as .npy, with one generator per image.
 STOCK = """
@@ -64,7 +65,7 @@ def export_pipelines(model: Teacher, folder: Path) -> dict[str, float]:
     form, out = form_of(model), {}
     for name, (steps, only) in form.pipelines(model).items():
         with replacing_folder(folder / name) as aside:
-            form.stock(model, steps, only).save_pretrained(aside)
+            _write(form.stock(model, steps, only), aside)
         try:
             out[name] = verify(model, folder / name, steps)
         except (RuntimeError, subprocess.CalledProcessError):
@@ -86,8 +87,19 @@ def add_variant(model: Teacher, folder: Path, variant: str) -> float:
     dtype, tolerance = VARIANTS[variant]
     stock: Any = DiffusionPipeline.from_pretrained(folder)
     stock.to(dtype)
-    stock.save_pretrained(folder, variant=variant)
+    _write(stock, folder, variant=variant)
     return verify(model, folder, form_of(model).pipelines(model)[folder.name][0], variant, tolerance)
+
+
+def _write(stock: Any, folder: Path, **options: Any) -> None:
+    """Save a pipeline as files of ordinary mode, without the names of the folders that its parts came from."""
+    stock.save_pretrained(folder, **options)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(FILE_MODE)
+        if path.name == "model_index.json" or path.name.endswith("config.json"):
+            kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in SOURCES}
+            path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 @torch.inference_mode()
