@@ -18,7 +18,8 @@ class Codec:
     """Map between images and latents. Latents are (z - ``shift``) ``scale`` of a diffusers autoencoder's z, near unit variance.
 
     ``vae``: the autoencoder (AutoencoderKL, VQModel, AutoencoderTiny, ...); None to load it from ``source`` when it is first used.
-    ``source``: where it is, {"folder" (or hub id), "part", "class"}. A model's file holds this and not the autoencoder.
+    ``source``: where it is, {"folder" (or hub id), "part", "class"}, and "variant" where its weights have one. A model's file holds
+    this and not the autoencoder.
     """
 
     vae: Any = None
@@ -31,8 +32,9 @@ class Codec:
         """The autoencoder. A file that names one on the hub causes no download. Raises ValueError if it is not at its source."""
         if self.vae is not None:
             return self.vae
-        where = self.source["folder"]
-        vae = component(fetch(where, download=False), self.source["part"], self.source["class"], where)
+        where, variant = self.source["folder"], self.source.get("variant")
+        folder = fetch(where, variant, download=False)
+        vae = component(folder, self.source["part"], self.source["class"], where, variant)
         return vae.eval().requires_grad_(False)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ class Codec:
 
         Raises ValueError if the autoencoder's folder is gone. A hub id is only looked up when the autoencoder is first used.
         """
-        source = {k: description[k] for k in ("folder", "part", "class")}
+        source = {k: description[k] for k in ("folder", "part", "class", "variant") if k in description}
         if source["folder"].startswith("./"):
             source["folder"] = str((beside / source["folder"]).resolve())
         folder = Path(source["folder"])

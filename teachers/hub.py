@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are never loaded
+T5 = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, whose pipeline takes embeddings of 0 without them
+ADAPTERS = ("pytorch_lora_weights*", "adapter_config.json", "adapter_model.*")
+FUSE = "accepted are weights with the adapter fused into them: fuse_lora, unload_lora_weights, save_pretrained of the pipeline"
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
 
 
-def fetch(where: str, download: bool = True) -> Path:
+def fetch(where: str, variant: str | None = None, download: bool = True) -> Path:
     """Return the folder of a pipeline, downloaded from the hub if there is no folder ``where``.
 
-    ``download``: False accepts only what an earlier download left on this machine.
+    ``variant``: of the weights to download. ``download``: False accepts only what an earlier download left on this machine.
 
     Raises ValueError if the hub does not have it or cannot be reached.
     """
@@ -22,7 +29,7 @@ def fetch(where: str, download: bool = True) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": not download}
+        options = {"variant": variant, "trust_remote_code": False, "use_safetensors": True, "local_files_only": not download}
         return Path(DiffusionPipeline.download(where, **options))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be loaded
         reason = type(error).__name__
@@ -38,10 +45,40 @@ def read_json(path: Path, problem: str) -> dict:
         raise ValueError(f"{path}: {problem}") from None
 
 
-def component(folder: Path, part: str, name: str, what: str) -> Any:
-    """Load a component of a pipeline by the name of its diffusers class.
+def left_out(folder: Path) -> tuple[str, ...]:
+    """Return the components that a pipeline is loaded without."""
+    return UNUSED if (folder / T5[0]).is_dir() else UNUSED + T5
 
-    Raises ValueError, beginning with ``what``, if its files are missing or do not fit the class.
+
+def check_adapters(folder: Path, what: str) -> None:
+    """Raise ValueError for the file of a LoRA or another adapter in a pipeline, which would be ignored."""
+    found = [path for pattern in ADAPTERS for path in (*folder.glob(pattern), *folder.glob(f"*/{pattern}"))]
+    if found:
+        raise ValueError(
+            f"{what}: {found[0].relative_to(folder)} is an adapter, which would be ignored; {FUSE}, or no such file"
+        )
+
+
+def variant_of(folder: Path, wanted: str | None, what: str) -> str | None:
+    """Return the variant of the weights in the folder of a component: ``wanted`` if there is one, else None for plain weights.
+
+    Without plain weights it is the only variant. Raises ValueError if there are several.
+    """
+    matches = [match for path in folder.glob("*.safetensors") if (match := WEIGHTS.fullmatch(path.name))]
+    variants = {match[1] or match[2] for match in matches}
+    if wanted in variants or None in variants or not variants:
+        return wanted if wanted in variants else None
+    if len(variants) > 1:
+        raise ValueError(
+            f"{what}: {folder.name} has no plain weights; accepted is variant={' or variant='.join(sorted(variants))}"
+        )
+    return variants.pop()
+
+
+def component(folder: Path, part: str, name: str, what: str, variant: str | None = None) -> Any:
+    """Load a component of a pipeline by the name of its diffusers class, in float32.
+
+    ``variant``: as in `variant_of`. Raises ValueError, beginning with ``what``, if its files are missing or do not fit the class.
     """
     import diffusers
 
@@ -50,19 +87,26 @@ def component(folder: Path, part: str, name: str, what: str) -> Any:
         raise ValueError(f"{what}: {part} is of class {name}, which is no network of diffusers")
     if not (folder / part / "config.json").is_file():
         raise ValueError(f"{what}: the pipeline lacks {part}/config.json")
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    variant = variant_of(folder / part, variant, what)
     try:
-        return cls.from_pretrained(folder / part, use_safetensors=True, local_files_only=True)
+        net, info = cls.from_pretrained(folder / part, variant=variant, **options)
     except OSError as error:
         raise ValueError(f"{what}: the pipeline lacks the safetensors weights of {part} ({first_line(error)})") from None
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{what}: the weights of {part} do not fit a {name} ({first_line(error)})") from None
+    for problem, keys in (("left over", info["unexpected_keys"]), ("missing", info["missing_keys"])):
+        if keys:
+            adapter = f"; {FUSE}" if any("lora" in key for key in info["unexpected_keys"]) else ""
+            raise ValueError(f"{what}: {len(keys)} weights of {part} are {problem}, such as {min(keys)}{adapter}")
+    return net
 
 
-def assemble(cls: Any, folder: Path, parts: dict[str, Any]) -> Any:
-    """Load the pipeline in ``folder`` as class ``cls``, with ``parts`` in place of its own components and without `UNUSED`."""
-    absent = {name: None for name in UNUSED if name in inspect.signature(cls.__init__).parameters}
-    options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-    return cls.from_pretrained(folder, **parts, **absent, **options)
+def assemble(cls: Any, folder: Path, parts: dict[str, Any], variant: str | None = None) -> Any:
+    """Load the pipeline in ``folder`` as class ``cls`` in float32, with ``parts`` in place of its own and without `left_out`."""
+    absent = {name: None for name in left_out(folder) if name in inspect.signature(cls.__init__).parameters}
+    options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "variant": variant}
+    return cls.from_pretrained(folder, **parts, **absent, **options, torch_dtype=torch.float32)
 
 
 def first_line(error: BaseException) -> str:

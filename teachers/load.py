@@ -12,7 +12,7 @@ from teachers.teacher import Teacher
 FORMS = {
     "digits": "the embedded teacher, a class-conditional UNet on 8x8 digits",
     "FILE.safetensors or RUN": "a model that this project wrote, or a run's directory, which stands for its last student",
-    "FOLDER or OWNER/NAME": "a diffusers pipeline in a folder or on the hub",
+    "FOLDER or OWNER/NAME": "a diffusers pipeline in a folder or on the hub; of several weights, PIPELINE,variant=fp16 chooses",
     "PIPELINE,prompts=FILE": "a text-to-image pipeline; each line of the file is a class",
     "PACKAGE.MODULE:FACTORY,schedule=...,prediction=...,shape=...": "any nn.Module called as (x, t, labels); more: teachers/custom.py",
     "guided:FILE,size=SIDE,head_channels=WIDTH": "the state dict of a guided-diffusion UNet; more: teachers/adm.py",

@@ -20,8 +20,14 @@ def _stable_diffusion(pipeline: Any, prompts: list[str]) -> Encoded:
 
 
 def _pixart(pipeline: Any, prompts: list[str]) -> Encoded:
+    """Add the size conditioning of PixArt-alpha's 1024 model (2310.00426): resolution in pixels, and height over width."""
     text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=torch.device("cpu"))
-    return {"text": (text, null), "mask": (mask, null_mask)}
+    out = {"text": (text, null), "mask": (mask, null_mask)}
+    if pipeline.transformer.use_additional_conditions:
+        resolution = _pixels(pipeline, pipeline.transformer).repeat(len(prompts), 1)
+        ratio = resolution[:, :1] / resolution[:, 1:]
+        out |= {"resolution": (resolution, resolution), "aspect_ratio": (ratio, ratio)}
+    return out
 
 
 def _pooled(pipeline: Any, prompts: list[str]) -> Encoded:
@@ -32,10 +38,15 @@ def _pooled(pipeline: Any, prompts: list[str]) -> Encoded:
 def _xl(pipeline: Any, prompts: list[str]) -> Encoded:
     """Add SDXL's size conditioning (2307.01952) of uncropped images: original size, crop (0, 0), target size."""
     text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, device=torch.device("cpu"))
-    size = pipeline.unet.config.sample_size
-    height, width = (pipeline.vae_scale_factor * s for s in ((size, size) if isinstance(size, int) else size))
-    ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(len(prompts), 1)
+    size = _pixels(pipeline, pipeline.unet)
+    ids = torch.cat([size, torch.zeros(2), size]).repeat(len(prompts), 1)
     return {"text": (text, null), "pooled": (pooled, null_pooled), "time_ids": (ids, ids)}
+
+
+def _pixels(pipeline: Any, net: Any) -> Tensor:
+    """Return the height and the width of the images, float32 [2]."""
+    size = net.config.sample_size
+    return pipeline.vae_scale_factor * torch.tensor([size, size] if isinstance(size, int) else size, dtype=torch.float32)
 
 
 ENCODERS: dict[str, Callable[[Any, list[str]], Encoded]] = {
@@ -60,10 +71,11 @@ def read_prompts(path: str) -> list[str]:
 
 
 @torch.no_grad()
-def embed(name: str, folder: Path, parts: dict[str, Any], prompts: list[str]) -> dict[str, Tensor]:
+def embed(name: str, folder: Path, parts: dict[str, Any], prompts: list[str], variant: str | None = None) -> dict[str, Tensor]:
     """Return the conditions of each prompt, {condition: [P + 1, ...]}; the last row is the pipeline's empty prompt.
 
-    ``name``: the pipeline's class. ``parts``: its components that are loaded already. Raises ValueError if an encoder is missing.
+    ``name``: the pipeline's class. ``parts``: its components that are loaded already. ``variant``: of the encoders' weights.
+    Raises ValueError if an encoder is missing.
     """
     import diffusers
 
@@ -72,7 +84,7 @@ def embed(name: str, folder: Path, parts: dict[str, Any], prompts: list[str]) ->
     except ImportError:
         raise ValueError(f"{folder}: text pipelines need the package transformers: pip install transformers") from None
     try:
-        pipeline = assemble(getattr(diffusers, name), folder, parts)
+        pipeline = assemble(getattr(diffusers, name), folder, parts, variant)
     except Exception as error:  # the libraries raise many types; all mean that an encoder cannot be loaded
         raise ValueError(f"{folder}: a text encoder or tokenizer cannot be read ({first_line(error)})") from None
     rows = [ENCODERS[name](pipeline, prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]

@@ -127,10 +127,8 @@ def sd3(folder):
 def pixart(folder, pipeline, **options):
     encoder, tokenizer = t5()
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
-    small = {**heads, "num_layers": 1, "norm_num_groups": 4}
-    net = diffusers.PixArtTransformer2DModel(
-        **small | options, in_channels=4, out_channels=8, sample_size=8, caption_channels=WIDTH
-    )
+    small = {**heads, "num_layers": 1, "norm_num_groups": 4, "sample_size": 8}
+    net = diffusers.PixArtTransformer2DModel(**small | options, in_channels=4, out_channels=8, caption_channels=WIDTH)
     return pipeline(tokenizer, encoder, vae(), randomized(net).eval(), diffusers.DDIMScheduler(**DDIM))
 
 

@@ -38,15 +38,24 @@ class DiT(Adapter):
 class PixArt(Adapter):
     """Call a PixArtTransformer2DModel with ``text`` [B, L, D] and its ``mask`` [B, L].
 
-    A network conditioned on the resolution is given 8 times that of the latents.
+    A network conditioned on the size of its images also takes their ``resolution`` [B, 2] in pixels and their ``aspect_ratio`` [B, 1].
+    Older files lack these; the resolution is then 8 times that of the latents.
     """
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.net.use_additional_conditions:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        resolution: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> Tensor:
+        if self.net.use_additional_conditions and resolution is None:
             height, width = x.shape[2:]
-            added["resolution"] = x.new_tensor([8 * height, 8 * width]).expand(len(x), 2)
-            added["aspect_ratio"] = x.new_tensor([height / width]).expand(len(x), 1)
+            resolution = x.new_tensor([8 * height, 8 * width]).expand(len(x), 2)
+            aspect_ratio = x.new_tensor([height / width]).expand(len(x), 1)
+        added = {"resolution": resolution, "aspect_ratio": aspect_ratio}
         output = self.net(
             x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask, added_cond_kwargs=added, return_dict=False
         )[0]
