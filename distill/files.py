@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.reading import json_object, regular
+
 FORMAT = "fewstep/1"
 _KEY = "fewstep"
 _UMASK = os.umask(0)
@@ -94,9 +96,7 @@ def save(path: Path | str, tensors: dict[str, Tensor], description: dict) -> Non
 
 def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     """Return tensors and description of a file written by `save`. Raises ValueError, in one line, for any other file."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+    path = regular(path, "safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -112,7 +112,7 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if _KEY not in metadata:
         raise ValueError(f"{path}: safetensors without a fewstep description; accepted are files this project wrote")
-    description = json.loads(metadata[_KEY])
+    description = json_object(metadata[_KEY], f"{path}: the description")
     if description.get("format") != FORMAT:
         raise ValueError(f"{path}: format {description.get('format')!r}; this version reads {FORMAT!r}")
     return tensors, description

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
+from distill import reading
 from eval import report as reports
 from eval.sweep import picture_path, pictures
 from eval.verdict import good, with_comparisons
@@ -53,9 +53,9 @@ def _check_protocols(first: Path, mine: dict, folder: Path, theirs: dict) -> Non
 
 def _read(folder: Path) -> dict:
     try:
-        out = json.loads((folder / "report.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: there is no finished report in this folder ({type(error).__name__})") from None
+        out = reading.read_json(folder / "report.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: there is no finished report in this folder ({error})") from None
     if out.get("schema") != reports.SCHEMA:
         raise ValueError(f"{folder}: its report has schema {out.get('schema')!r}, accepted is {reports.SCHEMA!r}")
     return out

@@ -30,6 +30,13 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def memory() -> int:
+    """Return the bytes of memory of this machine, or of this process where a limit is set for it."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return here if limit == resource.RLIM_INFINITY else min(here, limit)
+
+
 def cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -39,6 +39,7 @@ from eval.generate import generate, initial_noise
 from eval.machine import clock, cores, default_device
 from eval.reference import extract
 from recipes.common import flags
+from recipes.common.accepted import BATCH, STEPS, Checked
 from recipes.common.cli import fail, flag, machine_flag, model_flag, one_line_errors, parse
 from recipes.data import sets
 
@@ -46,16 +47,18 @@ PRESETS: dict[str, dict] = {"default": {}, "smoke": {"repeats": 2, "batch_size":
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
     model: str = model_flag("digits", "the network (accepted: --help teacher)")
     features: str = model_flag("digits", "the feature extractor")
-    steps: int = flag(8, "steps of the sampler that is timed")
-    batch_size: int = flag(256, "images at once")
-    images: int = flag(10_240, "images of the sweep on one and on two processes")
-    repeats: int = flag(15, "repetitions; the median is reported")
-    processes: int = flag(2, "processes of the last figure, each on its own core; 1 leaves it out")
-    output_dir: str = machine_flag("runs/benchmark", "directory of benchmark.json; an existing file is not overwritten")
+    steps: int = flag(8, "steps of the sampler that is timed", **STEPS)
+    batch_size: int = flag(256, "images at once", **BATCH)
+    images: int = flag(10_240, "images of the sweep on one and on two processes", at_least=40, at_most=100_000)
+    repeats: int = flag(15, "repetitions; the median is reported", at_least=1, at_most=1000)
+    processes: int = flag(2, "processes of the last figure, each on its own core; 1 leaves it out", at_least=1, at_most=1024)
+    output_dir: str = machine_flag(
+        "runs/benchmark", "directory of benchmark.json; an existing file is not overwritten", path="folder"
+    )
 
     TOPICS: ClassVar = {"teacher": flags.TOPICS["teacher"]}
 

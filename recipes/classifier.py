@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distill import files
 from eval.digits import DigitsClassifier
 from eval.progress import progress
+from recipes.common.accepted import LEARNING_RATE, SEED, Checked
 from recipes.common.cli import fail, flag, machine_flag, one_line_errors, parse, training_flag
 from teachers.digits import digits
 
@@ -24,13 +25,15 @@ PRESETS: dict[str, dict] = {"default": {}, "smoke": {"epochs": 2}}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     preset: str = flag("default", "smoke is a trial run of a few seconds", choices=PRESETS)
-    output_dir: str = machine_flag("runs/classifier", "directory of digits.safetensors; an existing file is not overwritten")
-    epochs: int = training_flag(60, "passes over the data")
-    batch_size: int = training_flag(64, "images per step")
-    lr: float = training_flag(2e-3, "highest learning rate of the one-cycle schedule")
-    seed: int = machine_flag(0, "seed of all random numbers")
+    output_dir: str = machine_flag(
+        "runs/classifier", "directory of digits.safetensors; an existing file is not overwritten", path="folder"
+    )
+    epochs: int = training_flag(60, "passes over the data", at_least=1, at_most=10_000)
+    batch_size: int = training_flag(64, "images per step", at_least=1, at_most=256)
+    lr: float = training_flag(2e-3, "highest learning rate of the one-cycle schedule", **LEARNING_RATE)
+    seed: int = machine_flag(0, "seed of all random numbers", **SEED)
 
 
 def fit(images: Tensor, labels: Tensor, config: Config) -> DigitsClassifier:

@@ -16,6 +16,7 @@ import teachers
 from distill.sampling import Sampling
 from distill.train import Optimization
 from recipes.common import flags
+from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
 from recipes.common.checks import check_levels, check_match, check_sampler, codec_of
 from recipes.common.cli import flag, measuring_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.methods import METHODS, MethodFlags, check_flags, method_of, teacher_weight
@@ -36,17 +37,23 @@ PRESETS: dict[str, dict] = {
 class Config(MethodFlags, flags.DistillationFlags):
     preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
     output_dir: str = flags.output_dir("runs/consistency-digits")
-    steps: tuple[int, ...] = flag((1, 2, 4), "step counts of the student")
+    steps: tuple[int, ...] = flag((1, 2, 4), "step counts of the student", **STEPS)
     student: str | None = model_flag(
         None,
         "start from new weights (new), from the teacher's on a table that stock pipelines support (table), or from any model (accepted:"
         " --help teacher); otherwise the teacher is copied",
     )
-    channels: tuple[int, ...] = model_flag((32, 48), "new students: channels of the UNet, one per resolution", short=False)
-    layers: int = model_flag(1, "new students: residual blocks per resolution", short=False)
-    training_images: int = training_flag(256_000, "training images")
-    ema_halflife_images: float = training_flag(4_000, "half-life of the average of the weights that is kept", short=False)
-    sweep_steps: tuple[int, ...] = measuring_flag((1, 2, 4), "step counts of the teacher's training-free samplers", short=False)
+    channels: tuple[int, ...] = model_flag(
+        (32, 48), "new students: channels of the UNet, one per resolution", short=False, **CHANNELS
+    )
+    layers: int = model_flag(1, "new students: residual blocks per resolution", short=False, **LAYERS)
+    training_images: int = training_flag(256_000, "training images", **TRAINED)
+    ema_halflife_images: float = training_flag(
+        4_000, "half-life of the average of the weights that is kept", short=False, **TRAINED
+    )
+    sweep_steps: tuple[int, ...] = measuring_flag(
+        (1, 2, 4), "step counts of the teacher's training-free samplers", short=False, **STEPS
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

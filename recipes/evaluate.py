@@ -32,6 +32,7 @@ from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
 from recipes.common import flags
+from recipes.common.accepted import BATCH, GENERATED, GUIDANCE, STEPS
 from recipes.common.checks import check_match, check_sampler, check_steps, stages_of
 from recipes.common.cli import flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
 from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
@@ -57,21 +58,25 @@ class Config(flags.RunFlags):
     model: tuple[str, ...] = model_flag(("digits",), "the models (accepted: --help teacher), or directories of runs")
     data: str = model_flag("digits", "the real images (accepted: --help data)")
     output_dir: str = flags.output_dir("runs/evaluate")
-    steps: tuple[int, ...] = flag((1, 2, 4, 8), "step counts")
-    baseline_steps: int = flag(64, "DDIM steps of the teacher that ratios are taken against; 0 for none", short=False)
+    steps: tuple[int, ...] = flag((1, 2, 4, 8), "step counts", **STEPS)
+    baseline_steps: int = flag(
+        64, "DDIM steps of the teacher that ratios are taken against; 0 for none", short=False, **(STEPS | {"at_least": 0})
+    )
     samplers: tuple[str, ...] = method_flag(BASELINES, f"for models that were not distilled: {ACCEPTED}")
-    guidance: float = method_flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none")
+    guidance: float = method_flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none", **GUIDANCE)
     search_grid: bool = method_flag(
         False, f"also measure {', '.join(ON_SEARCHED_GRIDS)} on a time grid found by dynamic programming", short=False
     )
-    images: int = measuring_flag(10_000, "generated images per cell")
+    images: int = measuring_flag(10_000, "generated images per cell", **GENERATED)
     metrics: str = measuring_flag("all", "all, or fid alone in memory that does not grow with --images", choices=COLLECTORS)
     features: str = measuring_flag("digits", "feature extractor: digits, any of torch-fidelity's, or " + OWN)
     features_weights: str | None = measuring_flag(
-        None, "file with the extractor's weights, for use without a network", short=False
+        None, "file with the extractor's weights, for use without a network", short=False, path="file"
     )
-    reference: str | None = measuring_flag(None, f"a stored reference instead of --data: {reference.ACCEPTED}", short=False)
-    chunk: int = measuring_flag(256, "images generated at once; part of the protocol", short=False)
+    reference: str | None = measuring_flag(
+        None, f"a stored reference instead of --data: {reference.ACCEPTED}", short=False, path="file"
+    )
+    chunk: int = measuring_flag(256, "images generated at once; part of the protocol", short=False, **BATCH)
     verify: bool = measuring_flag(
         False, "write the cheapest cell as PNG files and compare it with torch_fidelity.calculate_metrics", short=False
     )
@@ -104,8 +109,6 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
 
     Raises ValueError, before anything is written, where parts do not fit together.
     """
-    if min(config.steps) < 1 or config.images < 40:
-        raise ValueError("--steps are 1 or more, --images 40 or more")
     if data is not None:
         data.require_pixels()
     stored = reference.load(Path(config.reference), extractor) if config.reference else None

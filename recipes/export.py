@@ -19,6 +19,7 @@ from distill.files import replacing_folder, write_text
 from eval.generate import images
 from eval.image_grid import contact_sheet
 from recipes.common import flags
+from recipes.common.accepted import Checked
 from recipes.common.cli import flag, machine_flag, model_flag, one_line_errors, parse
 from teachers import Teacher
 from teachers.export import deliver, one_step
@@ -29,10 +30,10 @@ PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes lo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     preset: str = flag("default", "both are the same here", choices=PRESETS)
     model: str = model_flag("digits", "the model (accepted: --help teacher)")
-    output_dir: str = machine_flag("runs/export", "a new directory")
+    output_dir: str = machine_flag("runs/export", "a new directory", path="new")
     variants: tuple[str, ...] = flag(
         (), "also weights in half precision, as variants of each pipeline", choices=deliver.VARIANTS
     )
@@ -56,8 +57,6 @@ def main(argv: list[str] | None = None) -> None:
 def export(model: Teacher, config: Config) -> None:
     """Write all files of an export into a new folder. Raises ValueError where the model cannot be exported so."""
     folder = Path(config.output_dir)
-    if folder.exists():
-        raise ValueError(f"{folder} exists: name another --output-dir")
     deliver.check_exportable(model)
     if config.torch_export or config.onnx:
         one_step.check_portable(model, config.onnx)

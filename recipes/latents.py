@@ -28,6 +28,7 @@ import teachers
 from distill import files
 from distill.images import from_uint8
 from eval.progress import progress
+from recipes.common.accepted import BATCH, THREADS
 from recipes.common.checks import check_match
 from recipes.common.cli import REQUIRED, flag, machine_flag, model_flag, one_line_errors, parse
 from recipes.common.flags import TOPICS, MachineFlags
@@ -46,12 +47,12 @@ class Config(MachineFlags):
     preset: str = flag("default", "smoke encodes the first 64 images", choices=PRESETS)
     model: str = model_flag(REQUIRED, "the latent model (accepted: --help teacher)")
     data: str = model_flag("digits", "the images (accepted: --help data)")
-    most: int = model_flag(0, "largest number of images; 0 for all")
+    most: int = model_flag(0, "largest number of images; 0 for all", at_least=0, at_most=10**10)
     dtype: str = model_flag("float16", "number format of the latents", choices=DTYPES)
-    output_dir: str = machine_flag("runs/latents", "a new directory")
-    shard_images: int = machine_flag(8192, "latents per file")
-    batch_size: int = machine_flag(16, "images encoded per batch")
-    threads: int = machine_flag(0, "CPU threads per process; 0 for torch's default", short=False)
+    output_dir: str = machine_flag("runs/latents", "a new directory", path="folder")
+    shard_images: int = machine_flag(8192, "latents per file", at_least=1, at_most=1_000_000)
+    batch_size: int = machine_flag(16, "images encoded per batch", **BATCH)
+    threads: int = machine_flag(0, "CPU threads per process; 0 for torch's default", short=False, **THREADS)
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,6 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__, PRESETS, argv)
         folder = Path(config.output_dir)
         refuse_existing(folder)
-        if min(config.shard_images, config.batch_size) < 1:
-            raise ValueError("--shard-images and --batch-size must be 1 or more")
         # a process without shards waits for the others
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         if config.threads:

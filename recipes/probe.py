@@ -16,6 +16,7 @@ import torch
 
 import teachers
 from distill.likelihood import bits, bound, flow
+from recipes.common.accepted import SEED, THREADS, Checked
 from recipes.common.checks import check_match, probed
 from recipes.common.cli import flag, machine_flag, model_flag, one_line_errors, parse
 from recipes.common.flags import TOPICS
@@ -29,7 +30,7 @@ PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes lo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """What is probed, and on which data."""
 
     TOPICS: ClassVar = TOPICS
@@ -37,8 +38,8 @@ class Config:
     model: str = model_flag("digits", "the model (accepted: --help teacher)")
     data: str = model_flag("digits", "the data (accepted: --help data)")
     nll: bool = flag(False, "also measure the negative log-likelihood of the data")
-    seed: int = machine_flag(0, "seed of all random numbers")
-    threads: int = machine_flag(0, "CPU threads; 0 for torch's default", short=False)
+    seed: int = machine_flag(0, "seed of all random numbers", **SEED)
+    threads: int = machine_flag(0, "CPU threads; 0 for torch's default", short=False, **THREADS)
 
 
 def likelihood_lines(teacher: Teacher, data: Data, seed: int, images: int = 128) -> list[str]:

@@ -22,6 +22,7 @@ from distill.sampling import Sampling
 from distill.target import Mix
 from distill.train import Optimization
 from recipes.common import flags
+from recipes.common.accepted import GUIDANCE, STEPS, TRAINED
 from recipes.common.checks import check_match
 from recipes.common.cli import flag, method_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.training import Experiment
@@ -48,12 +49,14 @@ class Config(flags.DistillationFlags):
         choices=("table",),
         short=False,
     )
-    start_steps: int = flag(64, "steps of the teacher's DDIM sampler")
-    end_steps: int = flag(1, "steps of the last student: start-steps divided by a power of two")
-    images_per_stage: int = training_flag(32_000, "training images per stage; the stages to 2 and 1 steps take twice as many")
+    start_steps: int = flag(64, "steps of the teacher's DDIM sampler", at_least=2, at_most=STEPS["at_most"])
+    end_steps: int = flag(1, "steps of the last student: start-steps divided by a power of two", **STEPS)
+    images_per_stage: int = training_flag(
+        32_000, "training images per stage; the stages to 2 and 1 steps take twice as many", **TRAINED
+    )
     weight: str = method_flag("truncated_snr", "weight of the x0 error", choices=WEIGHTS, short=False)
     distance: str = method_flag("l2", "distance of student and target", choices=DISTANCES, short=False)
-    guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none")
+    guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none", **GUIDANCE)
 
 
 def main(argv: list[str] | None = None) -> None:

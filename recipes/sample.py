@@ -23,27 +23,30 @@ from eval.image_grid import contact_sheet, write_folder
 from eval.machine import default_device
 from eval.progress import progress
 from recipes.common import flags
+from recipes.common.accepted import BATCH, GUIDANCE, SEED, STEPS, Checked
 from recipes.common.checks import check_sampler, stage_of
-from recipes.common.cli import fail, flag, machine_flag, method_flag, model_flag, one_line_errors, parse, plural
+from recipes.common.cli import flag, machine_flag, method_flag, model_flag, one_line_errors, parse, plural
 from teachers import Teacher
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"images": 10}}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     preset: str = flag("default", "smoke draws ten images", choices=PRESETS)
     model: str = model_flag("digits", "the model (accepted: --help teacher); a run's directory holds its students")
-    steps: int | None = flag(None, "step count", own=lambda v: "the student's, else 64")
-    images: int = flag(100, "how many images")
-    labels: tuple[int, ...] | None = flag(None, "classes, repeated in turn", own=lambda v: "drawn")
+    steps: int | None = flag(None, "step count", own=lambda v: "the student's, else 64", **STEPS)
+    images: int = flag(100, "how many images", at_least=1, at_most=1_000_000)
+    labels: tuple[int, ...] | None = flag(
+        None, "classes, repeated in turn", own=lambda v: "drawn", at_least=0, at_most=1_000_000
+    )
     sampler: str | None = method_flag(None, f"{ACCEPTED}", own=lambda v: "the student's, else ddim")
     grid: str | None = method_flag(None, "time grid", choices=GRIDS, own=lambda v: "the student's, else uniform")
-    guidance: float = method_flag(1.0, "classifier-free guidance; 1 is none")
-    columns: int = machine_flag(10, "columns of a PNG")
-    chunk: int = machine_flag(256, "images generated at once")
-    seed: int = machine_flag(0, "seed of noise and labels")
-    output: str = machine_flag("samples.png", "a .png file, or a folder for single images; neither may exist")
+    guidance: float = method_flag(1.0, "classifier-free guidance; 1 is none", **GUIDANCE)
+    columns: int = machine_flag(10, "columns of a PNG", at_least=1, at_most=1000)
+    chunk: int = machine_flag(256, "images generated at once", **BATCH)
+    seed: int = machine_flag(0, "seed of noise and labels", **SEED)
+    output: str = machine_flag("samples.png", "a .png file, or a folder for single images; neither may exist", path="new")
 
     TOPICS: ClassVar = {"teacher": flags.TOPICS["teacher"]}
 
@@ -52,10 +55,6 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
         output = Path(config.output)
-        if output.exists():
-            fail(f"{output} exists: name another --output")
-        if config.images < 1:
-            raise ValueError(f"--images {config.images}: accepted are 1 and more")
         device = default_device()
         model = teachers.load(stage_of(config.model, config.steps)).to(device)
         sampling, steps = settings(model, config)
@@ -84,8 +83,6 @@ def settings(model: Teacher, config: Config) -> tuple[Sampling, int]:
     """Return sampling and step count. Raises ValueError for a step count that a student was not made for."""
     made = model.sampling
     steps = config.steps or (min(made.steps) if made.steps else 64)
-    if steps < 1:
-        raise ValueError(f"--steps {steps}: accepted are 1 and more")
     if made.steps and steps not in made.steps:
         raise ValueError(f"this student was made for {', '.join(map(str, made.steps))} steps, not {steps}")
     sampling = made if config.sampler is None else replace(Sampling.parse(config.sampler), grid=made.grid, times=made.times)

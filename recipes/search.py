@@ -24,6 +24,7 @@ from eval.features import Extractor
 from eval.generate import chunks, images
 from eval.sweep import Cell
 from recipes.common import flags
+from recipes.common.accepted import BATCH, GENERATED, SEED, STEPS
 from recipes.common.checks import check_match, check_steps
 from recipes.common.cli import flag, machine_flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
 from recipes.common.measurement import Measurement
@@ -45,13 +46,13 @@ class Config(flags.MachineFlags):
     model: str = model_flag("digits", "the student (accepted: --help teacher)")
     data: str = model_flag("digits", "the real images (accepted: --help data)")
     output_dir: str = flags.output_dir("runs/search")
-    steps: tuple[int, ...] = flag((2, 3, 4), "step counts to find times for")
-    nodes: int = method_flag(64, "steps of the fine grid, equal in t, that times are taken from")
-    proxy_images: int = method_flag(1000, "images of the KID that is minimised")
-    images: int = measuring_flag(10_000, "images of the FID that decides")
+    steps: tuple[int, ...] = flag((2, 3, 4), "step counts to find times for", **STEPS)
+    nodes: int = method_flag(64, "steps of the fine grid, equal in t, that times are taken from", **STEPS)
+    proxy_images: int = method_flag(1000, "images of the KID that is minimised", **GENERATED)
+    images: int = measuring_flag(10_000, "images of the FID that decides", **GENERATED)
     features: str = measuring_flag("digits", "feature extractor")
-    chunk: int = measuring_flag(256, "images generated at once", short=False)
-    seed: int = machine_flag(0, "seed of noise and labels; the search uses other seeds than the FID")
+    chunk: int = measuring_flag(256, "images generated at once", short=False, **BATCH)
+    seed: int = machine_flag(0, "seed of noise and labels; the search uses other seeds than the FID", **SEED)
 
     TOPICS: ClassVar = flags.TOPICS
 

@@ -27,6 +27,7 @@ from eval.generate import images
 from eval.image_grid import contact_sheet
 from eval.machine import peak_memory_gb
 from recipes.common import flags
+from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, TRAINED
 from recipes.common.checks import check_denoiser, check_match, codec_of
 from recipes.common.cli import duration, flag, method_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.run import Run, processes, settings_of
@@ -51,16 +52,20 @@ class Config(flags.RunFlags, flags.TrainingFlags):
     data: str = model_flag("digits", "the training data (accepted: --help data)")
     force: bool = model_flag(False, "learn even if the probe finds that the teacher is not a denoiser", short=False)
     output_dir: str = flags.output_dir("runs/teacher-digits")
-    training_images: int = training_flag(800_000, "training images", was="images")
-    lr: float = training_flag(2e-3, "learning rate; it falls linearly to 0 over the last 30 % of the run")
-    warmup_images: int = training_flag(25_000, "images over which the learning rate rises at the start", short=False)
-    ema_halflife_images: float = training_flag(50_000, "half-life of the average of the weights that is kept", short=False)
+    training_images: int = training_flag(800_000, "training images", was="images", **TRAINED)
+    lr: float = training_flag(2e-3, "learning rate; it falls linearly to 0 over the last 30 % of the run", **LEARNING_RATE)
+    warmup_images: int = training_flag(
+        25_000, "images over which the learning rate rises at the start", short=False, **(TRAINED | {"at_least": 0})
+    )
+    ema_halflife_images: float = training_flag(
+        50_000, "half-life of the average of the weights that is kept", short=False, **TRAINED
+    )
     prediction: str = method_flag(
         "v", "output of the network; eps and score need --schedule linear_vp or edm", choices=PREDICTIONS
     )
     schedule: str = method_flag("table", "noise schedule; table: cosine, 1024 entries, zero terminal SNR", choices=SCHEDULES)
     sigma_data: float | None = method_flag(
-        None, "standard deviation of the data, for prediction edm", short=False, own=lambda v: "measured"
+        None, "standard deviation of the data, for prediction edm", short=False, own=lambda v: "measured", above=0, at_most=1000
     )
     times: str | None = method_flag(
         None, "where training draws t", choices=DRAWS, short=False, own=lambda v: _draw_name(v["schedule"])
@@ -68,9 +73,11 @@ class Config(flags.RunFlags, flags.TrainingFlags):
     weight: str | None = method_flag(
         None, "weight of the x0 error", choices=WEIGHTS, short=False, own=lambda v: _weight_name(v["prediction"])
     )
-    channels: tuple[int, ...] = model_flag((32, 48), "channels of the UNet, one per resolution")
-    layers: int = model_flag(1, "residual blocks per resolution", short=False)
-    label_dropout: float = training_flag(0.1, "part of the labels replaced by the null class, for guidance", short=False)
+    channels: tuple[int, ...] = model_flag((32, 48), "channels of the UNet, one per resolution", **CHANNELS)
+    layers: int = model_flag(1, "residual blocks per resolution", short=False, **LAYERS)
+    label_dropout: float = training_flag(
+        0.1, "part of the labels replaced by the null class, for guidance", short=False, at_least=0, at_most=1
+    )
 
     MAY_CHANGE: ClassVar = ("force",)
     TOPICS: ClassVar = flags.TOPICS

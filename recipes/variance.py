@@ -29,6 +29,7 @@ from distill.train import BatchSplit, Optimization, train
 from eval.progress import progress
 from eval.variance_page import draw, page, verdict
 from recipes.common import flags
+from recipes.common.accepted import BATCH, SEED, TRAINED
 from recipes.common.checks import check_match
 from recipes.common.cli import TRACKERS, flag, machine_flag, measuring_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.methods import estimated_bias
@@ -50,13 +51,13 @@ class Config(flags.MachineFlags):
     teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")
     data: str = model_flag("digits", "the real images (accepted: --help data)")
     output_dir: str = flags.output_dir("runs/variance-digits")
-    levels: int = measuring_flag(15, "noise levels")
-    samples: int = measuring_flag(1024, "images per noise level")
-    gradients: int = measuring_flag(24, "batches whose gradients are compared")
-    batch_size: int = training_flag(128, "images per batch")
-    training_images: int = training_flag(64_000, "training images of each of the two students")
-    references: int = measuring_flag(4096, "most images for the estimate of the teacher's bias")
-    seed: int = machine_flag(0, "seed of all random numbers")
+    levels: int = measuring_flag(15, "noise levels", at_least=2, at_most=1000)
+    samples: int = measuring_flag(1024, "images per noise level", at_least=2, at_most=1_000_000)
+    gradients: int = measuring_flag(24, "batches whose gradients are compared", at_least=2, at_most=10_000)
+    batch_size: int = training_flag(128, "images per batch", **BATCH)
+    training_images: int = training_flag(64_000, "training images of each of the two students", **TRAINED)
+    references: int = measuring_flag(4096, "most images for the estimate of the teacher's bias", at_least=2, at_most=1_000_000)
+    seed: int = machine_flag(0, "seed of all random numbers", **SEED)
     log_with: str | None = machine_flag(None, "an Accelerate tracker", choices=TRACKERS)
 
     TOPICS: ClassVar = flags.TOPICS

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from distill import reading
+from distill.reading import first_line as first_line
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are never loaded
 T5 = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, whose pipeline takes embeddings of 0 without them
@@ -38,10 +40,10 @@ def fetch(where: str, variant: str | None = None, download: bool = True) -> Path
 
 
 def read_json(path: Path, problem: str) -> dict:
-    """Return the content of a JSON file. Raises ValueError with the text ``problem`` if it cannot be read."""
+    """Return the content of a file with a JSON object. Raises ValueError with the text ``problem`` if it cannot be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        return reading.read_json(path)
+    except (OSError, ValueError):
         raise ValueError(f"{path}: {problem}") from None
 
 
@@ -107,8 +109,3 @@ def assemble(cls: Any, folder: Path, parts: dict[str, Any], variant: str | None 
     absent = {name: None for name in left_out(folder) if name in inspect.signature(cls.__init__).parameters}
     options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "variant": variant}
     return cls.from_pretrained(folder, **parts, **absent, **options, torch_dtype=torch.float32)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

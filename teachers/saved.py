@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill import files
 from distill.denoiser import Denoiser
+from distill.reading import malformed
 from distill.sampling import Sampling
 from distill.schedule import schedule_from
 from teachers import networks
@@ -21,6 +25,27 @@ from teachers.codec import Codec
 from teachers.teacher import EMBEDDINGS, Teacher, frozen, require_network
 
 PROMPTS = "record.prompts"  # name of the prompts among the tensors of a file
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+# entries of a description -> whether a value is of the right kind
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "network": lambda v: isinstance(v, dict) and isinstance(v.get("config"), dict),
+    "schedule": lambda v: isinstance(v, dict),
+    "prediction": lambda v: isinstance(v, str),
+    "time": lambda v: isinstance(v, str),
+    "sigma_data": lambda v: type(v) in (int, float) and 0 < v < 1e6,
+    "shape": lambda v: (
+        isinstance(v, list) and 0 < len(v) <= 4 and all(_whole(n, 1, 2**16) for n in v) and math.prod(v) <= 2**26
+    ),
+    "classes": lambda v: v is None or _whole(v, 1, 10**6),
+    "null": lambda v: v is None or _whole(v, 0, 10**6),
+    "sampler": lambda v: isinstance(v, dict) and all(_whole(n, 1, 10**5) for n in v.get("steps", [])),
+    "record": lambda v: isinstance(v, dict),
+}
 
 
 def save(path: Path | str, model: Teacher) -> None:
@@ -51,13 +76,16 @@ def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
     tensors, description = files.load(path)
     if "network" not in description:
         raise ValueError(f"{path}: holds no model; it may be the checkpoint of an unfinished run")
+    with malformed(path):
+        _check(description, tensors)
+        return _built(path, tensors, description, net)
+
+
+def _built(path: Path, tensors: dict[str, Tensor], description: dict, net: nn.Module | None) -> Teacher:
     record = description["record"] | ({"prompts": _decoded(tensors.pop(PROMPTS))} if PROMPTS in tensors else {})
     embeddings = {name: tensors.pop(EMBEDDINGS + name) for name in description.get("table", [])}
     codec = Codec.from_description(description["codec"], path.parent) if "codec" in description else None
-    try:
-        built = networks.build(description["network"], net)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    built = networks.build(description["network"], net)
     files.load_weights(built, tensors, str(path))
     schedule = schedule_from(description["schedule"])
     return Teacher(
@@ -80,6 +108,49 @@ def _encoded(data: list[str]) -> Tensor:
 
 def _decoded(text: Tensor) -> list[str]:
     return json.loads(text.numpy().tobytes())
+
+
+def _check(description: dict, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for an entry of the wrong type, and for a network that its weights cannot fill."""
+    for name, fits in ENTRIES.items():
+        if not fits(description[name]):
+            raise ValueError(f"{name} is {str(description[name])[:40]!r}; this project writes another kind of value")
+    if embedded := [
+        name for name in description.get("table", []) if tensors[EMBEDDINGS + name].shape[0] != description["classes"] + 1
+    ]:
+        raise ValueError(
+            f"the conditions {embedded[0]!r} have other rows than {description['classes']} classes and the null class"
+        )
+    _check_size(description["network"], tensors)
+
+
+def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for a description of a network that is much larger than its weights, before it is built."""
+    if network["family"] == "adapter":
+        return _check_size(network["config"]["network"], tensors)
+    if network["family"] not in ("unet2d", "stock"):
+        return None
+    weights, blocks = sum(tensor.numel() for tensor in tensors.values()) + 1024, len(tensors)
+    for name, value in network["config"].items():
+        most = blocks if "layers" in name or "depth" in name else weights
+        if large := [number for number in _numbers(value) if abs(number) > most]:
+            raise ValueError(
+                f"the network has {name} {large[0]:g}, and the file holds {blocks:,} tensors of {weights:,} weights"
+            )
+    with torch.device("meta"):
+        size = sum(tensor.numel() for tensor in networks.build(network).state_dict().values())
+    if size > 2 * weights:
+        raise ValueError(f"the network has {size:,} weights, and the file holds {weights:,}")
+    return None
+
+
+def _numbers(data: Any) -> Iterator[float]:
+    """Yield the numbers of nested lists and dicts."""
+    if isinstance(data, dict | list):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from _numbers(value)
+    elif isinstance(data, int | float):
+        yield data
 
 
 def load_student(path: Path | str, origin: Teacher) -> Teacher:

@@ -8,22 +8,25 @@ import difflib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from eval.columns import plural as plural
+from recipes.common.accepted import limits_text, number_kind, numbers_text
 
 C = TypeVar("C")
 REQUIRED = dataclasses.MISSING
 GROUPS = ("what to do", "model and data", "method", "optimisation", "measurement", "machine and output")
 TRACKERS = ("tensorboard", "wandb")
+LINE, WORD = 280, 140  # characters of a message, and of a word in it
 
 
 def flag(default: Any, help: str, group: str = "what to do", **metadata: Any) -> Any:
@@ -31,7 +34,8 @@ def flag(default: Any, help: str, group: str = "what to do", **metadata: Any) ->
 
     ``default``: `REQUIRED` for none. ``group``: one of `GROUPS`. ``metadata``: ``choices``, or a function that returns them. ``short``:
     False leaves the flag out of the short help. ``was``: an older name that is still accepted. ``own``: a function of the parsed values
-    that returns the text of the default, where it depends on other flags.
+    that returns the text of the default, where it depends on other flags. ``at_least``, ``above``, ``at_most``, ``below``: bounds of a
+    number, or of each in a tuple. ``path``: a key of `recipes.common.accepted.PATHS`.
     """
     assert group in GROUPS, group
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "short": True, **metadata})
@@ -74,19 +78,32 @@ def parse(config: type[C], doc: str, presets: dict[str, dict], argv: list[str] |
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with exit code 2 and one line on standard error, written by the main process."""
+    """End the program with exit code 2 and one line on standard error, written by the main process and at most `LINE` long."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        line = " ".join(_cut(word, WORD) for word in str(message).split())
+        print(f"error: {_cut(line, LINE)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _cut(text: str, most: int) -> str:
+    """Return the text, without its middle where it has more than ``most`` characters: its end often says what is accepted."""
+    return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[1 - most // 2 :]}"
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn ValueError and OSError into one line and exit code 2. For loading and checking what a user gave."""
+    """Turn ValueError and OSError into one line and exit code 2. For loading and checking what a user gave.
+
+    So is what a small machine or a huge number leads to: a lack of memory.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:  # torch's type is RuntimeError
+        if not isinstance(error, MemoryError) and "not enough memory" not in str(error):
+            raise
+        fail(f"not enough memory: {error}")
 
 
 def duration(seconds: float) -> str:
@@ -97,6 +114,10 @@ def duration(seconds: float) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse takes -1e3 and -inf for flags
+
     def error(self, message: str) -> NoReturn:
         flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
         if "unrecognized" in message:
@@ -161,18 +182,31 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any, default_text: str
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(kind) is tuple:
-        options |= {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": typing.get_args(kind)[0].__name__.upper()}
     else:
-        options |= {"type": kind, "metavar": kind.__name__.upper()}
+        if typing.get_origin(kind) is tuple:
+            kind, options["nargs"] = typing.get_args(kind)[0], "+"
+        options |= {"type": _reader(kind, field.metadata) if number_kind(kind) else kind, "metavar": kind.__name__.upper()}
     if "choices" in field.metadata:
         choices = field.metadata["choices"]
         options["choices"] = list(choices() if callable(choices) else choices)
     about = [f"one of {', '.join(map(str, options['choices']))}"] if "choices" in options else []
-    about += [default_text] if default_text else []
+    about += [text for text in (limits_text(field.metadata), default_text) if text]
     text = field.metadata["help"] + (f" ({'; '.join(about)})" if about else "")
     options["help"] = text.replace("%", "%%") if shown else argparse.SUPPRESS
     group.add_argument(*names, **options)
+
+
+def _reader(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return the function that reads a number from the text of a flag."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            message = f"invalid {kind.__name__} value: {text!r}; accepted are {numbers_text(kind, metadata)}"
+            raise argparse.ArgumentTypeError(message) from None
+
+    return read
 
 
 def _default_text(field: dataclasses.Field, default: Any, values: dict[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import teachers
 from eval import reference
+from recipes.common.accepted import BATCH, GENERATED, LEARNING_RATE, SEED, STEPS, THREADS, TRAINED, Checked
 from recipes.common.cli import TRACKERS, machine_flag, measuring_flag, model_flag, training_flag
 from recipes.data import sets
 
@@ -18,52 +19,59 @@ TOPICS = {
 
 def output_dir(default: str) -> Any:
     """Declare --output-dir with a default of the recipe's own."""
-    return machine_flag(default, "a new directory, or one with the same run, which is continued")
+    return machine_flag(default, "a new directory, or one with the same run, which is continued", path="folder")
 
 
 @dataclass(frozen=True)
-class MachineFlags:
+class MachineFlags(Checked):
     """Threads, and the output directory."""
 
     output_dir: str = output_dir("runs/out")
-    threads: int = machine_flag(0, "CPU threads per process; 0 divides the cores equally", short=False)
+    threads: int = machine_flag(0, "CPU threads per process; 0 divides the cores equally", short=False, **THREADS)
 
 
 @dataclass(frozen=True)
 class RunFlags(MachineFlags):
     """A run that can be continued."""
 
-    seed: int = machine_flag(0, "seed of all random numbers")
+    seed: int = machine_flag(0, "seed of all random numbers", **SEED)
     log_with: str | None = machine_flag(None, "an Accelerate tracker", choices=TRACKERS, short=False)
     resume: bool = machine_flag(True, "continue a run of the same configuration in the output directory", short=False)
 
 
 @dataclass(frozen=True)
-class TrainingFlags:
+class TrainingFlags(Checked):
     """How a network is trained. Lengths are in images."""
 
-    batch_size: int = training_flag(128, "images per step, over all processes")
-    microbatch: int | None = training_flag(None, "largest number of images at once in a process; more accumulate", short=False)
-    lr: float = training_flag(1e-3, "learning rate; it falls linearly to 0")
-    warmup_images: int = training_flag(4_000, "images over which the learning rate rises at the start", short=False)
+    batch_size: int = training_flag(128, "images per step, over all processes", **BATCH)
+    microbatch: int | None = training_flag(
+        None, "largest number of images at once in a process; more accumulate", short=False, **BATCH
+    )
+    lr: float = training_flag(1e-3, "learning rate; it falls linearly to 0", **LEARNING_RATE)
+    warmup_images: int = training_flag(
+        4_000, "images over which the learning rate rises at the start", short=False, **(TRAINED | {"at_least": 0})
+    )
     mixed_precision: str = training_flag(
         "no", "autocast of the networks during training", choices=("no", "bf16", "fp16"), short=False
     )
 
 
 @dataclass(frozen=True)
-class SweepFlags:
+class SweepFlags(Checked):
     """How the finished students and the teacher's samplers are measured."""
 
-    images: int = measuring_flag(2_000, "generated images per cell of the sweep")
+    images: int = measuring_flag(2_000, "generated images per cell of the sweep", **GENERATED)
     sweep_steps: tuple[int, ...] = measuring_flag(
-        (1, 2, 4, 8), "step counts of the teacher's training-free samplers", short=False
+        (1, 2, 4, 8), "step counts of the teacher's training-free samplers", short=False, **STEPS
     )
     features: str = measuring_flag("digits", "feature extractor of FID")
     reference: str | None = measuring_flag(
-        None, f"a stored reference instead of the images of --data; needed with latents: {reference.ACCEPTED}", short=False
+        None,
+        f"a stored reference instead of the images of --data; needed with latents: {reference.ACCEPTED}",
+        short=False,
+        path="file",
     )
-    chunk: int = measuring_flag(256, "images generated at once", short=False)
+    chunk: int = measuring_flag(256, "images generated at once", short=False, **BATCH)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distill import reading
 from distill.sampling import Sampling
 from eval import reference, report
 from eval.features import Extractor
@@ -55,8 +55,8 @@ def student_cells(
 def training_seconds(student: Path) -> float | None:
     """Return the seconds of training that went into a student, which its recipe wrote beside the student's file."""
     try:
-        return json.loads((student.parent / "cost.json").read_text())["training_seconds"]
-    except (OSError, json.JSONDecodeError, KeyError):
+        return float(reading.read_json(student.parent / "cost.json")["training_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

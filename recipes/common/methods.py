@@ -20,6 +20,7 @@ from distill.teacher_bias import TeacherBias
 from distill.train import Method
 from eval.perceptual import Lpips
 from eval.progress import progress
+from recipes.common.accepted import STEPS, Checked
 from recipes.common.cli import flag, method_flag, model_flag
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -29,7 +30,7 @@ LEVELS = torch.linspace(-9, 13, 23)  # log-SNRs at which --target-mix auto estim
 
 
 @dataclass(frozen=True)
-class MethodFlags:
+class MethodFlags(Checked):
     """The flags that describe a method. Flags that a method does not take are refused with it."""
 
     method: str = flag(
@@ -52,16 +53,18 @@ class MethodFlags:
         None, "weight by the two noise levels", choices=GAP_WEIGHTS, short=False, own=lambda v: METHODS[v["method"]].weight
     )
     grid: str = method_flag("uniform", "cd, ct: time grid of the pairs; the papers use karras", choices=GRIDS, short=False)
-    grid_steps: int = method_flag(4, "cd: steps of the grid; the paper uses 18", short=False)
-    substeps: int = method_flag(2, "cd: teacher steps within one step of the grid", short=False)
-    order: int = method_flag(2, "cd: order of the teacher steps, 1 for Euler and 2 for Heun", choices=(1, 2), short=False)
+    grid_steps: int = method_flag(4, "cd: steps of the grid; the paper uses 18", short=False, **STEPS)
+    substeps: int = method_flag(2, "cd: teacher steps within one step of the grid", short=False, at_least=1, at_most=1000)
+    order: int = method_flag(
+        2, "cd: order of the teacher steps, 1 for Euler and 2 for Heun", choices=(1, 2), short=False, at_least=1, at_most=2
+    )
     regularize: tuple[str, ...] = method_flag((), f"terms to add, as name=weight: {', '.join(RESIDUALS)}", short=False)
     averaged_target: bool = method_flag(False, "take the cleaner end from the EMA of the student", short=False)
     jvp: str = method_flag(
         "finite", "scd, sct, meanflow: tangents by finite differences or exact", choices=("finite", "exact"), short=False
     )
     jvp_step: float = method_flag(
-        0.02, "step of the finite differences in t; 0.02 averages over fast time embeddings", short=False
+        0.02, "step of the finite differences in t; 0.02 averages over fast time embeddings", short=False, above=0, at_most=1
     )
     sampler: str | None = method_flag(
         None,

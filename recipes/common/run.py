@@ -20,7 +20,7 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from distill import files
+from distill import files, reading
 from distill.train import State
 from eval.machine import cores
 from eval.progress import progress
@@ -171,7 +171,7 @@ def _claim(folder: Path, config: Any) -> None:
 
 def _read_settings(path: Path, config: Any) -> dict[str, Any]:
     """Return a config.json, perhaps of an older version: with fields under their new names, and defaults for those it lacks."""
-    theirs = json.loads(path.read_text())
+    theirs = reading.read_json(path)
     for field in dataclasses.fields(config):
         if (old := field.metadata.get("was")) in theirs:
             theirs[field.name] = theirs.pop(old)

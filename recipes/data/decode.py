@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import struct
 import sys
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from distill.reading import regular
 from eval.progress import progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -31,6 +34,19 @@ PROCESSES_FROM = 4096  # images; fewer are decoded in threads, which start faste
 # a spawned interpreter would import the whole recipe again; a worker uses only Pillow and numpy, as DataLoader's workers do
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 BLOCK = 4096  # encoded images in memory at a time
+MAX_CLASSES = 1_000_000
+MAX_SIDE = 1024  # of images whose size the user does not name
+MAX_PIXELS = 2**26  # of an image that is opened
+# what Pillow raises for damaged, foreign and hostile images
+UNREADABLE = (
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, LookupError,
+    AssertionError, OverflowError, RuntimeError, MemoryError, zlib.error,
+)  # fmt: skip
+PEEKED = 200  # images whose headers decide the format of the set, in order and at random each
+GREY = {"1", "L", "LA"}
+
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is lower
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,15 @@ class ImageFormat:
 
     size: int
     mode: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """Hold what an image's header says: the shorter side, Pillow's mode, and whether pixels may be transparent."""
+
+    size: int
+    mode: str
+    transparent: bool
 
 
 @dataclass(frozen=True)
@@ -103,17 +128,24 @@ class UnreadableImages:
 
 
 def format_of(source: Source, size: int | None) -> ImageFormat:
-    """Return the format of the first readable image, with side ``size`` if given.
+    """Return the format of a set: side ``size`` or the first image's, and grey if some hundred images in order and at random are.
 
-    Raises ValueError for a set without readable images, and for images of more than 8 bits per channel.
+    Warns of transparency. Raises ValueError for a set without readable images, for images of more than 8 bits per channel, and for a
+    set that would not fit in memory.
     """
-    some = list(islice(source.records(None, 0, 1), 100))
+    some = list(islice(source.records(None, 0, 1), PEEKED))
     if not some:
         raise ValueError(f"{source.name}: holds no images; accepted are {', '.join(sorted(SUFFIXES))}")
-    first = next((image for record in some if (image := _open(record)) is not None), None)
-    if first is None:
+    some += islice(source.records(0, 0, 1), PEEKED) if len(some) == PEEKED else ()
+    seen = [header for record in some if (header := _header(record)) is not None]
+    if not seen:
         raise ValueError(f"{source.name}: none of the first {len(some)} images can be read")
-    return ImageFormat(size or min(first.size), "L" if first.mode in ("1", "L") else "RGB")
+    side = seen[0].size
+    if size is None and side > MAX_SIDE:
+        raise ValueError(f"{source.name}: images of side {side}; accepted are sides up to {MAX_SIDE}, and any with size=...")
+    if any(header.transparent for header in seen):
+        _warn(f"{source.name}: transparent images are put on white")
+    return ImageFormat(size or side, "L" if all(header.mode in GREY for header in seen) else "RGB")
 
 
 def read_all(source: Source, form: ImageFormat, most: int | None = None) -> Decoded:
@@ -121,9 +153,16 @@ def read_all(source: Source, form: ImageFormat, most: int | None = None) -> Deco
 
     Raises ValueError for an image smaller than the format, and if more than 1 % of the images are unreadable.
     """
-    images, records = [], []
+    from eval.machine import memory  # imports torch
+
+    images, records, most_bytes = [], [], memory() // 2  # they are copied once
     for _, kept in decode_blocks(source, form, BLOCK, most):
         images.append(np.stack([image for _, image in kept]))
+        if sum(part.nbytes for part in images) > most_bytes:
+            raise ValueError(
+                f"{source.name}: more than the {most_bytes / 1e9:.1f} GB of images that fit in memory; accepted are a smaller size=... and"
+                " stream=..."
+            )
         records += [replace(record, image=b"") for record, _ in kept]
     if not images:
         raise ValueError(f"{source.name}: none of its images can be read")
@@ -177,7 +216,7 @@ def shuffled(records: Iterable[Record], buffer: int, draw: np.random.Generator) 
 @contextmanager
 def workers(images: int) -> Iterator[Executor]:
     """Yield a pool on this process's part of the cores: worker processes for many images, threads for few."""
-    from eval.machine import cores
+    from eval.machine import cores  # imports torch
 
     count = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     pool: Executor
@@ -196,11 +235,28 @@ def decode(pool: Executor, records: list[Record], form: ImageFormat) -> list[np.
     return list(pool.map(partial(_decode, form=form), records, chunksize=32))
 
 
-def _open(record: Record) -> Image.Image | None:
+def _opened(record: Record) -> Image.Image:
+    image = Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else regular(record.image))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+    return image
+
+
+def _header(record: Record) -> Header | None:
+    """Return the header of an image without decoding it, or None if it cannot be read."""
     try:
-        image = Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image)
+        with _opened(record) as image:
+            return Header(min(image.size), image.mode, image.has_transparency_data)
+    except UNREADABLE:
+        return None
+
+
+def _open(record: Record) -> Image.Image | None:
+    """Return an image, or None if it cannot be read. Raises ValueError for more than 8 bits per channel."""
+    try:
+        image = _opened(record)
         image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error):
+    except UNREADABLE:
         return None
     if image.mode[0] in "IF":
         raise ValueError(f"{record.where}: pixels of mode {image.mode}; accepted are 8 bits per channel")
@@ -217,12 +273,36 @@ def _decode(record: Record, form: ImageFormat) -> np.ndarray | None:
             f"{record.where}: {image.width}x{image.height} is smaller than {size}x{size}; "
             "accepted are larger images, or a smaller size=..."
         )
+    if form.mode == "L" and image.mode not in GREY:
+        raise ValueError(
+            f"{record.where}: a colour image in a set whose first images are grey; accepted are images of one kind"
+        )
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.convert(form.mode).crop((left, top, left + side, top + side))
+    try:
+        square = _flat(image.crop((left, top, left + side, top + side)), form.mode)
+    except UNREADABLE:
+        return None
     if side != size:
         square = square.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(square)
     return pixels[None] if form.mode == "L" else pixels.transpose(2, 0, 1).copy()
+
+
+def _flat(image: Image.Image, mode: str) -> Image.Image:
+    """Return the image in a mode of the format, on white where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert(mode)
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode)
+
+
+def check_label(where: Path | str, label: int, classes: int | None = None) -> None:
+    """Raise ValueError for a label that is none of ``classes``, or of the most that are accepted."""
+    if not 0 <= label < (classes or MAX_CLASSES):
+        accepted = (
+            f"0 and more, up to {MAX_CLASSES - 1:,}" if classes is None else f"0 to {classes - 1}, classes=N sets their number"
+        )
+        raise ValueError(f"{where}: label {label}; accepted are {accepted}")
 
 
 def _is_main() -> bool:

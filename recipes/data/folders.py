@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,15 @@ from torch import Tensor
 from recipes.data.decode import SUFFIXES, Record, Source
 
 TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar10": "CIFAR10"}
+SHOWN = 20  # classes that are printed
 
 
 def folder_source(folder: Path) -> Source:
     """Return all images under ``folder`` as a source.
 
-    If all images are in sub-folders, each sub-folder is a class. Classes are numbered in the order of the sub-folders' names.
-    Raises ValueError for a folder that holds no images or cannot be read.
+    If all images are in sub-folders, each sub-folder is a class. Classes are numbered in the order of the sub-folders' names, of
+    numbers by their value; a printed line says which is which. Raises ValueError for a folder without images, and for one that cannot
+    be read.
     """
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ValueError(f"{folder}: no permission to read the folder")
@@ -28,7 +30,10 @@ def folder_source(folder: Path) -> Source:
         raise ValueError(f"{folder}: holds no images; accepted are {', '.join(sorted(SUFFIXES))}")
     tops = [path.relative_to(folder).parts[0] for path in paths]
     labelled = all(path.parent != folder for path in paths)
-    number = {name: i for i, name in enumerate(sorted(set(tops)))}
+    number = {name: i for i, name in enumerate(in_order(set(tops)))}
+    if labelled and os.environ.get("RANK", "0") == "0":
+        shown = ", ".join(f"{i} = {name}" for name, i in list(number.items())[:SHOWN])
+        print(f"{len(number)} classes of {folder}: {shown}{', ...' if len(number) > SHOWN else ''}")
 
     def records(seed: int | None, rank: int, world: int) -> Iterator[Record]:
         order = range(len(paths)) if seed is None else np.random.default_rng(seed).permutation(len(paths)).tolist()
@@ -36,6 +41,12 @@ def folder_source(folder: Path) -> Source:
             yield Record(str(paths[i]), paths[i], number[tops[i]] if labelled else None)
 
     return Source(folder.absolute().name, records, len(paths), len(number) if labelled else None)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names of classes in alphabetical order; by value if all of them are whole numbers."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isdecimal() and len(name) < 20 for name in names) else names
 
 
 def read_torchvision(name: str, root: str, download: bool) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distill import files
+from distill import files, reading
+from distill.reading import first_line, regular
 from teachers.codec import Codec
 
 LATENTS = "fewstep-latents/1"
@@ -18,7 +19,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 def is_latents(folder: Path) -> bool:
     """Return whether a folder has an index of latents."""
     index = folder / "index.json"
-    return index.is_file() and LATENTS in index.read_text(errors="replace")
+    return index.is_file() and LATENTS in reading.read_text(index)
 
 
 def read_latents(folder: Path) -> tuple[Tensor, Tensor | None, list[str] | None, dict]:
@@ -27,17 +28,13 @@ def read_latents(folder: Path) -> tuple[Tensor, Tensor | None, list[str] | None,
     Raises ValueError for an incomplete index, and for a shard that does not agree with it.
     """
     try:
-        index = json.loads((folder / "index.json").read_text())
-        count, shape, shards = int(index["count"]), tuple(index["shape"]), index["shards"]
-        latents = torch.empty(count, *shape, dtype=DTYPES[index["dtype"]])
-        sizes = {name: int(n) for name, n in shards.items()}
-        missing = {"model", "scale", "shift", "codec_sha256"} - index.keys()
-        if missing:
-            raise KeyError(*missing)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        index = _checked_index(reading.read_json(folder / "index.json"), folder)
+        latents = torch.empty(index["count"], *index["shape"], dtype=DTYPES[index["dtype"]])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{folder / 'index.json'}: not a whole index of latents ({error}); accepted is one that recipes/latents.py wrote"
+            f"{folder / 'index.json'}: not a whole index of latents ({first_line(error)}); accepted is one that recipes/latents.py wrote"
         ) from None
+    count, shape, sizes = index["count"], tuple(index["shape"]), index["shards"]
     labels: list[Tensor] = []
     captions: list[str] = []
     start = 0
@@ -56,6 +53,21 @@ def read_latents(folder: Path) -> tuple[Tensor, Tensor | None, list[str] | None,
             f"{folder}: {start} latents, {sum(map(len, labels))} labels, {len(captions)} captions; the index has {count}"
         )
     return latents, torch.cat(labels) if labels else None, captions or None, index
+
+
+def _checked_index(index: dict, folder: Path) -> dict:
+    """Return an index with entries of the right types, whose latents are no larger than its files. Raises various errors if not."""
+    sizes = {str(name): int(n) for name, n in index["shards"].items()}
+    count, shape = int(index["count"]), [int(n) for n in index["shape"]]
+    held = sum(regular(folder / Path(name).name).stat().st_size for name in sizes)
+    if min(count, *shape) < 1 or count * math.prod(shape) * DTYPES[index["dtype"]].itemsize > max(held, 2**28):
+        raise ValueError(f"{count} latents of shape {shape} do not fit the {held:,} bytes of the shards")
+    names = {"model": str, "codec_sha256": str, "scale": float | int, "shift": float | int, "classes": int | None}
+    if wrong := [
+        name for name, kind in names.items() if not isinstance(index.get(name) if name == "classes" else index[name], kind)
+    ]:
+        raise ValueError(f"{wrong[0]} is {index[wrong[0]]!r}")
+    return index | {"shards": sizes, "count": count, "shape": shape}
 
 
 def codec_sha256(codec: Codec) -> str:

@@ -16,7 +16,7 @@ from distill.schedule import per_sample
 from distill.train import Batches, BatchSplit
 from eval.features import fingerprint
 from recipes.data import folders, huggingface, latent_shards, webdataset
-from recipes.data.decode import Source, decode_blocks, format_of, read_all
+from recipes.data.decode import Source, check_label, decode_blocks, format_of, read_all
 from recipes.data.npz import read_npz
 from recipes.data.spec import ACCEPTED as ACCEPTED
 from recipes.data.spec import parse
@@ -62,8 +62,9 @@ class Data:
             integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
             if labels.shape != images.shape[:1] or not integers:
                 raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}; accepted are integers [{len(images)}]")
-            if (labels := labels.long()).min() < 0:
-                raise ValueError(f"label {labels.min()}; accepted are 0 and more")
+            labels = labels.long()
+            for label in (int(labels.min()), int(labels.max())):
+                check_label("labels", label)
         pixels = to_uint8(images.float()) if floats else images
         return cls(name or f"{len(pixels)} images, sha256 {fingerprint(pixels)[:8]}", pixels, labels)
 
@@ -201,11 +202,9 @@ def _decoded(source: Source, options: dict[str, str]) -> Data:
     form = format_of(source, int(options["size"]) if "size" in options else None)
     held = int(options["stream"]) if "stream" in options else None
     found = read_all(source, form, held)
+    for label in () if found.labels is None else (min(found.labels), max(found.labels)):
+        check_label(source.name, label, source.classes)
     labels = None if found.labels is None else torch.tensor(found.labels)
-    if labels is not None and (labels.min() < 0 or (source.classes is not None and labels.max() >= source.classes)):
-        wrong = int(labels.min() if labels.min() < 0 else labels.max())
-        most = "classes - 1" if source.classes is None else source.classes - 1
-        raise ValueError(f"{source.name}: label {wrong}; accepted are 0 to {most}, classes=N sets their number")
     images = torch.from_numpy(found.images)
     if held is None:
         return Data(source.name, images, labels, found.captions, known_classes=source.classes)

@@ -6,6 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
+from recipes.data.decode import MAX_CLASSES
 from recipes.data.folders import TORCHVISION
 from recipes.data.latent_shards import is_latents
 
@@ -40,7 +41,8 @@ OPTIONS: dict[str, frozenset[str]] = {
     "hf": DECODED | {"classes", "split", "config", "image", "label", "caption"},
     **dict.fromkeys(TORCHVISION, frozenset({"download", "flip"})),
 }
-SWITCHES, NUMBERS = {"flip", "download"}, {"size", "stream", "classes"}
+SWITCHES = {"flip", "download"}
+NUMBERS = {"size": 4096, "stream": 10_000_000, "classes": MAX_CLASSES}  # the largest that is accepted
 
 
 def parse(spec: str) -> tuple[str, str, dict[str, str]]:
@@ -54,8 +56,8 @@ def parse(spec: str) -> tuple[str, str, dict[str, str]]:
             raise ValueError(f"data {spec!r}: {key!r} is no option of {kind}; accepted are {takes}; --help data lists all")
         if key in SWITCHES and value:
             raise ValueError(f"data {spec!r}: option {key} has the value {value!r}; accepted is {key} alone")
-        if key in NUMBERS and not (value.isdigit() and int(value) > 0):
-            raise ValueError(f"data {spec!r}: option {key} is {value!r}; accepted are whole numbers from 1")
+        if key in NUMBERS and not (value.isdecimal() and len(value) < 10 and 0 < int(value) <= NUMBERS[key]):
+            raise ValueError(f"data {spec!r}: option {key} is {value!r}; accepted are whole numbers from 1 to {NUMBERS[key]:,}")
         if not value and key not in SWITCHES:
             raise ValueError(f"data {spec!r}: option {key} has no value; accepted is {key}=...")
     return kind, where, options

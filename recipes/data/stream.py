@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.rng import seed_of
 from distill.train import BatchSplit
-from recipes.data.decode import ImageFormat, Record, Source, UnreadableImages, decode, shuffled, workers
+from recipes.data.decode import ImageFormat, Record, Source, UnreadableImages, check_label, decode, shuffled, workers
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,6 @@ class Stream:
         return chain.from_iterable(map(one_pass, count()))
 
     def _label(self, record: Record) -> int:
-        classes = self.source.classes
-        if record.label is None or record.label < 0 or (classes is not None and record.label >= classes):
-            raise ValueError(
-                f"{record.where}: label {record.label}; accepted are 0 to {(classes or 0) - 1}, classes=N sets their number"
-            )
-        return record.label
+        label = -1 if record.label is None else record.label
+        check_label(record.where, label, self.source.classes)
+        return label

@@ -1,0 +1,79 @@
+"""Reading what others made: regular files only, JSON objects only, and one line for whatever else a file holds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SPARSE = 2**30  # a file above this size, of which less than 1 % is on the disk, is refused
+TEXT = 2**28  # largest text file in bytes
+
+
+def regular(path: Path | str, kind: str = "file", most: int | None = None) -> Path:
+    """Return the path of a file that can be read to its end. ``kind``: what it should be. ``most``: largest size in bytes.
+
+    Raises ValueError for anything else, before it is opened: a pipe waits for a writer, and a device has no end.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder; accepted is a {kind}")
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: a pipe, socket or device; accepted is a {kind}")
+    size, on_disk = path.stat().st_size, getattr(path.stat(), "st_blocks", 1) * 512
+    if not size:
+        raise ValueError(f"{path}: not a whole {kind}, it is empty")
+    if most is not None and size > most:
+        raise ValueError(f"{path}: {size:,} bytes; accepted is a {kind} of at most {most:,}")
+    if size > SPARSE and on_disk < size // 100:
+        raise ValueError(f"{path}: a sparse file of {size:,} bytes that holds {on_disk:,}; accepted is a whole {kind}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path}: no permission to read this file")
+    return path
+
+
+def read_text(path: Path | str) -> str:
+    """Return the content of a UTF-8 text file. Raises ValueError for anything else."""
+    try:
+        return regular(path, "text file", TEXT).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start:,})") from None
+
+
+def json_object(text: str, where: Path | str) -> dict[str, Any]:
+    """Return the JSON object that ``text`` holds. Raises ValueError, beginning with ``where``, for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({first_line(error)})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: holds a JSON {type(found).__name__}; accepted is an object")
+    return found
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Return the JSON object of a file. Raises ValueError for anything else."""
+    return json_object(read_text(path), path)
+
+
+@contextmanager
+def malformed(where: Path | str) -> Iterator[None]:
+    """Turn what missing keys, wrong types and impossible values of a file raise into ValueError that begins with ``where``."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(error).startswith(str(where)) else ValueError(f"{where}: {first_line(error)}") from None
+    except LookupError as error:
+        raise ValueError(f"{where}: an entry {first_line(error)} is missing") from None
+    except (TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{where}: an entry has an impossible value ({type(error).__name__}: {first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
