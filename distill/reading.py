@@ -19,21 +19,21 @@ def regular(path: Path | str, kind: str = "file", most: int | None = None) -> Pa
     Raises ValueError for anything else, before it is opened: a pipe waits for a writer, and a device has no end.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: this is a folder; accepted is a {kind}")
     if not path.exists():
         raise ValueError(f"{path}: there is no such file")
+    size, on_disk, problem = path.stat().st_size, path.stat().st_blocks * 512, ""
     if not path.is_file():
-        raise ValueError(f"{path}: a pipe, socket or device; accepted is a {kind}")
-    size, on_disk = path.stat().st_size, getattr(path.stat(), "st_blocks", 1) * 512
-    if not size:
-        raise ValueError(f"{path}: not a whole {kind}, it is empty")
-    if most is not None and size > most:
-        raise ValueError(f"{path}: {size:,} bytes; accepted is a {kind} of at most {most:,}")
-    if size > SPARSE and on_disk < size // 100:
-        raise ValueError(f"{path}: a sparse file of {size:,} bytes that holds {on_disk:,}; accepted is a whole {kind}")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{path}: no permission to read this file")
+        problem = "a folder" if path.is_dir() else "a pipe, socket or device"
+    elif not size:
+        problem = "empty"
+    elif most is not None and size > most:
+        problem = f"{size:,} bytes long, and at most {most:,} are accepted"
+    elif size > SPARSE and on_disk < size // 100:
+        problem = f"a sparse file, {size:,} bytes long with {on_disk:,} on the disk"
+    elif not os.access(path, os.R_OK):
+        problem = "not ours to read"
+    if problem:
+        raise ValueError(f"{path}: not a whole {kind}, it is {problem}")
     return path
 
 
@@ -52,7 +52,7 @@ def json_object(text: str, where: Path | str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({first_line(error)})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{where}: holds a JSON {type(found).__name__}; accepted is an object")
+        raise ValueError(f"{where}: holds {text.strip()[:20]!r}; accepted is a JSON object")
     return found
 
 
@@ -70,8 +70,12 @@ def malformed(where: Path | str) -> Iterator[None]:
         raise error if str(error).startswith(str(where)) else ValueError(f"{where}: {first_line(error)}") from None
     except LookupError as error:
         raise ValueError(f"{where}: an entry {first_line(error)} is missing") from None
-    except (TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{where}: an entry has an impossible value ({type(error).__name__}: {first_line(error)})") from None
+    except OSError:
+        raise
+    except Exception as error:  # other libraries raise many types for an impossible configuration
+        raise ValueError(
+            f"{where}: an entry has an impossible value ({type(error).__name__}: {first_line(error)[:120]})"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

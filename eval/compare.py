@@ -18,6 +18,11 @@ def merged(folders: list[Path]) -> tuple[dict, dict[str, Path]]:
     Raises ValueError if the protocols differ or a run is unfinished.
     """
     runs = {folder: _read(folder) for folder in folders}
+    with reading.malformed(", ".join(map(str, folders))):
+        return _merged(runs)
+
+
+def _merged(runs: dict[Path, dict]) -> tuple[dict, dict[str, Path]]:
     first, first_run = next(iter(runs.items()))
     protocol = first_run["protocol"]
     rows: list[dict] = []
@@ -33,8 +38,8 @@ def merged(folders: list[Path]) -> tuple[dict, dict[str, Path]]:
                 rows.append(row)
                 sources[row["name"]], taken[row["name"]] = source, row["model_sha256"]
     rows = with_comparisons(rows, {name: pictures(path) for name, path in sources.items()})
-    facts = {"runs": ", ".join(map(str, folders)), "versions": first_run["run"].get("versions", "")}
-    title = "Comparison of " + ", ".join(folder.name for folder in folders)
+    facts = {"runs": ", ".join(map(str, runs)), "versions": first_run["run"].get("versions", "")}
+    title = "Comparison of " + ", ".join(folder.name for folder in runs)
     return reports.assemble(title, rows, protocol, first_run["floor"], first_run["feature_dimension"], facts), sources
 
 

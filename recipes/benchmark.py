@@ -40,6 +40,7 @@ from eval.machine import clock, cores, default_device
 from eval.reference import extract
 from recipes.common import flags
 from recipes.common.accepted import BATCH, STEPS, Checked
+from recipes.common.checks import check_steps
 from recipes.common.cli import fail, flag, machine_flag, model_flag, one_line_errors, parse
 from recipes.data import sets
 
@@ -185,6 +186,9 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"{output} exists: name another --output-dir")
         if not 1 <= config.processes <= cores():
             raise ValueError(f"--processes {config.processes}: accepted are 1 to the {cores()} cores of this machine")
+        model = teachers.load(config.model)
+        check_steps(model, (config.steps,))
+        Extractor.create(config.features).fits(model.image_shape)
         device = default_device()
         if device.type == "cpu":
             torch.set_num_threads(cores())

@@ -22,7 +22,7 @@ class Config(MachineFlags):
 
     preset: str = flag("default", "both are the same here", choices=PRESETS)
     runs: tuple[str, ...] = flag(REQUIRED, "directories of finished runs")
-    output_dir: str = machine_flag("runs/compare", "a new directory, or one that holds the same comparison")
+    output_dir: str = machine_flag("runs/compare", "a new directory, or one that holds the same comparison", path="folder")
 
 
 def main(argv: list[str] | None = None) -> None:

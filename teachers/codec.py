@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,13 +66,18 @@ class Codec:
 
         Raises ValueError if the autoencoder's folder is gone. A hub id is only looked up when the autoencoder is first used.
         """
-        source = {k: description[k] for k in ("folder", "part", "class", "variant") if k in description}
+        source = {k: str(description[k]) for k in ("folder", "part", "class", "variant") if description.get(k) is not None}
+        scale, shift = (float(description[k]) for k in ("scale", "shift"))
+        if not (math.isfinite(scale) and math.isfinite(shift) and scale) or not source["class"].startswith(
+            ("Autoencoder", "VQModel")
+        ):
+            raise ValueError(f"no autoencoder of latents: scale {scale:g}, shift {shift:g}, class {source['class']}")
         if source["folder"].startswith("./"):
             source["folder"] = str((beside / source["folder"]).resolve())
         folder = Path(source["folder"])
         if folder.is_absolute() and not (folder / source["part"]).is_dir():
             raise ValueError(f"{folder}: there is no {source['part']} in it any more, the autoencoder of this model's latents")
-        return cls(None, description["scale"], description["shift"], source)
+        return cls(None, scale, shift, source)
 
     def _on(self, x: Tensor) -> Any:
         return self.network.to(x.device) if isinstance(self.network, torch.nn.Module) else self.network

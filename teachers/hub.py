@@ -12,6 +12,7 @@ import torch
 from distill import reading
 from distill.reading import first_line as first_line
 
+TIMEOUT = 5.0  # seconds that the hub has for its first answer
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are never loaded
 T5 = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, whose pipeline takes embeddings of 0 without them
 ADAPTERS = ("pytorch_lora_weights*", "adapter_config.json", "adapter_model.*")
@@ -27,16 +28,39 @@ def fetch(where: str, variant: str | None = None, download: bool = True) -> Path
     Raises ValueError if the hub does not have it or cannot be reached.
     """
     if Path(where).is_dir():
+        _check_files(Path(where))
         return Path(where)
     from diffusers import DiffusionPipeline
 
+    here = not (download and reached(where, "model"))
+    options = {"variant": variant, "trust_remote_code": False, "use_safetensors": True, "local_files_only": here}
     try:
-        options = {"variant": variant, "trust_remote_code": False, "use_safetensors": True, "local_files_only": not download}
         return Path(DiffusionPipeline.download(where, **options))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be loaded
         reason = type(error).__name__
         found = "cannot be fetched from the hub" if download else f"was not downloaded yet, which `hf download {where}` does"
         raise ValueError(f"{where!r} is no folder here and {found} ({reason}): check spelling and network") from None
+
+
+def reached(name: str, kind: str) -> bool:
+    """Return whether the hub knows a repository of ``kind`` "model" or "dataset". It is asked once, for `TIMEOUT` seconds.
+
+    The hub's own client tries again for minutes where there is no network.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+    except Exception:  # the client raises many types; none of them leaves anything to download
+        return False
+    return True
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError if a file of a pipeline or of its components is no regular file."""
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.suffix in (".json", ".safetensors", ".txt", ".model") and not path.is_dir():
+            reading.regular(path)
 
 
 def read_json(path: Path, problem: str) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from distill.reading import malformed
 from teachers import adm, custom, diffusers_pipeline, experts, oracle
 from teachers.saved import load_file
 from teachers.teacher import Teacher
@@ -44,7 +45,8 @@ def load(spec: str, trusted: bool = True) -> Teacher:
     if (path / "student.safetensors").is_file():
         return load_file(path / "student.safetensors")
     if path.is_dir() or Path(where).is_dir():
-        return diffusers_pipeline.load(spec)
+        with malformed(spec if path.is_dir() else where):
+            return diffusers_pipeline.load(spec)
     if not path.is_file() and ":" in where:
         return custom.load(spec, trusted)
     if path.is_file() or path.suffix in WEIGHTS:

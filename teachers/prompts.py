@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.reading import read_text
 from teachers.hub import assemble, first_line
 
 BATCH = 16  # prompts per call of the text encoders
@@ -61,9 +62,9 @@ ENCODERS: dict[str, Callable[[Any, list[str]], Encoded]] = {
 def read_prompts(path: str) -> list[str]:
     """Return the lines of a text file that are not empty. Raises ValueError if there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts={path}: not a readable text file ({type(error).__name__})") from None
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"prompts={path}: not a readable text file ({error})") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"prompts={path}: the file is empty; accepted is one prompt per line")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from distill import files
 from distill.denoiser import Denoiser
 from distill.reading import malformed
-from distill.sampling import Sampling
+from distill.sampling import SEARCHED, Sampling
 from distill.schedule import schedule_from
 from teachers import networks
 from teachers.codec import Codec
@@ -29,6 +31,12 @@ PROMPTS = "record.prompts"  # name of the prompts among the tensors of a file
 
 def _whole(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
+
+
+def _timed(sampler: dict, steps: Any) -> bool:
+    """Return whether a step count of a sampler's description is possible, and so are its own times."""
+    times = sampler.get("times", {}).get(str(steps), None if sampler["grid"] == SEARCHED else [0.0] * (steps + 1))
+    return _whole(steps, 1, 10**5) and len(times) == steps + 1 and all(math.isfinite(t) for t in times)
 
 
 # entries of a description -> whether a value is of the right kind
@@ -43,7 +51,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     ),
     "classes": lambda v: v is None or _whole(v, 1, 10**6),
     "null": lambda v: v is None or _whole(v, 0, 10**6),
-    "sampler": lambda v: isinstance(v, dict) and all(_whole(n, 1, 10**5) for n in v.get("steps", [])),
+    "sampler": lambda v: isinstance(v, dict) and all(map(partial(_timed, v), v.get("steps", []))),
     "record": lambda v: isinstance(v, dict),
 }
 
@@ -76,7 +84,7 @@ def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
     tensors, description = files.load(path)
     if "network" not in description:
         raise ValueError(f"{path}: holds no model; it may be the checkpoint of an unfinished run")
-    with malformed(path):
+    with malformed(path), warnings.catch_warnings(action="ignore"):
         _check(description, tensors)
         return _built(path, tensors, description, net)
 

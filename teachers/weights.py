@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.reading import regular
 from teachers.hub import first_line
 
 CONVERT = (
@@ -51,8 +53,11 @@ def _tensors(path: str) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
+    regular(path, "state dict")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (held := sum(info.file_size for info in archive.infolist())) > 2 * Path(path).stat().st_size:
+                raise ValueError(f"{path}: would grow to {held:,} bytes; accepted are files that torch.save wrote")
     if path.endswith((".safetensors", ".sft")):
         try:
             return load_file(path)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from recipes.data.decode import Record, Source
+from teachers.hub import reached
 
 LABELS, CAPTIONS = ("label", "labels", "fine_label"), ("caption", "text", "prompt")  # default columns, the first found is used
 
@@ -70,12 +71,17 @@ def _columns(name: str, options: dict[str, str], kinds: dict[str, str]) -> tuple
 def _open(name: str, config: str | None, split: str, streaming: bool) -> Any:
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise ValueError(f"hf:{name} needs the package datasets: pip install -e '.[hf]'") from None
     try:
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(name)
             return found[split] if isinstance(found, dict) else found
+        if not Path(name).exists() and not reached(name, "dataset"):
+            datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = (
+                True  # what is in the cache is read, and nothing tried again
+            )
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the package raises many kinds; all mean that the set cannot be loaded
         line = " ".join(str(error).split())[:200]

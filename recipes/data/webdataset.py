@@ -144,7 +144,7 @@ def _record(where: str, parts: dict[str, bytes]) -> Record | None:
     if image is None:
         return None
     try:
-        facts = json_object(parts.get("json", b"{}").decode(), f"{where}.json")
+        facts = json_object(parts.get("json", b"{}").decode(), "the .json")
         label = int(parts["cls"]) if "cls" in parts else facts.get("label", facts.get("cls"))
         caption = parts["txt"].decode().strip() if "txt" in parts else facts.get("caption", facts.get("text"))
         if isinstance(label, bool) or not isinstance(label, int | None) or not isinstance(caption, str | None):
