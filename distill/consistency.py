@@ -115,8 +115,8 @@ def one(t: Tensor, s: Tensor) -> Tensor:
 
 
 def inverse_gap(t: Tensor, s: Tensor) -> Tensor:
-    """Weight 1 / (sigma_t - sigma_s) (iCT 2310.14189)."""
-    return 1 / (t - s).clamp(min=1e-4)
+    """Weight 1 / (sigma_t - sigma_s) (iCT 2310.14189, ECT 2406.14548), or 1 / sigma_t where both levels count as `HIGHEST`."""
+    return 1 / torch.where(t > s, t - s, t)
 
 
 def inverse_level(t: Tensor, s: Tensor) -> Tensor:
