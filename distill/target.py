@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from distill.denoiser import DenoiserLike, on_schedule
 from distill.schedule import Schedule, expand
@@ -73,12 +73,25 @@ class Mix:
 class PosteriorMean:
     """Return the posterior mean of x0 over the batch itself (stable target field, Xu et al. 2302.00670); no teacher needed.
 
-    The weights are softmax over i of -|x_t - alpha x_i|^2 / (2 sigma^2), among samples of the same label where there are labels.
+    The weights are softmax over i of -|x_t - alpha x_i|^2 / (2 sigma^2), among samples of the same label where there are labels. The
+    batch is that of all processes, gathered by a collective call. With microbatches it is the microbatch of all processes.
     """
 
     @torch.no_grad()
     def __call__(self, schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor, **cond: Any) -> Tensor:
-        return posterior_mean(schedule, x_t, t, x0, cond.get("labels"), cond.get("labels"))
+        labels = cond.get("labels")
+        return posterior_mean(
+            schedule, x_t, t, _over_processes(x0), labels, None if labels is None else _over_processes(labels)
+        )
+
+
+def _over_processes(rows: Tensor) -> Tensor:
+    """Return the rows [B, ...] of all processes, [processes B, ...]. Every process must call it with equally many."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def posterior_mean(

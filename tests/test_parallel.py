@@ -14,12 +14,13 @@ import teachers
 from distill import files
 from distill.consistency import Consistency, Neighbours, truncated_snr
 from distill.denoiser import Denoiser
+from distill.regression import Regression
 from distill.regularize import Regularized
 from distill.resume import whole
 from distill.rng import Rng
 from distill.schedule import Cosine
 from distill.scm import ContinuousConsistency
-from distill.target import Mix
+from distill.target import Mix, PosteriorMean
 from distill.train import BatchSplit, Optimization, train
 from recipes.data import sets
 
@@ -39,6 +40,7 @@ def compare_gradients():
     x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)).double()
     methods = {name: method for name, (method, _) in LEARNED.items()}
     methods["regularized"] = Regularized(methods["cd"], (("martingale", 0.1), ("fokker-planck", 0.01)))
+    methods["posterior-mean"] = Regression(PosteriorMean())
     for name, method in methods.items():
         alone = Denoiser(Small().double(), Cosine())
         shared = replace(alone, net=accelerator.prepare(copy.deepcopy(alone.net)))
