@@ -14,6 +14,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,6 +55,17 @@ class Schedule:
         return torch.tensor([self.t_max, self.t_min], dtype=torch.float64)
 
 
+def _require_order(schedule: Schedule, *names: str, equal: bool = False) -> None:
+    """Raise ValueError unless 0 < first < second < inf of the named numbers; with ``equal`` the two may be equal."""
+    values = [getattr(schedule, name) for name in names]
+    rising = all(low < high or (equal and low == high) for low, high in pairwise(values))
+    if not (rising and all(0 < value < math.inf for value in values)):
+        found = ", ".join(f"{name} = {value:g}" for name, value in zip(names, values, strict=True))
+        raise ValueError(
+            f"{type(schedule).__name__} with {found}: accepted is 0 < {(' <= ' if equal else ' < ').join(names)} < inf"
+        )
+
+
 @dataclass(frozen=True)
 class Flow(Schedule):
     """Flow matching (2210.02747), rectified flow (2209.03003): alpha = 1 - t, sigma = t."""
@@ -89,6 +101,9 @@ class LinearVP(Schedule):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
+    def __post_init__(self):
+        _require_order(self, "beta_min", "beta_max", equal=True)
+
     def _log_alpha(self, t):
         return -t * t * ((self.beta_max - self.beta_min) / 4) - t * (self.beta_min / 2)
 
@@ -113,6 +128,9 @@ class VE(Schedule):
     t_min = 0.0
     t_clean = -math.inf
 
+    def __post_init__(self):
+        _require_order(self, "sigma_min", "sigma_max")
+
     def alpha(self, t):
         return torch.ones_like(t)
 
@@ -130,6 +148,9 @@ class EDM(Schedule):
     t_min: float = 0.002
     t_max: float = 80.0
 
+    def __post_init__(self):
+        _require_order(self, "t_min", "t_max")
+
     def alpha(self, t):
         return torch.ones_like(t)
 
@@ -146,6 +167,9 @@ class Trig(Schedule):
 
     sigma_data: float = 0.5
     t_max = math.pi / 2
+
+    def __post_init__(self):
+        _require_order(self, "sigma_data")
 
     def alpha(self, t):
         return torch.cos(t).clamp(min=0)  # float32 pi/2 is slightly above pi/2
@@ -230,14 +254,14 @@ def describe(schedule: Schedule) -> dict:
 
 
 def schedule_from(description: dict | str) -> Schedule:
-    """Build a schedule from its name or from the result of `describe`. Raises ValueError for an unknown name or field."""
+    """Build a schedule from its name or from the result of `describe`. Raises ValueError for what is none."""
     fields = {"kind": description} if isinstance(description, str) else dict(description)
     kind = fields.pop("kind", None)
     if kind not in SCHEDULES:
         raise ValueError(f"unknown schedule {kind!r}: accepted are {', '.join(SCHEDULES)}")
-    if "alphas_cumprod" in fields:
-        fields["alphas_cumprod"] = tuple(fields["alphas_cumprod"])
     try:
+        if "alphas_cumprod" in fields:
+            fields["alphas_cumprod"] = tuple(fields["alphas_cumprod"])
         return SCHEDULES[kind](**fields)
     except TypeError as error:
         raise ValueError(f"schedule {kind}: {error}") from None
