@@ -61,6 +61,7 @@ class BatchSplit:
 class Optimization:
     """Hold the optimisation settings; lengths are in images.
 
+    ``images``: asked for; whole batches are trained, `trained_images` together, at least one.
     The learning rate rises over ``warmup_images`` and falls linearly to 0 after the part ``constant`` of the run. ``clip_norm``: largest
     gradient norm. ``ema_halflife_images``: half-life of the average of the weights; None for no average.
     """
@@ -79,6 +80,11 @@ class Optimization:
     @property
     def steps(self) -> int:
         return max(1, round(self.images / self.batch_size))
+
+    @property
+    def trained_images(self) -> int:
+        """The images that are trained: `images`, rounded to whole batches."""
+        return self.steps * self.batch_size
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of step 0, 1, ..., steps - 1."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from eval.machine import clock, peak_memory_gb
 from eval.metrics import Features, Reference
 from eval.progress import note, progress
 from teachers import Teacher
+from teachers.saved import Stored
 
 KEPT = 256  # images kept per cell for sample grids and drift; fewer, but at least 16, if they exceed KEPT_BYTES
 KEPT_BYTES = 8_000_000
@@ -30,11 +31,14 @@ KEPT_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class Cell:
-    """Hold what is measured for one row. ``label`` names the model in the report; ``role`` is "teacher" or "student"."""
+    """Hold what is measured for one row. ``label`` names the model in the report; ``role`` is "teacher" or "student".
+
+    ``model``: may be named by its file; `loaded` then reads it.
+    """
 
     label: str
     role: str
-    model: Teacher
+    model: Teacher | Stored
     sampling: Sampling
     steps: int
     guidance: float = 1.0
@@ -43,6 +47,10 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.label} {self.sampling.label}{' searched' if self.sampling.grid == SEARCHED else ''} {self.steps}"
+
+    def loaded(self, device: torch.device) -> Cell:
+        """Return the cell with its model in memory, on ``device``."""
+        return replace(self, model=self.model.load().to(device)) if isinstance(self.model, Stored) else self
 
     @property
     def times(self) -> Tensor:
@@ -98,7 +106,7 @@ def sweep(
         for number, (cell, row) in enumerate(zip(cells, done, strict=True), 1):
             if row is None:
                 bar.set_description_str(f"cell {number}/{len(cells)}: {cell.name}", refresh=False)
-                row = _measure_cell(cell, protocol, extractor, reference, accelerator, folder, bar)
+                row = _measure_cell(cell.loaded(accelerator.device), protocol, extractor, reference, accelerator, folder, bar)
                 if main:
                     note(f"cell {number}/{len(cells)}: {cell.name}: {row.get('error') or 'FID {:.4g}'.format(row['fid'])}")
             rows.append(row)

@@ -60,7 +60,9 @@ def distil(
         consistency.distil(config, e)
     else:
         raise ValueError(f"unknown method {method!r}: accepted are progressive, {', '.join(METHODS)}")
-    return {n: Model.of(student) for n, student in e.students.items()}
+    files = {stored.path: stored for stored in e.students.values()}
+    made = {path: Model.of(stored.load().to(e.run.device)) for path, stored in files.items()}
+    return {n: made[stored.path] for n, stored in e.students.items()}
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,13 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
             method, student, batches, run.accelerator, budget, seed=config.seed, phase="teacher", resumable=resumable,
             save_every_images=config.training_images // 16,
         )  # fmt: skip
-        for state in run.watch(states, "teacher", config.training_images, "teacher"):
+        for state in run.watch(states, "teacher", budget.trained_images, "teacher"):
             average = state.ema
         if run.main:
             frozen(average.net)
             kind = "diffusion" if teacher is None else "denoise"
             record = {"method": kind, "of": config.teacher, "config": settings_of(config)}
+            record |= {"trained_images": budget.trained_images}
             teachers.save(file, replace(model, denoiser=average, record=record))
     run.accelerator.wait_for_everyone()
     if run.main:

@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,19 @@ def load_student(path: Path | str, origin: Teacher) -> Teacher:
     while network.get("family") == "adapter":
         network, net = network["config"]["network"], getattr(net, "net")  # noqa: B009 (a submodule)
     return load_file(path, copy.deepcopy(net) if network.get("family") == "given" else None)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Name a student by its file. A finished student then needs no memory until it is measured.
+
+    ``origin``: a model whose network is of the student's class. ``fingerprint``: that of the student.
+    """
+
+    path: Path
+    origin: Teacher
+    fingerprint: str
+
+    def load(self) -> Teacher:
+        """Read the student, frozen and on the CPU."""
+        return load_student(self.path, self.origin)

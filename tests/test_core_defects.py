@@ -1,16 +1,28 @@
 """The weight of pairs, the ends of schedules, and what a run keeps and says it trains, against closed forms and counts."""
 
+import contextlib
+import gc
+import io
+import json
 import math
+import weakref
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+import teachers
+from distill import files
 from distill.consistency import HIGHEST, Consistency, Gap, inverse_gap
 from distill.distance import PseudoHuber
+from distill.progressive import Progressive
 from distill.rng import Rng
 from distill.schedule import EDM, VE, Cosine, Flow, Table, describe, schedule_from
 from distill.target import DataSample
+from eval import sweep
+from recipes import progressive
+from recipes.common import training
+from teachers.networks.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -94,3 +106,50 @@ def test_schedules_at_the_edge_of_what_is_accepted_are_their_own_inverse(descrip
 
 def test_a_table_as_long_as_one_entry_is_accepted():
     assert schedule_from({"kind": "table", "alphas_cumprod": [0.5]}) == Table((0.5,))
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """A ladder of three stages: its folder, what it printed, and the networks alive at every step, save and cell."""
+    folder, alive, networks, out = tmp_path_factory.mktemp("ladder") / "r", [], weakref.WeakSet(), io.StringIO()
+
+    def new(cls, *args, **kwargs):
+        networks.add(net := object.__new__(cls))
+        return net
+
+    def counting(of):
+        def counted(*args, **kwargs):
+            if len(networks) > 3:
+                gc.collect()
+            alive.append(len(networks))
+            return of(*args, **kwargs)
+
+        return counted
+
+    arguments = "--threads 1 --preset smoke --images 20 --chunk 20 --sweep-steps 1 --batch-size 32 --start-steps 8".split()  # noqa: SIM905
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(UNet, "__new__", new)
+        patch.setattr(Progressive, "__call__", counting(Progressive.__call__))
+        patch.setattr(training.teachers, "save", counting(teachers.save))
+        patch.setattr(sweep, "_measure_cell", counting(sweep._measure_cell))
+        patch.setattr(training, "export_pipelines", lambda run, model: None)
+        progressive.main([*arguments, "--images-per-stage", "40", "--output-dir", str(folder)])
+    return folder, out.getvalue(), alive
+
+
+@pytest.mark.slow
+def test_a_ladder_keeps_three_networks_however_long_it_is(ladder):
+    """The original teacher, the stage's teacher and the student."""
+    assert len(ladder[2]) > 5 + 4 + 5 and max(ladder[2]) == 3
+
+
+@pytest.mark.slow
+def test_a_run_says_how_many_images_it_trains_where_they_are_no_multiple_of_the_batch(ladder):
+    """40 images are one batch of 32, and 80 are rounded to two."""
+    folder, out, _ = ladder
+    assert "training  160 images (whole batches; asked for 200) in 3 stages" in out
+    assert "stage 4: 32 images" in out and "stage 1: 64 images" in out
+    for stage, images in (("4", 32), ("2", 64), ("1", 64)):
+        assert files.load(folder / "stages" / stage / "student.safetensors")[1]["record"]["trained_images"] == images
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if line["phase"] == "1"] == [32, 64]

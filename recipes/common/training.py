@@ -28,7 +28,7 @@ from recipes.common.run import Run, disk_errors, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.export import deliver
-from teachers.saved import load_student
+from teachers.saved import Stored, load_student
 from teachers.teacher import require_network
 
 
@@ -54,7 +54,7 @@ class Experiment:
     run: Run
     measurement: Measurement
     cells: list[Cell] = field(default_factory=list)
-    students: dict[int, Teacher] = field(default_factory=dict)  # by step count
+    students: dict[int, Stored] = field(default_factory=dict)  # by step count
     seconds: float = 0.0  # of training so far
     verdict: str = ""
 
@@ -102,7 +102,8 @@ class Experiment:
 
         ``evaluations``: network evaluations per image of the students' cells, together.
         """
-        student, world, images = self.student, self.run.accelerator.num_processes, sum(budget.images for budget in budgets)
+        student, world = self.student, self.run.accelerator.num_processes
+        images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
         batches = self.data.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
         training, call = measure_step_time(method, student.student(), *next(iter(batches(0))))
         weights = sum(p.numel() for p in student.parametric.net.parameters())
@@ -111,7 +112,8 @@ class Experiment:
             self.title,
             f"  network   {weights / 1e6:.2f} M weights",
             f"  data      {self.data.name}: {len(self.data.images):,} images of {'x'.join(map(str, self.data.shape))}",
-            f"  training  {images:,} images in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
+            f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
+            f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
             f" about {duration(images * training / world)}",
             f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
             f"  memory    about {1.2 * peak_memory_gb(self.run.device):.1f} GB in each of {plural(world, 'process')}",
@@ -141,8 +143,10 @@ class Experiment:
         student = load_student(file, model).to(self.run.device)
         self.seconds = training_seconds(file) or self.seconds
         if sampling is not None:
-            self.students |= dict.fromkeys(sampling.steps, student)
-            self.cells += student_cells(student, label or f"student@{name}", training_seconds=self.seconds)
+            stored = Stored(file, self.student, student.fingerprint)
+            self.students |= dict.fromkeys(sampling.steps, stored)
+            cells = student_cells(student, label or f"student@{name}", training_seconds=self.seconds)
+            self.cells += [replace(cell, model=stored) for cell in cells]
         return student
 
     def _train(self, name: str, model: Teacher, method: Method, budget: Optimization, made: Teacher) -> None:
@@ -153,15 +157,18 @@ class Experiment:
             method, trained, batches, run.accelerator, budget, seed=self.config.seed, phase=name, resumable=Resumable(folder),
             save_every_images=max(1, budget.images // 8),
         )  # fmt: skip
-        for state in run.watch(states, name, budget.images, f"stage {name}"):
+        for state in run.watch(states, name, budget.trained_images, f"stage {name}"):
             trained = state.ema
         weights = {k: whole(v) for k, v in run.accelerator.unwrap_model(trained.net).state_dict().items()}
         if run.main:
-            write_json(folder / "cost.json", {"training_seconds": self.seconds + run.seconds(name, budget.images)})
+            write_json(folder / "cost.json", {"training_seconds": self.seconds + run.seconds(name, budget.trained_images)})
+            del states, state, trained  # the saved copy takes the place of the trained network
+            run.accelerator.free_memory()
             net = model.student().net
             net.load_state_dict(weights)
             prompts = {key: model.record[key] for key in ("prompts",) if key in model.record}
-            made = replace(made, denoiser=replace(trained, net=net), record=prompts | self.record)
+            record = prompts | self.record | {"trained_images": budget.trained_images}
+            made = replace(made, denoiser=replace(model.parametric, net=net), record=record)
             teachers.save(folder / "student.safetensors", made)
         run.accelerator.free_memory()
         run.accelerator.wait_for_everyone()
@@ -178,11 +185,11 @@ class Experiment:
             return
         last = next(reversed(self.students.values()))
         if self.run.main:
-            teachers.save(self.run.folder / "student.safetensors", last)
+            teachers.save(self.run.folder / "student.safetensors", last.load())
         facts = {"teacher": self.record["of"] or "none", "method": self.record["method"], "training": duration(self.seconds)}
         with disk_errors():
             report = self.measurement.report(self.run, self.title, self.cells, facts)
-        export_pipelines(self.run, last)
+        export_pipelines(self.run, last.load().to(self.run.device))
         self.verdict = report["verdict"]
         self.run.say(f"\n{self.verdict}\nreport: {self.run.folder / 'report.html'}")
         self.run.close()
