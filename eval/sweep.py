@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,6 @@ from eval.generate import LABEL_RULE, chunks, counted, images, initial_noise
 from eval.machine import clock, peak_memory_gb
 from eval.metrics import Features, Reference
 from eval.progress import note, progress
-from teachers import Teacher
 from teachers.saved import Stored
 
 KEPT = 256  # images kept per cell for sample grids and drift; fewer, but at least 16, if they exceed KEPT_BYTES
@@ -33,12 +33,12 @@ KEPT_BYTES = 8_000_000
 class Cell:
     """Hold what is measured for one row. ``label`` names the model in the report; ``role`` is "teacher" or "student".
 
-    ``model``: may be named by its file; `loaded` then reads it.
+    ``model``: a `Teacher`, or the `Stored` name of one, which `loaded` reads.
     """
 
     label: str
     role: str
-    model: Teacher | Stored
+    model: Any
     sampling: Sampling
     steps: int
     guidance: float = 1.0
