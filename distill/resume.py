@@ -70,7 +70,8 @@ def restore_state(tensors: dict[str, Tensor], net: nn.Module, optimizer: torch.o
             name, slot = key.removeprefix("optimizer.").split("|")
             parameter = parameters[name]
             shaped = value.shape == parameter.shape
-            optimizer.state[parameter][slot] = _like(value, parameter).clone() if shaped else value.clone()
+            counted_on = parameter.device if optimizer.defaults.get("fused") else value.device
+            optimizer.state[parameter][slot] = _like(value, parameter).clone() if shaped else value.clone().to(counted_on)
 
 
 def whole(value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
-from distill.resume import Resumable, gather_state, restore_state, whole
+from distill.divergence import Guard, Recorder
+from distill.replay import Step
+from distill.resume import Resumable, whole
 from distill.rng import Rng, seed_of
+
+READS = 50  # how often a phase waits for a GPU to look for bad steps, beside checkpoints
 
 
 class Method(Protocol):
@@ -55,6 +60,11 @@ class BatchSplit:
         size = self.batch_size // (self.world * self.accumulate)
         start = (turn * self.world + self.rank) * size
         return slice(start, start + size)
+
+    def table(self) -> list[list[tuple[int, int]]]:
+        """Return (start, stop) of `rows` for each process and turn."""
+        splits = (dataclasses.replace(self, rank=rank) for rank in range(self.world))
+        return [[(s.rows(turn).start, s.rows(turn).stop) for turn in range(s.accumulate)] for s in splits]
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class State:
     """The state of training after ``step`` steps.
 
     ``loss``: of this process, a tensor on its device. ``ema``: the averaged student, or the student where no average is kept.
+    ``rollback``: in the first state after a rollback, what went wrong, and how training goes on.
     """
 
     step: int
@@ -107,6 +118,7 @@ class State:
     lr: float
     student: Denoiser
     ema: Denoiser
+    rollback: str | None = None
 
 
 Batches = Callable[[int], Iterable[tuple[Tensor, dict[str, Tensor]]]]
@@ -123,6 +135,7 @@ def train(
     phase: str,
     resumable: Resumable | None = None,
     save_every_images: int | None = None,
+    rollbacks: int = 2,
 ) -> Iterator[State]:
     """Train ``student.net`` in place and yield the `State` after every step. One step is
 
@@ -131,12 +144,14 @@ def train(
     ``batches(step)`` iterates over the (x0, cond) microbatches of `BatchSplit` from that step on. Every random draw is a function of
     (seed, phase, step, sample). With ``resumable`` a killed run continues, to the same bits on the CPU.
 
-    Raises FloatingPointError at the first step with a gradient that is not finite. (In fp16 the gradient scaler skips such steps.)
+    A step that `distill.divergence` finds bad is not taken. Training then goes back to the last checkpoint, or to the start, at most
+    ``rollbacks`` times: with other random numbers, and with the data after those of the bad step. Then, or if it is bad once more, it raises
+    `Diverged`, a FloatingPointError. (In fp16 the gradient scaler skips steps of finite loss whose gradient is not finite.)
     """
     o = optimization
     split = BatchSplit(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
-    generator = torch.Generator(accelerator.device)
-    adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+    generator, waiting = torch.Generator(accelerator.device), waits(accelerator.device)
+    adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=waiting)
     average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
     net, optimizer = accelerator.prepare(student.net, adam)
     module = accelerator.unwrap_model(net)
@@ -146,41 +161,57 @@ def train(
     ema = dataclasses.replace(student, net=average if average is not None else module)
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
-
-    first = 0
-    if resumable is not None and (found := resumable.latest(identity)) is not None:
-        first, tensors = found
-        restore_state(tensors, module, optimizer.optimizer, average)
+    recorder = Recorder.on(accelerator.device, o.clip_norm, accelerator.scaler is not None)
+    guard = Guard(accelerator, recorder, optimizer.optimizer, module, average, resumable, identity, rollbacks)
+    step, rollback = guard.resume(), None
 
     net.train()
     if average is not None:
         average.train(getattr(method, "averaged", False))  # as a target it uses the dropout masks of the student
-    stream = iter(batches(first))
-    for step in range(first, o.steps):
-        torch.manual_seed(seed_of(seed, phase, step, "dropout", accelerator.process_index))
+    stream = iter(batches(step + recorder.skipped))
+    while step < o.steps:
+        draws = recorder.stream(seed)
+        torch.manual_seed(seed_of(draws, phase, step, "dropout", accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = o.lr_at(step)
         total = torch.zeros((), device=accelerator.device)
         for turn in range(split.accumulate):
             x0, cond = next(stream)
-            rng = Rng(generator.manual_seed(seed_of(seed, phase, step)), o.batch_size, split.rows(turn))
+            rng = Rng(generator.manual_seed(seed_of(draws, phase, step)), o.batch_size, split.rows(turn))
             with _synchronising(accelerator, net, turn == split.accumulate - 1):
                 loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean() / split.accumulate
-                accelerator.backward(loss)
+                accelerator.backward(recorder.guarded(loss))
             total += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(net.parameters(), o.clip_norm)
-        if accelerator.scaler is None and not torch.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient of step {step} of phase {phase} (seed {seed}) is not finite")
+        frozen, done = recorder.see(step, total, grad_norm), step + 1
+        saving = (
+            resumable is not None and save_every_images and _crossed(done, o.batch_size, save_every_images) and done < o.steps
+        )
+        due = not waiting or saving or done % max(1, o.steps // READS) == 0 or done == o.steps
+        if due and (bad := recorder.read()) is not None:
+            again = Step(draws, phase, bad, bad / o.steps, o.batch_size, split.table())
+            parts = list(islice(batches(bad + recorder.skipped), split.accumulate))
+            text = guard.describe(again, method, dataclasses.replace(student, net=module), parts, **extra)
+            step, rollback = guard.go_back(bad, text)
+            stream = iter(batches(step + recorder.skipped))
+            optimizer.zero_grad()
+            continue
+        if waiting and accelerator.scaler is None:
+            optimizer.optimizer.found_inf = frozen  # the fused Adam then leaves weights and state alone
         optimizer.step()
         optimizer.zero_grad()
         if average is not None and o.ema_halflife_images:
             _average(average, module, 0.5 ** (o.batch_size / o.ema_halflife_images))
-        done = step + 1
-        if resumable is not None and save_every_images and _crossed(done, o.batch_size, save_every_images) and done < o.steps:
-            tensors = gather_state(module, optimizer.optimizer, average)
-            if accelerator.is_main_process:
-                resumable.save(done, tensors, identity)
-        yield State(done, done * o.batch_size, total, grad_norm, o.lr_at(step), student, ema)
+        step = done
+        if saving:
+            guard.checkpoint(step)
+        yield State(step, step * o.batch_size, total, grad_norm, o.lr_at(step - 1), student, ema, rollback)
+        rollback = None
+
+
+def waits(device: torch.device) -> bool:
+    """Return whether reading a number from the device waits for its queue."""
+    return device.type != "cpu"
 
 
 def _synchronising(accelerator: Accelerator, net: nn.Module, last: bool):

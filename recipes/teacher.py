@@ -28,10 +28,10 @@ from eval.image_grid import contact_sheet
 from eval.machine import peak_memory_gb
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, TRAINED
-from recipes.common.checks import check_denoiser, check_match, codec_of
+from recipes.common.checks import check_denoiser, check_finite_data, check_match, codec_of
 from recipes.common.cli import duration, flag, method_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.run import Run, processes, settings_of
-from recipes.common.training import measure_step_time
+from recipes.common.training import divergence_errors, measure_step_time
 from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -79,7 +79,7 @@ class Config(flags.RunFlags, flags.TrainingFlags):
         0.1, "part of the labels replaced by the null class, for guidance", short=False, at_least=0, at_most=1
     )
 
-    MAY_CHANGE: ClassVar = ("force",)
+    MAY_CHANGE: ClassVar = ("force", "rollbacks")
     TOPICS: ClassVar = flags.TOPICS
     MOVED: ClassVar = {
         "--probe": "python recipes/probe.py --model SPEC --data DATA",
@@ -98,7 +98,7 @@ def _weight_name(prediction: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        data = sets.load(config.data)
+        data = check_finite_data(sets.load(config.data))
         teacher = None if config.teacher is None else _checked(config, teachers.load(config.teacher), data)
         model = initial_model(config, data, data.classes if teacher is None or teacher.classes is not None else None)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
@@ -128,10 +128,11 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
     if not file.exists():
         states = train(
             method, student, batches, run.accelerator, budget, seed=config.seed, phase="teacher", resumable=resumable,
-            save_every_images=config.training_images // 16,
+            save_every_images=config.training_images // 16, rollbacks=config.rollbacks,
         )  # fmt: skip
-        for state in run.watch(states, "teacher", budget.trained_images, "teacher"):
-            average = state.ema
+        with divergence_errors():
+            for state in run.watch(states, "teacher", budget.trained_images, "teacher"):
+                average = state.ema
         if run.main:
             frozen(average.net)
             kind = "diffusion" if teacher is None else "denoise"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import teachers
+from distill.denoiser import Denoiser
 from distill.sampling import Sampling
 from distill.schedule import Table
 from recipes.data.latent_shards import codec_sha256
@@ -39,6 +40,32 @@ def check_match(teacher: Teacher, data: Data, training: bool = False) -> Data:
         raise ValueError(f"the teacher is conditional on {teacher.classes} classes, {data.name} has no labels")
     if teacher.classes is not None and data.classes is not None and data.classes > teacher.classes:
         raise ValueError(f"{data.name} has {data.classes} classes, the teacher has {teacher.classes}")
+    if training:
+        check_finite_weights(teacher)
+        check_finite_data(data)
+    return data
+
+
+def check_finite_weights(model: Teacher) -> None:
+    """Raise ValueError that names the first weight or prompt embedding with NaN or infinity."""
+    if not isinstance(model.denoiser, Denoiser):
+        return
+    for name, value in model.tensors().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            count = int((~value.isfinite()).sum())
+            raise ValueError(
+                f"{count} of {value.numel()} numbers of the model's {name} are not finite: give a model without NaN"
+            )
+
+
+def check_finite_data(data: Data) -> Data:
+    """Return the data. Raises ValueError that names the first image or latent with NaN or infinity."""
+    if data.images.is_floating_point():
+        for start in range(0, len(data.images), 4096):
+            finite = data.images[start : start + 4096].isfinite().flatten(1).all(1)
+            if not finite.all():
+                first = start + int((~finite).nonzero()[0])
+                raise ValueError(f"{data.name}: sample {first} is not finite: accepted are data without NaN and infinity")
     return data
 
 

@@ -54,6 +54,9 @@ class TrainingFlags(Checked):
     mixed_precision: str = training_flag(
         "no", "autocast of the networks during training", choices=("no", "bf16", "fp16"), short=False
     )
+    rollbacks: int = training_flag(
+        2, "how often a stage that diverges goes back to its last checkpoint, with other random numbers", short=False
+    )
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class DistillationFlags(RunFlags, TrainingFlags, SweepFlags):
     teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")
     data: str = model_flag("digits", "the training data (accepted: --help data)")
     force: bool = model_flag(False, "distil even if the probe finds that the teacher is not a denoiser", short=False)
+    replay: str | None = machine_flag(
+        None,
+        "a file diverged-*.safetensors of this run: take that step again, print each sample's loss, train nothing",
+        short=False,
+    )
 
-    MAY_CHANGE: ClassVar = ("force",)
+    MAY_CHANGE: ClassVar = ("force", "rollbacks", "replay")
     TOPICS: ClassVar = TOPICS

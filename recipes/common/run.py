@@ -126,6 +126,10 @@ class Run:
         losses: list[torch.Tensor] = []
         began, first, last = time.perf_counter(), None, float("nan")
         for state in states:
+            if state.rollback:
+                self.say(f"{title}: {state.rollback}")
+                bar.reset()
+                began, first, losses = time.perf_counter(), None, []
             if first is None:
                 first = state
                 self._forget_from(phase, state.step)
@@ -166,7 +170,8 @@ def _claim(folder: Path, config: Any) -> None:
         files.clear_aside(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of this recipe: choose another --output-dir")
-    files.write_json(path, mine)
+    if getattr(config, "replay", None) is None:
+        files.write_json(path, mine)
 
 
 def _read_settings(path: Path, config: Any) -> dict[str, Any]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 
 import teachers
 from distill.denoiser import Denoiser
+from distill.divergence import Diverged
 from distill.files import write_json
+from distill.replay import SavedStep
 from distill.resume import Resumable, whole
 from distill.rng import Rng
 from distill.samplers import BASELINES
@@ -21,7 +26,7 @@ from eval.features import Extractor
 from eval.machine import clock, peak_memory_gb
 from eval.sweep import Cell
 from recipes.common.checks import check_denoiser
-from recipes.common.cli import duration, plural
+from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.flags import DistillationFlags
 from recipes.common.measurement import Measurement, baselines, cost_in_calls, measured_against, student_cells, training_seconds
 from recipes.common.run import Run, disk_errors, processes, settings_of
@@ -56,6 +61,7 @@ class Experiment:
     cells: list[Cell] = field(default_factory=list)
     students: dict[int, Stored] = field(default_factory=dict)  # by step count
     seconds: float = 0.0  # of training so far
+    replay: SavedStep | None = None  # of --replay
     verdict: str = ""
 
     @classmethod
@@ -77,6 +83,7 @@ class Experiment:
         """
         require_network(student)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
+        replay = None if config.replay is None else SavedStep.load(config.replay)
         extractor = Extractor.create(config.features).fits(student.image_shape)
         real = measured_against(config.reference, data, extractor)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
@@ -89,7 +96,9 @@ class Experiment:
             if model is not None:
                 model.to(run.device)
         measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
-        return cls(config, teacher, student, data, title, record | {"config": settings_of(config)}, run, measurement)
+        return cls(
+            config, teacher, student, data, title, record | {"config": settings_of(config)}, run, measurement, replay=replay
+        )
 
     def add_baselines(self, steps: int, guidance: float = 1.0) -> None:
         """Add the cells of the teacher: all training-free samplers, and DDIM at ``steps``, which ratios are taken against."""
@@ -136,7 +145,10 @@ class Experiment:
         the report.
         """
         file = self.run.folder / "stages" / name / "student.safetensors"
+        if self.replay is not None and self.replay.step.phase == name:
+            self._replay(method, model)
         if not file.exists():
+            self._refuse_replay()
             self._train(name, model, method, budget, replace(model, sampling=sampling or Sampling()))
         if self.run.main:
             Resumable(file.parent).clear()  # here, because a run can be killed between the student's file and this
@@ -149,16 +161,31 @@ class Experiment:
             self.cells += [replace(cell, model=stored) for cell in cells]
         return student
 
+    def _refuse_replay(self) -> None:
+        if self.replay is not None:
+            fail(f"--replay {self.replay.path}: a step of stage {self.replay.step.phase}, which this run has not reached")
+
+    def _replay(self, method: Method, model: Teacher) -> NoReturn:
+        """Take the step of --replay again, print what each sample loses, and end the program."""
+        assert self.replay is not None
+        with one_line_errors():
+            losses, levels = self.replay.replay(method, model.student())
+        self.run.say(f"{self.replay.finding}\n\nsample  noise level  loss")
+        for sample, (loss, level) in enumerate(zip(losses.tolist(), levels.tolist(), strict=True)):
+            self.run.say(f"{sample:6d}  {level:11.4g}  {loss:.6g}")
+        raise SystemExit(0)
+
     def _train(self, name: str, model: Teacher, method: Method, budget: Optimization, made: Teacher) -> None:
         run, folder = self.run, self.run.folder / "stages" / name
         batches = self.data.batches(self._split(budget), self.config.seed, name, run.device, model.condition)
         trained = model.student()
         states = train(
             method, trained, batches, run.accelerator, budget, seed=self.config.seed, phase=name, resumable=Resumable(folder),
-            save_every_images=max(1, budget.images // 8),
+            save_every_images=max(1, budget.images // 8), rollbacks=self.config.rollbacks,
         )  # fmt: skip
-        for state in run.watch(states, name, budget.trained_images, f"stage {name}"):
-            trained = state.ema
+        with divergence_errors():
+            for state in run.watch(states, name, budget.trained_images, f"stage {name}"):
+                trained = state.ema
         weights = {k: whole(v) for k, v in run.accelerator.unwrap_model(trained.net).state_dict().items()}
         if run.main:
             write_json(folder / "cost.json", {"training_seconds": self.seconds + run.seconds(name, budget.trained_images)})
@@ -183,6 +210,7 @@ class Experiment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             return
+        self._refuse_replay()
         last = next(reversed(self.students.values()))
         if self.run.main:
             teachers.save(self.run.folder / "student.safetensors", last.load())
@@ -204,6 +232,15 @@ def export_pipelines(run: Run, model: Teacher) -> None:
             run.say(f"{name}/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
     except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # the student itself is saved
         run.say(f"no diffusers pipeline: {error}")
+
+
+@contextmanager
+def divergence_errors() -> Iterator[None]:
+    """Turn `Diverged` into one line and exit code 2."""
+    try:
+        yield
+    except Diverged as error:
+        fail(str(error))
 
 
 def try_method(method: Method, model: Teacher, data: Data) -> None:
