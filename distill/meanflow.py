@@ -22,7 +22,7 @@ from distill.consistency import same_dropout
 from distill.denoiser import DenoiserLike, on_schedule, to_output
 from distill.rng import Rng
 from distill.schedule import Flow, add_noise, expand
-from distill.scm import tangent, unwrap_ddp
+from distill.scm import tangent, unwrapped
 from distill.target import Target
 
 FLOW = Flow()
@@ -55,7 +55,7 @@ class MeanFlow:
         with torch.no_grad():
             v = rate(x, self.target(FLOW, x, t, x0, **cond), t)
             with same_dropout(x0.device):
-                _, du = tangent(mean_rate(unwrap_ddp(student), s, cond), x, t, v, self.jvp, self.step, FLOW.t_max)
+                _, du = tangent(mean_rate(unwrapped(student), s, cond), x, t, v, self.jvp, self.step, FLOW.t_max)
             u_target = v - expand(t - s, x) * du
         error = (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1)
         return error / (error.detach() + self.c) ** self.power

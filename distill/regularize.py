@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.denoiser import DenoiserLike, on_schedule
 from distill.rng import Rng
 from distill.schedule import EDM, Schedule, add_noise, expand, move, posterior, to_eps
-from distill.scm import forward_mode, unwrap_ddp
+from distill.scm import forward_mode, unwrapped
 from distill.train import Method
 
 Residual = Callable[..., Tensor]  # (student, x_t, t, rng, **cond) -> [B], 0 in expectation where the property holds
@@ -62,7 +62,7 @@ def fokker_planck(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, **con
     score has residual 0; any other score has the variance of the estimate on top.
     """
     schedule = student.schedule
-    inner = on_schedule(unwrap_ddp(student), EDM())
+    inner = on_schedule(unwrapped(student), EDM())
     sigma = schedule.level(t)
     x = x_t / expand(schedule.alpha(t), x_t)
     v = torch.where(rng.normal(x) > 0, 1.0, -1.0).to(x)

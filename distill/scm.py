@@ -5,12 +5,13 @@ schedule are evaluated through `on_schedule`. Along the path df/da of a consiste
 
     g = cos(a) df/da = -cos^2(a) (v - dx/da) - r cos(a) sin(a) (x + dv/da)
 
-normalised to g / (|g| + c). r rises from 0 to 1 at the start of the run. The tangent is computed on the unwrapped network without
-gradient. One ordinary forward pass through DDP follows, so that gradients are reduced over processes.
+normalised to g / (|g| + c). r rises from 0 to 1 at the start of the run. The tangent is computed on the unwrapped network, in float32
+and without gradient. One ordinary forward pass through DDP follows, so that gradients are reduced over processes.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,7 +56,7 @@ class ContinuousConsistency:
             x0_hat = self.target(TRIG, x, a, x0, **cond)
             dx = rate(x, x0_hat, a)
             with same_dropout(x0.device):
-                v, dv = tangent(velocity(unwrap_ddp(student), cond), x, a, dx, self.jvp, self.step)
+                v, dv = tangent(velocity(unwrapped(student), cond), x, a, dx, self.jvp, self.step)
             g = -cos * cos * (v - dx) - r * cos * sin * (x + dv)
             size = g.flatten(1).square().mean(1).sqrt()
             g = g / expand(size + self.c, g)
@@ -73,11 +74,18 @@ def rate(x: Tensor, x0: Tensor, a: Tensor) -> Tensor:
     return to_output("v", TRIG, x, x0, a)
 
 
-def unwrap_ddp(student: DenoiserLike) -> DenoiserLike:
-    """Return the student without the DDP wrapper, which forward-mode differentiation cannot pass; other denoisers unchanged."""
+def unwrapped(student: DenoiserLike) -> DenoiserLike:
+    """Return the student without DDP and without autocast, for derivatives along the path; other denoisers unchanged.
+
+    Forward-mode differentiation passes neither. Tangents are in float32, as in 2410.11081: a difference of bf16 outputs is rounding
+    error. The weights are shared.
+    """
     if not isinstance(student, Denoiser):
         return student
-    return dataclasses.replace(student, net=getattr(student.net, "module", student.net))
+    net = copy.copy(getattr(student.net, "module", student.net))
+    if "_original_forward" in vars(net):  # accelerate puts autocast around the forward of the instance
+        net.forward = net._original_forward
+    return dataclasses.replace(student, net=net)
 
 
 @contextmanager

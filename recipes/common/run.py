@@ -55,8 +55,10 @@ class Run:
 
     @classmethod
     def open(cls, config: Any) -> Run:
-        """Claim ``config.output_dir`` for this configuration. Raises ValueError where it holds anything else."""
+        """Claim ``config.output_dir`` for this configuration. Raises ValueError where it holds anything else, and for fp16 on a CPU."""
         folder, log_with = Path(config.output_dir), getattr(config, "log_with", None)
+        if getattr(config, "mixed_precision", "no") == "fp16" and not torch.cuda.is_available():
+            raise ValueError("--mixed-precision fp16 needs a GPU: accepted on a CPU are no and bf16")
         _share_cores(config.threads)
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
