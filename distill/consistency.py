@@ -23,7 +23,7 @@ from distill.denoiser import DenoiserLike
 from distill.distance import Distance, l2
 from distill.grid import GRIDS
 from distill.rng import Rng
-from distill.schedule import Schedule, add_noise, heun_x0, move, per_sample
+from distill.schedule import Schedule, add_noise, expand, heun_x0, move, per_sample
 from distill.target import Target
 
 HIGHEST = 80.0  # noise levels sigma / alpha above this count as this, the usual sigma_max
@@ -167,7 +167,8 @@ class Consistency:
             with same_dropout(x0.device):
                 f_s = with_boundary(average if self.averaged and average is not None else student, x_s, s, **cond)
         weight = self.weight(noise_level(schedule, t), noise_level(schedule, s))
-        return weight * self.distance(student(x_t, t, **cond), f_s)
+        distance = self.distance(student(x_t, t, **cond), f_s)
+        return expand(weight, distance) * distance
 
     def _path(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
         """Return x_s on the target's path, after ``substeps`` steps of equal length in t."""

@@ -1,7 +1,8 @@
 """denoiser(x_t [B, ...], t [] or [B], to=None, **cond) -> E[x0 | x_t] [B, ...]          and denoiser.schedule
 
 This is the one contract. Teacher, student, EMA copy, guided teacher and oracle are all denoisers. Wrap a denoiser to change it.
-``to`` is the end of the jump, [] or [B], for two-time (flow-map) networks; all other denoisers ignore it or refuse it.
+``to`` is the end of the jump, [] or [B], for two-time (flow-map) networks; all other denoisers ignore it or refuse it. Times are on
+the CPU or on the device of x_t; the CPU is faster, see `distill.device`.
 The table of prediction types is in this file and in no other.
 """
 
@@ -14,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from distill.schedule import Schedule, Table, expand
+from distill.device import send
+from distill.schedule import Schedule, Table, expand, expand_all
 
 
 class DenoiserLike(Protocol):
@@ -44,8 +46,9 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, T
 
 def to_output(prediction: str, schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     """Return the network output F that means x0 at x_t: (x0 - c_skip x_t) / c_out, with a row of `PREDICTIONS`."""
-    _, c_skip, c_out = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
-    return (x0 - expand(c_skip, x_t) * x_t) / expand(c_out, x_t)
+    _, *coefficients = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
+    c_skip, c_out = expand_all(coefficients, x_t)
+    return (x0 - c_skip * x_t) / c_out
 
 
 def _index(schedule: Schedule, t: Tensor) -> Tensor:
@@ -96,13 +99,12 @@ class Denoiser:
             raise ValueError("time convention 'index' needs a schedule of kind 'table'")
 
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
-        c_in, c_skip, c_out = PREDICTIONS[self.prediction](self.schedule.alpha(t), self.schedule.sigma(t), self.sigma_data)
-        end = {} if to is None else {"to": self._c_noise(to, x_t)}
-        output = self.net(expand(c_in, x_t) * x_t, self._c_noise(t, x_t), **end, **cond)
-        return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * output
-
-    def _c_noise(self, t: Tensor, x_t: Tensor) -> Tensor:
-        return TIMES[self.time](self.schedule, t).to(x_t).expand(x_t.shape[0])
+        coefficients = PREDICTIONS[self.prediction](self.schedule.alpha(t), self.schedule.sigma(t), self.sigma_data)
+        times = [TIMES[self.time](self.schedule, z) for z in (t, to) if z is not None]
+        c_in, c_skip, c_out, *c_noise = expand_all((*coefficients, *times), x_t)
+        at, *end = (send(c.flatten().expand(x_t.shape[0]), x_t.device) for c in c_noise)
+        output = self.net(c_in * x_t, at, **({"to": end[0]} if end else {}), **cond)
+        return c_skip * x_t + c_out * output
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Guided:
         conditional = self.denoiser(x_t, t, to=to, **cond)
         if self.scale == 1:
             return conditional
-        null = {k: v.to(x_t.device).expand(x_t.shape[0], *v.shape[1:]) for k, v in self.null.items()}
+        null = {k: send(v, x_t.device).expand(x_t.shape[0], *v.shape[1:]) for k, v in self.null.items()}
         unconditional = self.denoiser(x_t, t, to=to, **cond | null)
         return unconditional + self.scale * (conditional - unconditional)
 

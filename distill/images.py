@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.device import send
+
 
 def from_uint8(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Return uint8 images [B, C, H, W], possibly memory-mapped, as float32 in [-1, 1] on ``device``."""
-    return images.contiguous().to(device).float() / 127.5 - 1
+    return send(images.contiguous(), device).float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:

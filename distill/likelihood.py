@@ -58,7 +58,7 @@ def bound(
     for k in range(levels):
         share = (k + torch.rand(len(x0), generator=rng, dtype=torch.float64)) / levels
         logsnr = low + (high - low) * share
-        t = schedule.time(logsnr).clamp(*sorted((schedule.t_min, schedule.t_max))).to(x0)
+        t = schedule.time(logsnr).clamp(*sorted((schedule.t_min, schedule.t_max))).to(x0.dtype)
         x_t = add_noise(schedule, x0, _normal(x0, rng), t)
         error = (denoiser(x_t, t, **cond) - x0).square().sum(axis).double().cpu()
         total += logsnr.exp() * error * ((high - low) / (2 * levels))

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.denoiser import DenoiserLike
 from distill.distance import Distance, Weight, l2, truncated_snr
 from distill.rng import Rng
-from distill.schedule import add_noise, explain, move
+from distill.schedule import add_noise, expand, explain, move
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class Progressive:
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         schedule = self.teacher.schedule
-        times = self.times.to(x0.device)
-        i = 2 * rng.integers((len(times) - 1) // 2)
+        i = 2 * rng.integers((len(self.times) - 1) // 2)
+        times = self.times.to(i.device)
         t, mid, s = times[i], times[i + 1], times[i + 2]
         x_t = add_noise(schedule, x0, rng.normal(x0), t)
         with torch.no_grad():
             target = two_steps_in_one(self.teacher, x_t, t, mid, s, **cond)
-        return self.weight(schedule, t).to(x0) * self.distance(student(x_t, t, **cond), target)
+        distance = self.distance(student(x_t, t, **cond), target)
+        return expand(self.weight(schedule, t), distance) * distance
 
 
 def two_steps_in_one(teacher: DenoiserLike, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, **cond: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.denoiser import DenoiserLike
 from distill.distance import Distance, Weight, l2, snr_plus_one
 from distill.rng import Rng
-from distill.schedule import Schedule, add_noise
+from distill.schedule import Schedule, add_noise, expand
 from distill.target import DataSample, Target
 
 Draw = Callable[[Schedule, Rng], Tensor]  # where training draws its times: t [B]
@@ -53,4 +53,5 @@ class Regression:
         t = self.draw(schedule, rng)
         x_t = add_noise(schedule, x0, rng.normal(x0), t)
         x0_hat = self.target(schedule, x_t, t, x0, **cond)
-        return self.weight(schedule, t) * self.distance(student(x_t, t, **cond), x0_hat)
+        distance = self.distance(student(x_t, t, **cond), x0_hat)
+        return expand(self.weight(schedule, t), distance) * distance

@@ -89,7 +89,7 @@ RESIDUALS: dict[str, Residual] = {
 
 def _noisy(schedule: Schedule, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
     """Return x_t and t [B] of x0 at noise levels uniform in log-SNR."""
-    t = schedule.time(RANGE[0] + (RANGE[1] - RANGE[0]) * rng.uniform()).to(x0)
+    t = schedule.time(RANGE[0] + (RANGE[1] - RANGE[0]) * rng.uniform()).to(x0.dtype)
     return add_noise(schedule, x0, rng.normal(x0), t), t
 
 

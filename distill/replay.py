@@ -39,8 +39,7 @@ class Step:
         watched = _Watched(**known, seen=seen)
         torch.manual_seed(seed_of(self.seed, self.phase, self.step, "dropout", rank))
         for (x0, cond), (start, stop) in zip(parts, self.rows[rank], strict=True):
-            generator = torch.Generator(x0.device).manual_seed(seed_of(self.seed, self.phase, self.step))
-            rng = Rng(generator, self.batch_size, slice(start, stop))
+            rng = Rng.seeded(seed_of(self.seed, self.phase, self.step), x0.device, self.batch_size, slice(start, stop))
             seen.clear()
             loss = method(watched, x0, rng=rng, progress=self.progress, **extra, **cond)
             level = student.schedule.level(seen[0].detach()) if seen else loss.detach() * torch.nan

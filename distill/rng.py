@@ -22,7 +22,10 @@ def seed_of(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Rng:
-    """Draw random numbers for ``rows`` (None: all) of a batch of ``total`` samples, on the device of the generator.
+    """Draw random numbers for ``rows`` (None: all) of a batch of ``total`` samples.
+
+    ``generator``: of noise, on its device. ``scalars``: of numbers per sample, such as times; None: the same generator. `seeded` takes
+    them from the CPU, because a schedule is evaluated there, see `distill.device`.
 
     Every draw is made for the whole batch and cut to the rows. One process with a batch of 2 B and two processes with B each
     therefore see the same numbers.
@@ -31,9 +34,17 @@ class Rng:
     generator: torch.Generator
     total: int
     rows: slice | None = None
+    scalars: torch.Generator | None = None
+
+    @classmethod
+    def seeded(cls, seed: int, device: torch.device, total: int, rows: slice | None = None) -> Rng:
+        """Return the draws of a seed, with noise on ``device`` and numbers per sample on the CPU."""
+        generator = torch.Generator(device).manual_seed(seed)
+        return cls(generator, total, rows, generator if device.type == "cpu" else torch.Generator().manual_seed(seed))
 
     def _cut(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
-        draws = draw((self.total, *shape), generator=self.generator, device=self.generator.device)
+        generator = self.generator if shape else self.scalars or self.generator
+        draws = draw((self.total, *shape), generator=generator, device=generator.device)
         return draws if self.rows is None else draws[self.rows]
 
     def normal(self, like: Tensor | None = None) -> Tensor:

@@ -5,19 +5,23 @@ alone. A schedule defines alpha(t), sigma(t), the inverse of its log-SNR, and th
 evaluated. At ``t_clean`` sigma is exactly 0; every deterministic sampler ends there.
 
 Times are tensors of any floating type, ``[]`` or ``[B]``. Coefficients are computed in the dtype of t (float64 in sampler grids,
-float32 in losses). `expand` casts them to the dtype of x; no other function does.
+float32 in losses), on the device of t, which is the CPU in samplers and losses. `expand` casts them to the dtype of x; no other
+function but `expand_all` does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from distill.device import send
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ class Table(Schedule):
 
     def time(self, logsnr):
         knots = self._angle_table(logsnr.device)
-        angle = torch.atan(torch.exp(-logsnr.double() / 2)).clamp(max=float(knots[-1]))
+        angle = torch.atan(torch.exp(-logsnr.double() / 2)).clamp(max=knots[-1])
         low = (torch.searchsorted(knots, angle, right=True) - 1).clamp(0, self.steps - 1)
         return ((low + (angle - knots[low]) / (knots[low + 1] - knots[low])) / self.steps).to(logsnr.dtype)
 
@@ -268,35 +272,50 @@ def schedule_from(description: dict | str) -> Schedule:
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Cast a coefficient [] or [B] to the dtype and device of x [B, ...] and shape it to multiply x sample by sample."""
+    """Cast a coefficient [] or [B] to the dtype of x [B, ...] and shape it to multiply x sample by sample.
+
+    [B] goes to the device of x. [] stays on the CPU, from where operators take a number without a copy.
+    """
     assert coefficient.dim() == 0 or coefficient.shape == x.shape[:1], (coefficient.shape, x.shape)
-    return coefficient.to(x).reshape(coefficient.shape + (1,) * (x.dim() - 1) if coefficient.dim() else ())
+    cast = coefficient.to(x.dtype)
+    return send(cast, x.device).reshape(-1, *[1] * (x.dim() - 1)) if cast.dim() else cast
+
+
+def expand_all(coefficients: Iterable[Tensor], x: Tensor) -> list[Tensor]:
+    """Return `expand` of each coefficient. Those of [B] that go to another device go there in one copy."""
+    coefficients = list(coefficients)
+    if any(c.dim() == 0 or c.device == x.device for c in coefficients):
+        return [expand(c, x) for c in coefficients]
+    return [expand(c, x) for c in send(torch.stack([c.to(x.dtype) for c in coefficients]), x.device)]
 
 
 def per_sample(mask: Tensor, x: Tensor) -> Tensor:
     """Shape a mask [B] to select samples of x [B, ...], for `torch.where`."""
-    return mask.reshape(-1, *[1] * (x.dim() - 1)).to(x.device)
+    return send(mask, x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return x_t = alpha(t) x0 + sigma(t) eps. x0 and eps are [B, ...]; t is [] or [B]."""
-    return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
+    alpha, sigma = expand_all((schedule.alpha(t), schedule.sigma(t)), x0)
+    return alpha * x0 + sigma * eps
 
 
 def to_eps(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """Return the noise implied by x0 at x_t: (x_t - alpha x0) / sigma."""
-    return (x_t - expand(schedule.alpha(t), x_t) * x0) / expand(schedule.sigma(t), x_t)
+    alpha, sigma = expand_all((schedule.alpha(t), schedule.sigma(t)), x_t)
+    return (x_t - alpha * x0) / sigma
 
 
 def to_x0(schedule: Schedule, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return the x0 implied by eps at x_t: (x_t - sigma eps) / alpha. Requires alpha > 0."""
-    return (x_t - expand(schedule.sigma(t), x_t) * eps) / expand(schedule.alpha(t), x_t)
+    alpha, sigma = expand_all((schedule.alpha(t), schedule.sigma(t)), x_t)
+    return (x_t - sigma * eps) / alpha
 
 
 def move(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Take one DDIM step from t to s with x0 fixed: alpha_s x0 + (sigma_s / sigma_t) (x_t - alpha_t x0) (2010.02502, eq. 12)."""
-    ratio = expand(schedule.sigma(s) / schedule.sigma(t), x_t)
-    return expand(schedule.alpha(s), x_t) * x0 + ratio * (x_t - expand(schedule.alpha(t), x_t) * x0)
+    ratio, a_s, a_t = expand_all((schedule.sigma(s) / schedule.sigma(t), schedule.alpha(s), schedule.alpha(t)), x_t)
+    return a_s * x0 + ratio * (x_t - a_t * x0)
 
 
 def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -307,9 +326,9 @@ def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) 
     The denominator cancels where t and s are close. It is therefore computed from log-SNRs:
     alpha_s - r alpha_t = -alpha_s expm1((logsnr_t - logsnr_s) / 2).
     """
-    ratio = expand(schedule.sigma(s) / schedule.sigma(t), x_t)
     denominator = -schedule.alpha(s) * torch.expm1((schedule.logsnr(t) - schedule.logsnr(s)) / 2)
-    return (x_s - ratio * x_t) / expand(denominator, x_t)
+    ratio, below = expand_all((schedule.sigma(s) / schedule.sigma(t), denominator), x_t)
+    return (x_s - ratio * x_t) / below
 
 
 def heun_x0(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, x_s: Tensor, x0_s: Tensor, s: Tensor) -> Tensor:

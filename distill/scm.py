@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill.consistency import same_dropout
 from distill.denoiser import Denoiser, DenoiserLike, on_schedule, to_output
 from distill.rng import Rng
-from distill.schedule import Trig, add_noise, expand
+from distill.schedule import Trig, add_noise, expand, expand_all
 from distill.target import Target
 
 TRIG = Trig(sigma_data=1.0)
@@ -48,8 +48,8 @@ class ContinuousConsistency:
     step: float = 2e-4
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
-        a = torch.atan(torch.exp(self.mean + self.deviation * rng.normal())).to(x0.device)
-        cos, sin = (expand(z, x0) for z in (torch.cos(a), torch.sin(a)))
+        a = torch.atan(torch.exp(self.mean + self.deviation * rng.normal()))
+        cos, sin = expand_all((torch.cos(a), torch.sin(a)), x0)
         x = add_noise(TRIG, x0, rng.normal(x0), a)
         r = 1.0 if self.warmup == 0 else min(1.0, progress / self.warmup)
         with torch.no_grad():

@@ -39,6 +39,7 @@ class Mix:
     """Return (1 - g) x0 + g D(x_t, t).
 
     ``g``: the teacher weight, a number in [0, 1], or numbers [L] at the noise levels ``logsnr`` [L] (rising), interpolated linearly.
+    Both are on the CPU, as times are.
 
     Raises ValueError for g outside [0, 1].
     """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike, on_schedule
+from distill.device import send
 from distill.schedule import Schedule, add_noise
 from distill.target import posterior_mean
 
@@ -70,11 +71,11 @@ class TeacherBias:
     def draw(self, schedule: Schedule, logsnr: Tensor, n: int, rng: torch.Generator) -> NoisySample:
         """Draw ``n`` samples, at least 2, at one noise level."""
         half = len(self.data) // 2
-        index = torch.randint(half, (n,), generator=rng).to(self.data.device)
+        index = send(torch.randint(half, (n,), generator=rng), self.data.device)
         x0, labels = self.data[index], None if self.labels is None else self.labels[index]
         others, other_labels = self.data[half:], None if self.labels is None else self.labels[half:]
-        t = schedule.time(logsnr).expand(n).to(x0)
-        x_t = add_noise(schedule, x0, torch.randn(x0.shape, generator=rng).to(x0), t)
+        t = schedule.time(logsnr).expand(n).to(x0.dtype)
+        x_t = add_noise(schedule, x0, send(torch.randn(x0.shape, generator=rng).to(x0.dtype), x0.device), t)
         cond = self.condition(labels)
         teacher = on_schedule(self.teacher, schedule)
         parts = [slice(i, i + CHUNK) for i in range(0, n, CHUNK)]
@@ -92,7 +93,7 @@ class TeacherBias:
         samples: int = 1024,
         averaged: float = AVERAGED,
     ) -> dict[str, Tensor]:
-        """Return mean squares per pixel at each noise level, [L].
+        """Return mean squares per pixel at each noise level, [L], on the CPU.
 
         ``variance``: of x0 about E[x0 | x_t]. ``bias``: of the teacher about E[x0 | x_t]. ``best``: the teacher weight that minimises
         the error of the mean of ``averaged`` mixed targets.
@@ -102,7 +103,7 @@ class TeacherBias:
             drawn = self.draw(schedule, level, samples, rng)
             variance.append((drawn.x0 - drawn.expected).square().mean())
             bias.append(drawn.bias.clamp(min=0))
-        v, b = torch.stack(variance), torch.stack(bias)
+        v, b = torch.stack(variance).cpu(), torch.stack(bias).cpu()
         return {"variance": v, "bias": b, "best": v / (v + averaged * b).clamp(min=1e-12)}
 
 

@@ -150,8 +150,10 @@ def train(
     """
     o = optimization
     split = BatchSplit(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
-    generator, waiting = torch.Generator(accelerator.device), waits(accelerator.device)
-    adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=waiting)
+    waiting = waits(accelerator.device)  # where the host reads from the device at some steps only
+    adam = torch.optim.AdamW(
+        student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=waiting or None
+    )
     average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
     net, optimizer = accelerator.prepare(student.net, adam)
     module = accelerator.unwrap_model(net)
@@ -177,7 +179,7 @@ def train(
         total = torch.zeros((), device=accelerator.device)
         for turn in range(split.accumulate):
             x0, cond = next(stream)
-            rng = Rng(generator.manual_seed(seed_of(draws, phase, step)), o.batch_size, split.rows(turn))
+            rng = Rng.seeded(seed_of(draws, phase, step), accelerator.device, o.batch_size, split.rows(turn))
             with _synchronising(accelerator, net, turn == split.accumulate - 1):
                 loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean() / split.accumulate
                 accelerator.backward(recorder.guarded(loss))
@@ -225,5 +227,5 @@ def _crossed(done: int, batch_size: int, every: int) -> bool:
 @torch.no_grad()
 def _average(average: nn.Module, module: nn.Module, beta: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), [whole(p.detach()) for p in module.parameters()], 1 - beta)
-    for old, new in zip(average.buffers(), module.buffers(), strict=True):
-        old.copy_(whole(new))
+    if buffers := list(average.buffers()):
+        torch._foreach_copy_(buffers, [whole(buffer) for buffer in module.buffers()])

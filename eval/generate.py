@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
+from distill.device import send
 from distill.images import to_uint8
 from distill.rng import seed_of
 from distill.sampling import Sampling
@@ -45,7 +46,7 @@ class Noise:
     def fresh(self, x: Tensor) -> Tensor:
         """Return new standard normal noise of the shape of x. Each row comes from the generator of its index."""
         rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(x)
+        return send(torch.stack(rows).to(x.dtype), x.device)
 
 
 def initial_noise(indices: range | list[int], shape: tuple[int, ...], classes: int | None, seed: int) -> Noise:

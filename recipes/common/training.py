@@ -247,7 +247,7 @@ def try_method(method: Method, model: Teacher, data: Data) -> None:
     """Evaluate the method once on two samples. Raises ValueError for what the network does not support, such as exact tangents."""
     batches = data.batches(BatchSplit(2), 0, "trial", torch.device("cpu"), model.condition)
     x0, cond = next(iter(batches(0)))
-    method(model.student(), x0, rng=Rng(torch.Generator().manual_seed(0), 2), progress=0.5, **cond)
+    method(model.student(), x0, rng=Rng.seeded(0, x0.device, 2), progress=0.5, **cond)
 
 
 def measure_step_time(
@@ -255,14 +255,14 @@ def measure_step_time(
 ) -> tuple[float, float]:
     """Return the seconds per image of a training step and of a network call, measured on a copy of the student."""
     student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
-    rng = Rng(torch.Generator(x0.device).manual_seed(0), len(x0))
+    rng = Rng.seeded(0, x0.device, len(x0))
 
     def training() -> None:
         method(student, x0, rng=rng, progress=0.0, **cond).mean().backward()
 
     def calling() -> None:
         with torch.inference_mode():
-            student(x0, torch.tensor(student.schedule.t_max, device=x0.device), **cond)
+            student(x0, torch.tensor(student.schedule.t_max), **cond)
 
     seconds = []
     for work in (training, calling):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.device import send
 from distill.images import from_uint8, to_uint8
 from distill.rng import Rng, seed_of
 from distill.schedule import per_sample
@@ -89,7 +90,7 @@ class Data:
         return self._scaled(self.images[index], device)
 
     def _scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
-        return from_uint8(images, device) if self.latents is None else images.contiguous().to(device).float()
+        return from_uint8(images, device) if self.latents is None else send(images.contiguous(), device).float()
 
     def captioned(self, prompts: list[str]) -> Data:
         """Return the set with each image's caption as label: its position in ``prompts``.
@@ -161,9 +162,9 @@ class Data:
                     if labels is not None and null is not None and null_probability:
                         labels = torch.where(rng.uniform() < null_probability, null, labels)
                     if self.flip:
-                        mirrored = (rng.uniform() < 0.5).to(device)
+                        mirrored = rng.uniform() < 0.5
                         x0 = torch.where(per_sample(mirrored, x0), x0.flip(-1), x0)
-                    yield x0, condition(None if labels is None else labels.to(device))
+                    yield x0, condition(None if labels is None else send(labels, device))
                 step += 1
 
         return microbatches
