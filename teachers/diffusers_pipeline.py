@@ -17,6 +17,7 @@ from teachers.teacher import Teacher, frozen
 LABELLED = ("UNet2DModel", "DiTTransformer2DModel")  # conditioned on labels or nothing
 TEXTUAL = tuple(name for name in conditional.NETWORKS if name not in LABELLED)  # conditioned on text
 CODECS = ("AutoencoderKL", "VQModel")
+STOCK_SCHEDULERS = ("deprecated", "stochastic_karras_ve")  # modules of diffusers with a scheduler of their own
 
 
 def load(spec: str) -> Teacher:
@@ -93,10 +94,11 @@ def _check_parts(where: str, folder: Path, index: dict) -> None:
         if part in left_out(folder) or not isinstance(stated, list) or stated == [None, None]:
             continue
         nested = str(stated[-1]).endswith("Pipeline") or str(stated[-1]).startswith(("AutoPipeline", "AutoModel"))
-        if part.startswith("_") or len(stated) != 2 or stated[0] not in ("diffusers", "transformers") or nested:
+        libraries = ("diffusers", "transformers", *(STOCK_SCHEDULERS if part == "scheduler" else ()))
+        if part.startswith("_") or len(stated) != 2 or stated[0] not in libraries or nested:
             own = ".".join(map(str, stated))
             raise ValueError(f"{where}: {part} is code outside of diffusers ({own:.80}), which is not run; {_accepted()}")
-        if not (folder / part).is_dir():
+        if part != "scheduler" and not (folder / part).is_dir():
             raise ValueError(f"{where}: the pipeline lacks {part}/")
 
 

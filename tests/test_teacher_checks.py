@@ -125,7 +125,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "unet/adapter_config.json", "unet/adapter_model.bin"])
 def test_the_file_of_an_adapter_in_a_pipeline_is_refused_in_one_line(folder, name):
-    (folder / name).write_bytes(b"")
+    (folder / name).write_bytes(b"{}")
     with pytest.raises(
         ValueError, match=f"{name} is an adapter, which would be ignored; accepted are weights with the adapter"
     ) as e:

@@ -55,8 +55,9 @@ class TrainingFlags(Checked):
         "no", "autocast of the networks during training", choices=("no", "bf16", "fp16"), short=False
     )
     rollbacks: int = training_flag(
-        2, "how often a stage that diverges goes back to its last checkpoint, with other random numbers", short=False
-    )
+        2, "how often a stage that diverges goes back to its last checkpoint, with other random numbers", short=False,
+        at_least=0, at_most=100,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class DistillationFlags(RunFlags, TrainingFlags, SweepFlags):
         None,
         "a file diverged-*.safetensors of this run: take that step again, print each sample's loss, train nothing",
         short=False,
+        path="file",
     )
 
     MAY_CHANGE: ClassVar = ("force", "rollbacks", "replay")
