@@ -17,7 +17,6 @@ import eval.fidelity  # noqa: F401  (registers the extractor)
 from distill import files
 from fewstep.__main__ import commands
 from recipes import benchmark, classifier, compare, evaluate, sample, search
-from recipes import teacher as teacher_recipe
 from teachers.digits import digits
 
 pytestmark = pytest.mark.slow
@@ -146,14 +145,6 @@ def test_sample_finds_the_stage_of_a_step_count_in_a_run_and_overwrites_nothing(
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "stage.png").read_bytes()
     assert "4 images, ddim with 2 steps" in capsys.readouterr().out
     assert "exists: name another" in refused(sample.main, "--output", tmp_path / "run.png")
-
-
-def test_the_teacher_recipe_makes_a_model_that_every_recipe_takes(tmp_path):
-    folder = tmp_path / "teacher"
-    here(teacher_recipe.main, "--preset smoke --images 1024 --output-dir", folder)  # the flag's older name
-    assert set(words("teacher.safetensors samples.png metrics.jsonl config.json")) <= {p.name for p in folder.iterdir()}
-    sample.main(words("--model", folder / "teacher.safetensors", "--steps 2 --images 4 --output", tmp_path / "grid.png"))
-    assert (tmp_path / "grid.png").stat().st_size > 100
 
 
 def test_every_recipe_has_a_smoke_preset(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 
 from eval import fidelity
 from eval.memorisation import memorisation, nearest
-from eval.metrics import GROUPS, Features, Moments, Reference, fid_of, fid_with_interval, jackknife, measure, paired_difference
+from eval.metrics import GROUPS, Moments, Reference, fid_of, fid_with_interval, jackknife, paired_difference
 
 
 def gaussian_features(n, d=8, seed=0, shift=0.0):
@@ -54,13 +54,6 @@ def test_fid_infinity_is_nearer_to_the_truth_than_fid():
     rows = [fid_with_interval(gaussian_features(500, seed=s, shift=0.1), reference) for s in range(10)]
     truth = 8 * 0.1**2
     assert abs(np.mean([r["fid_infinity"] for r in rows]) - truth) < abs(np.mean([r["fid"] for r in rows]) - truth) / 4
-
-
-def test_measure_returns_every_metric_of_the_report():
-    reference = Reference(gaussian_features(300))
-    row = measure(Features(gaussian_features(200, seed=2), torch.randn(200, 10)), reference)
-    assert {"fid", "fid_interval", "fid_infinity", "kid", "isc", "precision", "recall"} <= row.keys()
-    assert all(np.isfinite(np.asarray(v)).all() for v in row.values())
 
 
 @pytest.mark.slow

@@ -84,17 +84,16 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     teacher = fs.load("digits")
     bad = Mine()
     wrong = fs.Model(bad, schedule="cosine", prediction="v", shape=(1, 8, 8), classes=10, labels="y")
-    cases = [
+    for call, message in (
         (lambda: fs.distil(teacher, IMAGES, LABELS, method="progresive", out=tmp_path / "a"), "unknown method 'progresive'"),
         (lambda: fs.distil(teacher, IMAGES, LABELS, steps=(4, 1), out=tmp_path / "a"), "step counts that halve each time"),
         (lambda: fs.distil(teacher, IMAGES, LABELS, images_per_stages=1, out=tmp_path / "a"), "accepted are images_per_stage"),
         (lambda: fs.distil(teacher, IMAGES, None, out=tmp_path / "a"), "has no labels"),
         (lambda: fs.distil(teacher, IMAGES.int(), LABELS, out=tmp_path / "a"), "uint8"),
-        (lambda: wrong.probe(IMAGES, LABELS), "no denoiser|not a denoiser|misread"),
+        (lambda: wrong.probe(IMAGES, LABELS), "no denoiser: at log-SNR"),
         (lambda: teacher.sample(2, labels=[11]), "classes 0 to 9"),
         (lambda: fs.Model(bad, schedule="cosine", prediction="epsilon", shape=(1, 8, 8)), "unknown prediction"),
-        (lambda: fs.load("digits", net=bad), "no such file|there is no"),
-    ]
-    for call, message in cases:
+        (lambda: fs.load("digits", net=bad), "there is no such file"),
+    ):
         refuses(message, call)
     assert not list(tmp_path.iterdir())
