@@ -16,12 +16,12 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # the tests never use the network
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _alike():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # recipes change it
 
 
 @pytest.fixture(scope="session")
@@ -41,19 +41,28 @@ def two_times(teacher):
     return model
 
 
-@pytest.fixture(scope="module")
-def ladder(teacher, tmp_path_factory):
-    """The directory of a run with students of 2 steps and of 1. They are the teacher, changed a little instead of trained."""
+@pytest.fixture(scope="session")
+def new(tmp_path_factory):
+    """The file of a tiny network without training. Distilling it needs --force."""
+    import teachers
+    from teachers.students import untrained
+
+    path = tmp_path_factory.mktemp("new") / "new.safetensors"
+    teachers.save(path, untrained((1, 8, 8), 10, (8, 16), 1, 0))
+    return path
+
+
+@pytest.fixture(scope="session")
+def ladder(new, tmp_path_factory):
+    """The directory of a run with students of 2 steps and of 1. They are that network, changed a little instead of trained."""
     import teachers
     from distill.sampling import Sampling
 
-    folder = tmp_path_factory.mktemp("ladder")
+    folder, student = tmp_path_factory.mktemp("ladder"), teachers.load(str(new))
     record = {"method": "progressive", "of": "digits", "data": "digits"}
     for steps, path in ((2, "stages/2"), (1, "stages/1"), (1, "")):
-        student = replace(teacher, denoiser=replace(teacher.denoiser, net=teacher.student().net), record=record)
-        with torch.no_grad():
-            student.denoiser.net.unet.conv_out.bias.add_(0.05 / steps)
-        teachers.save(folder / path / "student.safetensors", replace(student, sampling=Sampling(steps=(steps,))))
+        student.denoiser.net.unet.conv_out.bias.data += 0.05
+        teachers.save(folder / path / "student.safetensors", replace(student, sampling=Sampling(steps=(steps,)), record=record))
     return folder
 
 

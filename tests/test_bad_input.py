@@ -21,7 +21,6 @@ BAD = {
         "--teacher oracle:digits": "an oracle has no network",
         "--teacher oracle:delphi": "unknown oracle",
         "--teacher .": "no diffusers pipeline",
-        "--teacher nobody/nothing": "'nobody/nothing' is no folder here and cannot be fetched from the hub",
         "--data nowhere.npz": "unknown data 'nowhere.npz', no such file or folder",
         "--start-steps 64 --end-steps 3": "accepted are [32, 16, 8, 4, 2, 1]",
         "--start-steps 7": "none: start is odd",

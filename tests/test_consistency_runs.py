@@ -22,14 +22,6 @@ pytestmark = pytest.mark.slow
 TINY = "--preset smoke --images 60 --chunk 60 --sweep-steps 1 --training-images 64 --batch-size 32 --channels 8 16 --threads 1"
 
 
-@pytest.fixture(scope="module")
-def new(tmp_path_factory):
-    """The file of a network without training. Distilling it needs --force."""
-    path = tmp_path_factory.mktemp("new") / "new.safetensors"
-    teachers.save(path, untrained((1, 8, 8), 10, (8, 16), 1, 0))
-    return path
-
-
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -24,12 +24,9 @@ pytestmark = pytest.mark.slow
 FEW = "--steps 1 --baseline-steps 0 --images 60 --chunk 60"
 
 
-def test_numbers_are_independent_of_the_number_of_processes_and_fid_alone_needs_no_features(ladder, tmp_path):
-    common = (
-        "--model digits",
-        ladder,
-        "--images 110 --chunk 16 --steps 1 2 --samplers ddim heun --baseline-steps 3 --threads 1",
-    )
+def test_numbers_are_independent_of_the_number_of_processes_and_fid_alone_needs_no_features(new, ladder, tmp_path):
+    few = "--images 60 --chunk 8 --steps 1 2 --samplers ddim heun --baseline-steps 3 --threads 1"
+    common = ("--model", new, ladder, few)
     here(evaluate.main, *common, "--output-dir", tmp_path / "one")
     one = rows(tmp_path / "one")
     assert len(one) == 6
@@ -63,8 +60,8 @@ def test_samples_are_the_images_that_were_measured(ladder, tmp_path):
     assert row["isc"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
 
 
-def test_verify_searched_grids_and_a_stored_reference(ladder, tmp_path, capsys):
-    common = ("--model digits", ladder, "--images 150 --steps 1 3 --samplers ddim ipndm --baseline-steps 0 --output-dir")
+def test_verify_searched_grids_and_a_stored_reference(new, ladder, tmp_path, capsys):
+    common = ("--model", new, ladder, "--images 150 --steps 1 3 --samplers ddim ipndm --baseline-steps 0 --output-dir")
     here(evaluate.main, *common, tmp_path / "e", "--search-grid --verify")
     assert "torch_fidelity.calculate_metrics says fid" in capsys.readouterr().out
     found = rows(tmp_path / "e")
@@ -151,7 +148,7 @@ def test_every_recipe_has_a_smoke_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     classifier.main(words("--preset smoke --output-dir c"))
     sample.main(words("--preset smoke --steps 1 --output s.png"))
-    benchmark.main(words("--preset smoke --output-dir b"))
+    benchmark.main(words("--preset smoke --images 128 --repeats 1 --steps 2 --output-dir b"))
     assert all((tmp_path / file).stat().st_size for file in ("c/digits.safetensors", "s.png"))
     found = json.loads((tmp_path / "b/benchmark.json").read_text())
     assert found.keys() == set(words("extraction generation loading decoding starting"))

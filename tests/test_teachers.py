@@ -93,6 +93,7 @@ def test_a_factory_makes_a_teacher(tmp_path):
         f"nomodule:make,{rest}": "cannot import",
         f"{__name__}:three,{rest}": "made a int",
         f"{mine},schedule=flow,prediction=eps,shape=2": "divides by alpha",
+        "nobody/nothing": "'nobody/nothing' is no folder here and cannot be fetched from the hub",
     }.items():
         refuses(message, teachers.load, spec)
 
