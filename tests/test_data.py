@@ -314,11 +314,13 @@ def test_a_folder_streams_its_images_in_parts_that_do_not_overlap(tmp_path, pref
 
 def test_a_saved_set_of_the_datasets_package_is_read_offline_with_its_classes_and_captions(tmp_path):
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["a", "b", "c"]), "text": datasets.Value("string")}
-    )
+    kinds = {
+        "img": datasets.Image(),
+        "fine_label": datasets.ClassLabel(names=["a", "b", "c"]),
+        "text": datasets.Value("string"),
+    }
     rows = {"img": [Image.open(io.BytesIO(png(i))) for i in range(5)], "fine_label": [0, 1, 0, 1, 1], "text": list("vwxyz")}
-    made = datasets.Dataset.from_dict(rows, features=features)
+    made = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
     datasets.DatasetDict({"train": made, "test": made.select([3])}).save_to_disk(str(tmp_path / "saved"))
     found = sets.load(f"hf:{tmp_path / 'saved'}")
     assert found.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] and found.labels.tolist() == [0, 1, 0, 1, 1]

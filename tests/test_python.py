@@ -48,9 +48,8 @@ def test_a_module_of_ones_own_is_probed_distilled_sampled_evaluated_saved_and_lo
     assert teacher.probe(IMAGES, LABELS).ok and made.keys() == {2, 1} and made[1].steps == (1,)
     samples = made[1].sample(10, labels=range(10), seed=0)
     assert samples.pixels.shape == (10, 1, 8, 8) and samples.grid(tmp_path / "ten.png").stat().st_size > 100
-    report = fs.evaluate(
-        teacher, *made.values(), against=IMAGES, labels=LABELS, n=60, out=tmp_path / "report", samplers=("ddim",)
-    )
+    few = FEW | {"n": 60, "out": tmp_path / "report"}
+    report = fs.evaluate(teacher, *made.values(), against=IMAGES, labels=LABELS, **few)
     assert report.plot().is_file() and report.verdict
     assert {row["role"] for row in report.rows} == {"teacher", "student"}
     made[1].save(tmp_path / "student.safetensors")

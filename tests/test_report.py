@@ -90,9 +90,8 @@ def test_a_reader_is_warned_of_too_few_images_and_of_failed_cells():
     assert verdict.warnings([], PROTOCOL, 64) == []
     failed = {"error": "image 3 of cell 'x' is not finite"}
     assert verdict.warnings([failed], PROTOCOL, 64) == [failed["error"]]
-    assert (
-        "50% of the values" in verdict.warnings([row("student", "ddim", 1, 1.0) | {"saturated_pixels": 0.5}], PROTOCOL, 64)[0]
-    )
+    saturated = row("student", "ddim", 1, 1.0, saturated_pixels=0.5)
+    assert "50% of the values" in verdict.warnings([saturated], PROTOCOL, 64)[0]
 
 
 @pytest.fixture

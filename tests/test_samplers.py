@@ -189,10 +189,8 @@ def test_a_sampling_is_parsed_from_its_text_and_unknown_ones_are_refused():
     noise = {"noise": torch.ones_like}
     sampling = Sampling.parse("consistency:0.3")
     assert torch.equal(sampling.run(oracle, x, times, **noise), consistency(oracle, x, times, gamma=0.3, **noise))
-    assert (
-        sampling.noisy and sampling.fresh == 0.3 and Sampling("consistency").fresh == 1 and sampling.label == "consistency:0.3"
-    )
-    assert not Sampling().noisy and Sampling().fresh == 0
+    assert sampling.noisy and (sampling.fresh, sampling.label) == (0.3, "consistency:0.3")
+    assert not Sampling().noisy and Sampling().fresh == 0 and Sampling("consistency").fresh == 1
     assert torch.equal(Sampling().run(oracle, x, times, **noise), ddim(oracle, x, times))
     for wrong in ("consistency:2", "consistency:x", "ddim:0.3", "euler"):
         refuses("accepted are ddim, heun", Sampling.parse, wrong)

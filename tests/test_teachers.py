@@ -39,9 +39,8 @@ class ByLabel(nn.Module):
 def test_a_module_object_is_a_teacher_and_is_loaded_into_a_module_of_the_caller(tmp_path):
     net, x, t, labels = ByLabel().requires_grad_(True), torch.randn(3, 2), torch.tensor(0.5), torch.arange(3)
     model = wrap(net, shape=(2,), schedule="flow", prediction="x0", classes=3, labels="y")
-    assert torch.equal(model.denoiser(x, t, labels=labels), 2 * x + labels[:, None]) and torch.equal(
-        model.denoiser(x, t), 2 * x
-    )
+    assert torch.equal(model.denoiser(x, t, labels=labels), 2 * x + labels[:, None])
+    assert torch.equal(model.denoiser(x, t), 2 * x)
     assert not net.training and not net.w.requires_grad and model.denoiser.schedule == Flow()
     model.denoiser.net.net.w.fill_(3.0)
     path = tmp_path / "m.safetensors"
@@ -176,11 +175,13 @@ def test_weights_come_from_safetensors_and_from_pickles_of_tensors_alone(tmp_pat
 def test_a_mixture_of_one_is_a_gaussian_and_its_mean_is_numeric():
     schedule, t = Cosine(), torch.linspace(0.1, 0.9, 5).double()
     x = torch.randn(5, 2).double()
-    one = Mixture(schedule, torch.tensor([[0.3, -0.2]]).double(), torch.tensor([0.5]).double(), torch.ones(1).double())
+
+    def mixture(*parts):
+        return Mixture(schedule, *(torch.tensor(part, dtype=torch.float64) for part in parts))
+
+    one = mixture([[0.3, -0.2]], [0.5], [1.0])
     assert torch.allclose(one(x, t), Gaussian(schedule, torch.tensor([0.3, -0.2]), torch.tensor(0.5).double())(x, t), atol=1e-7)
-    two = Mixture(
-        schedule, torch.tensor([[-1.0], [0.5]]).double(), torch.tensor([0.2, 0.4]).double(), torch.tensor([0.3, 0.7]).double()
-    )
+    two = mixture([[-1.0], [0.5]], [0.2, 0.4], [0.3, 0.7])
     z = torch.linspace(-6, 6, 20001).double()[:, None]
     prior = sum(w * torch.exp(-((z - m) ** 2) / (2 * s**2)) / s for w, m, s in ((0.3, -1.0, 0.2), (0.7, 0.5, 0.4)))
     for ti, xi in zip(t, x[:, :1]):

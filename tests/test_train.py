@@ -44,12 +44,15 @@ def batches(shares):
     return stream
 
 
+def trained(model, how, method=None, stream=None, **kwargs):
+    """The states of a training, by default by regression on the data."""
+    stream = stream or batches(BatchSplit(how.batch_size, microbatch=how.microbatch))
+    return train(method or Regression(), model, stream, Accelerator(cpu=True), how, seed=0, phase="p", **kwargs)
+
+
 def run(optimization, steps=None, **kwargs):
     model = student()
-    shares = BatchSplit(optimization.batch_size, microbatch=optimization.microbatch)
-    states = train(Regression(), model, batches(shares), Accelerator(cpu=True), optimization, seed=0, phase="p", **kwargs)
-    states = list(itertools.islice(states, steps))
-    return model, states
+    return model, list(itertools.islice(trained(model, optimization, **kwargs), steps))
 
 
 def weights(model):
@@ -69,7 +72,7 @@ def test_ema_halves_the_weight_of_the_past_every_halflife_of_images():
     beta, average = 0.5 ** (64 / 128), None
     model = student()
     average = weights(model).clone()
-    for state in train(Regression(), model, batches(BatchSplit(64)), Accelerator(cpu=True), o, seed=0, phase="p"):
+    for state in trained(model, o):
         average = beta * average + (1 - beta) * weights(model)
     assert torch.allclose(weights(state.ema), average, atol=1e-6)
     assert not torch.allclose(weights(state.ema), weights(model), atol=1e-4)
@@ -86,11 +89,7 @@ def test_microbatches_accumulate_to_the_whole_batch():
     results = []
     for microbatch in (None, 16, 8):
         copied = Denoiser(copy.deepcopy(model.net), Cosine(), "v")
-        o = Optimization(images=640, batch_size=64, microbatch=microbatch, lr=0.01)
-        for _ in train(
-            Regression(), copied, batches(BatchSplit(64, microbatch=microbatch)), Accelerator(cpu=True), o, seed=0, phase="p"
-        ):
-            pass
+        list(trained(copied, Optimization(images=640, batch_size=64, microbatch=microbatch, lr=0.01)))
         results.append(weights(copied))
     assert torch.allclose(results[0], results[1], atol=1e-5) and torch.allclose(results[0], results[2], atol=1e-5)
 
@@ -136,10 +135,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step():
     def method(student, x0, *, rng, progress, **cond):
         return student(x0, torch.full((len(x0),), 0.5)).sum(1) * (float("nan") if progress >= 0.3 else 1)
 
-    model = student()
-    o = Optimization(images=640, batch_size=64)
     with pytest.raises(FloatingPointError, match="step 3 of phase p"):
-        list(train(method, model, batches(BatchSplit(64)), Accelerator(cpu=True), o, seed=0, phase="p"))
+        list(trained(student(), Optimization(images=640, batch_size=64), method))
 
 
 @pytest.mark.slow
@@ -158,9 +155,8 @@ def test_regression_on_the_teacher_reaches_the_teacher_faster_than_on_data():
     for target in (DataSample(), Mix(oracle)):
         model = student()
         model.net.body[2].p = 0.0
-        o = Optimization(32 * 600, 32, lr=0.01, constant=0.99)  # no anneal: what is left is the noise of the target
-        for _ in train(Regression(target), model, stream, Accelerator(cpu=True), o, seed=0, phase="p"):
-            pass
+        how = Optimization(32 * 600, 32, lr=0.01, constant=0.99)  # no anneal: what is left is the noise of the target
+        list(trained(model, how, Regression(target), stream))
         with torch.no_grad():
             errors.append((model(x, t) - oracle(x, t)).square().mean().item())
     assert errors[1] < errors[0] / 2
