@@ -61,6 +61,15 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return json_object(read_text(path), path)
 
 
+def numbers(data: Any) -> Iterator[float]:
+    """Yield the numbers of nested lists and dicts."""
+    if isinstance(data, dict | list):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from numbers(value)
+    elif isinstance(data, int | float):
+        yield data
+
+
 @contextmanager
 def malformed(where: Path | str) -> Iterator[None]:
     """Turn what missing keys, wrong types and impossible values of a file raise into ValueError that begins with ``where``."""

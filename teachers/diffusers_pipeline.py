@@ -10,7 +10,7 @@ from torch import nn
 from distill.denoiser import Denoiser
 from teachers import diffusers_scheduler, prompts
 from teachers.codec import Codec
-from teachers.hub import UNUSED, check_adapters, component, fetch, left_out, read_json, variant_of
+from teachers.hub import UNUSED, check_adapters, check_numbers, component, fetch, left_out, read_json, variant_of
 from teachers.networks import adapters, conditional, unet
 from teachers.teacher import Teacher, frozen
 
@@ -37,6 +37,7 @@ def load(spec: str) -> Teacher:
     if part not in index or "scheduler" not in index:
         raise ValueError(f"{where}: holds a {name}; {_accepted()}")
     config = read_json(folder / "scheduler" / "scheduler_config.json", "the pipeline lacks its scheduler")
+    check_numbers(config, f"{where}: scheduler_config.json")
     convention = diffusers_scheduler.read(config, where)
     found = variant_of(folder / part, variant, where)
     if variant not in (None, found):

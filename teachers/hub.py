@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def fetch(where: str, variant: str | None = None, download: bool = True) -> Path
     here = not (download and reached(where, "model"))
     options = {"variant": variant, "trust_remote_code": False, "use_safetensors": True, "local_files_only": here}
     try:
-        return Path(DiffusionPipeline.download(where, **options))
+        with quiet():
+            return Path(DiffusionPipeline.download(where, **options))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be loaded
         reason = type(error).__name__
         found = "cannot be fetched from the hub" if download else f"was not downloaded yet, which `hf download {where}` does"
@@ -113,19 +116,42 @@ def component(folder: Path, part: str, name: str, what: str, variant: str | None
         raise ValueError(f"{what}: {part} is of class {name}, which is no network of diffusers")
     if not (folder / part / "config.json").is_file():
         raise ValueError(f"{what}: the pipeline lacks {part}/config.json")
+    check_numbers(reading.read_json(folder / part / "config.json"), f"{what}: {part}/config.json")
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     variant = variant_of(folder / part, variant, what)
     try:
-        net, info = cls.from_pretrained(folder / part, variant=variant, **options)
+        with quiet():
+            net, info = cls.from_pretrained(folder / part, variant=variant, **options)
     except OSError as error:
-        raise ValueError(f"{what}: the pipeline lacks the safetensors weights of {part} ({first_line(error)})") from None
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{what}: the weights of {part} do not fit a {name} ({first_line(error)})") from None
+        raise ValueError(f"{what}: the pipeline lacks the safetensors weights of {part} ({first_line(error)[:80]})") from None
+    except Exception as error:  # diffusers raises many types; all mean that configuration and weights do not fit
+        raise ValueError(f"{what}: the weights of {part} do not fit a {name} ({first_line(error)[:80]})") from None
     for problem, keys in (("left over", info["unexpected_keys"]), ("missing", info["missing_keys"])):
         if keys:
             adapter = f"; {FUSE}" if any("lora" in key for key in info["unexpected_keys"]) else ""
             raise ValueError(f"{what}: {len(keys)} weights of {part} are {problem}, such as {min(keys)}{adapter}")
     return net
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the log of diffusers, whose lines stand beside the one line of an error."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def check_numbers(config: dict, where: str) -> None:
+    """Raise ValueError, beginning with ``where``, for whole numbers that no network or scheduler has, before anything is made of them."""
+    for name, value in config.items():
+        most = 1000 if "layers" in name or "depth" in name else 10**5 if "timesteps" in name else 10**8
+        if large := [number for number in reading.numbers(value) if isinstance(number, int) and abs(number) > most]:
+            raise ValueError(f"{where}: {name} is {large[0]:g}; accepted are at most {most:,}")
 
 
 def assemble(cls: Any, folder: Path, parts: dict[str, Any], variant: str | None = None) -> Any:

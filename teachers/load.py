@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill.reading import malformed
 from teachers import adm, custom, diffusers_pipeline, experts, oracle
+from teachers.hub import quiet
 from teachers.saved import load_file
 from teachers.teacher import Teacher
 
@@ -45,7 +46,7 @@ def load(spec: str, trusted: bool = True) -> Teacher:
     if (path / "student.safetensors").is_file():
         return load_file(path / "student.safetensors")
     if path.is_dir() or Path(where).is_dir():
-        with malformed(spec if path.is_dir() else where):
+        with quiet(), malformed(spec if path.is_dir() else where):
             return diffusers_pipeline.load(spec)
     if not path.is_file() and ":" in where:
         return custom.load(spec, trusted)

@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from distill.sampling import SEARCHED, Sampling
 from distill.schedule import schedule_from
 from teachers import networks
 from teachers.codec import Codec
+from teachers.hub import check_numbers
 from teachers.teacher import EMBEDDINGS, Teacher, frozen, require_network
 
 PROMPTS = "record.prompts"  # name of the prompts among the tensors of a file
@@ -47,9 +48,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "prediction": lambda v: isinstance(v, str),
     "time": lambda v: isinstance(v, str),
     "sigma_data": lambda v: type(v) in (int, float) and 0 < v < 1e6,
-    "shape": lambda v: (
-        isinstance(v, list) and 0 < len(v) <= 4 and all(_whole(n, 1, 2**16) for n in v) and math.prod(v) <= 2**26
-    ),
+    "shape": lambda v: isinstance(v, list),
     "classes": lambda v: v is None or _whole(v, 1, 10**6),
     "null": lambda v: v is None or _whole(v, 0, 10**6),
     "sampler": lambda v: isinstance(v, dict) and all(map(partial(_timed, v), v.get("steps", []))),
@@ -139,27 +138,13 @@ def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
         return _check_size(network["config"]["network"], tensors)
     if network["family"] not in ("unet2d", "stock"):
         return None
-    weights, blocks = sum(tensor.numel() for tensor in tensors.values()) + 1024, len(tensors)
-    for name, value in network["config"].items():
-        most = blocks if "layers" in name or "depth" in name else weights
-        if large := [number for number in _numbers(value) if abs(number) > most]:
-            raise ValueError(
-                f"the network has {name} {large[0]:g}, and the file holds {blocks:,} tensors of {weights:,} weights"
-            )
+    check_numbers(network["config"], "network")
+    weights = sum(tensor.numel() for tensor in tensors.values()) + 1024
     with torch.device("meta"):
         size = sum(tensor.numel() for tensor in networks.build(network).state_dict().values())
     if size > 2 * weights:
         raise ValueError(f"the network has {size:,} weights, and the file holds {weights:,}")
     return None
-
-
-def _numbers(data: Any) -> Iterator[float]:
-    """Yield the numbers of nested lists and dicts."""
-    if isinstance(data, dict | list):
-        for value in data.values() if isinstance(data, dict) else data:
-            yield from _numbers(value)
-    elif isinstance(data, int | float):
-        yield data
 
 
 def load_student(path: Path | str, origin: Teacher) -> Teacher:

@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from distill.sampling import Sampling
 from distill.schedule import describe
 from teachers.codec import Codec
 
+MOST_VALUES, MOST_CLASSES = 2**26, 1_000_000  # of a sample, and labels
 EMBEDDINGS = "table."  # prefix of prompt embeddings among the tensors of a file
 
 
@@ -31,6 +34,8 @@ class Teacher:
     student is sampled; it has no step counts for a model that takes any. ``record``: method and provenance, as saved. ``codec``: the
     autoencoder of a latent model. ``embeddings``: the conditions of a text-to-image model, where each class is a prompt:
     {name: [classes + 1, ...]}; the last row is the unconditional case.
+
+    Raises ValueError for a shape or a number of classes that is none, or is too large to be meant.
     """
 
     denoiser: DenoiserLike
@@ -42,6 +47,16 @@ class Teacher:
     record: dict = field(default_factory=dict)
     codec: Codec | None = None
     embeddings: dict[str, Tensor] | None = None
+
+    def __post_init__(self):
+        whole = all(isinstance(n, Integral) and 1 <= n <= 2**16 for n in self.shape)
+        if not whole or not 1 <= len(self.shape) <= 4 or math.prod(self.shape) > MOST_VALUES:
+            raise ValueError(
+                f"samples of shape {self.shape}: accepted are 1 to 4 whole numbers, {MOST_VALUES:,} values at most"
+            )
+        for name, value, least in (("classes", self.classes, 1), ("null", self.null, 0)):
+            if value is not None and not (isinstance(value, Integral) and least <= value <= MOST_CLASSES):
+                raise ValueError(f"{name} {value}: accepted are whole numbers from {least} to {MOST_CLASSES:,}")
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -125,7 +125,11 @@ def npz_file(arrays: dict[str, np.ndarray], pick: Pick) -> bytes:
         with zipfile.ZipFile(out, "a") as archive:
             archive.writestr(f"{name}.npy", (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{}", b"text")[pick(4)])
     if kind == 7:  # a header that claims far more than there is
-        claims = {"descr": "<f8" if pick(2) else "|u1", "fortran_order": False, "shape": (10**6, 10**6) if pick(2) else (10**12,)}
+        claims = {
+            "descr": "<f8" if pick(2) else "|u1",
+            "fortran_order": False,
+            "shape": (10**6, 10**6) if pick(2) else (10**12,),
+        }
         header = (str(claims) + " " * 20 + "\n").encode()
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w") as archive:
@@ -148,7 +152,13 @@ class Readers:
         self.model = files.load(ROOT / "teachers" / "digits" / "teacher.safetensors")
         self.model[1].pop("sha256", None)
         features = torch.randn(8, 64)
-        identity = {"features": "digits", "features_sha256": self.extractor.fingerprint, "data": "d", "images": 8, "data_sha256": "0"}
+        identity = {
+            "features": "digits",
+            "features_sha256": self.extractor.fingerprint,
+            "data": "d",
+            "images": 8,
+            "data_sha256": "0",
+        }
         self.reference = {"features": features}, {"format": files.FORMAT, "reference": identity}
         images = np.zeros((4, 8, 8, 1), np.uint8)
         self.names: dict[str, Callable[[Pick], Any]] = {

@@ -48,8 +48,8 @@ BAD = {
     evaluate: {
         "--compare a b": "--compare is a command of its own now: python recipes/compare.py --runs",
         "--samplers dpm": "unknown sampler 'dpm': accepted are ddim",
-        "--steps 0": "--steps are 1 or more",
-        "--images 3": "--images 40 or more",
+        "--steps 0": "--steps 0: accepted are whole numbers, at least 1",
+        "--images 3": "--images 3: accepted are whole numbers, at least 40",
         "--steps 2000": "2000 steps on a grid of 1,024: accepted are 1 to 1024",
         "--verify --metrics fid": "--verify needs",
         "--samplers jump": "'jump' needs a two-time network",

@@ -38,21 +38,31 @@ class Checked:
     """A configuration. Raises ValueError where a field has a value that it does not accept."""
 
     def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(type(self))
+        kinds, set_fields = typing.get_type_hints(type(self)), []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, kind = getattr(self, field.name), number_kind(kinds[field.name])
-            if kind is not None and value is not None:
-                for number in value if isinstance(value, tuple | list) else (value,):
-                    _check_number(flag_of(field), number, kind, field.metadata)
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if value is not None and "path" in field.metadata:
+            if value is None and type(None) in typing.get_args(kinds[field.name]):
+                continue
+            set_fields.append((field, value))
+            for one in value if isinstance(value, tuple | list) else (value,):
+                if "choices" in field.metadata and one not in (choices := choices_of(field)):
+                    raise ValueError(f"{flag_of(field)} {one}: accepted are {', '.join(map(str, choices))}")
+                if kind is not None:
+                    _check_number(flag_of(field), one, kind, field.metadata)
+        for field, value in set_fields:
+            if "path" in field.metadata:
                 PATHS[field.metadata["path"]](flag_of(field), Path(value))
 
 
 def flag_of(field: dataclasses.Field) -> str:
     """Return the flag of a field: --batch-size."""
     return "--" + field.name.replace("_", "-")
+
+
+def choices_of(field: dataclasses.Field) -> list:
+    """Return the values that a field of choices accepts."""
+    choices = field.metadata["choices"]
+    return list(choices() if callable(choices) else choices)
 
 
 def number_kind(hint: Any) -> type | None:

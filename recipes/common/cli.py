@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from eval.columns import plural as plural
-from recipes.common.accepted import limits_text, number_kind, numbers_text
+from recipes.common.accepted import choices_of, limits_text, number_kind, numbers_text
 
 C = TypeVar("C")
 REQUIRED = dataclasses.MISSING
@@ -187,8 +187,7 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any, default_text: str
             kind, options["nargs"] = typing.get_args(kind)[0], "+"
         options |= {"type": _reader(kind, field.metadata) if number_kind(kind) else kind, "metavar": kind.__name__.upper()}
     if "choices" in field.metadata:
-        choices = field.metadata["choices"]
-        options["choices"] = list(choices() if callable(choices) else choices)
+        options["choices"] = choices_of(field)
     about = [f"one of {', '.join(map(str, options['choices']))}"] if "choices" in options else []
     about += [text for text in (limits_text(field.metadata), default_text) if text]
     text = field.metadata["help"] + (f" ({'; '.join(about)})" if about else "")
