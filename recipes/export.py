@@ -24,7 +24,7 @@ from recipes.common.cli import flag, machine_flag, model_flag, one_line_errors, 
 from teachers import Teacher
 from teachers.export import deliver, one_step
 from teachers.export.card import card, measured
-from teachers.hub import first_line
+from teachers.hub import first_line, nulls
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
 
@@ -84,7 +84,8 @@ def _write(config: Config, model: Teacher, folder: Path) -> None:
     labels = None if model.classes is None else [i % model.classes for i in range(4)]
     call = deliver.form_of(model).call(model, labels, 4)
     rows = measured(config.model, model.fingerprint)
-    text = card(model, list(pipelines), call, rows, config.license, shown, config.push_to_hub)
+    without = nulls(folder / next(iter(pipelines)))
+    text = card(model, list(pipelines), call, rows, config.license, shown, config.push_to_hub, without)
     write_text(folder / "README.md", text)
 
 

@@ -79,6 +79,12 @@ def left_out(folder: Path) -> tuple[str, ...]:
     return UNUSED if (folder / T5[0]).is_dir() else UNUSED + T5
 
 
+def nulls(folder: Path) -> dict[str, None]:
+    """Return what plain diffusers needs as further arguments to load a saved pipeline: None for each component of `T5` it lacks."""
+    index = read_json(folder / "model_index.json", "no diffusers pipeline")
+    return {name: None for name in T5 if index.get(name) == [None, None]}
+
+
 def check_adapters(folder: Path, what: str) -> None:
     """Raise ValueError for the file of a LoRA or another adapter in a pipeline, which would be ignored."""
     found = [path for pattern in ADAPTERS for path in (*folder.glob(pattern), *folder.glob(f"*/{pattern}"))]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from diffusers import ConsistencyModelPipeline, DDIMScheduler
-from pipelines import unet
+from pipelines import PROMPTS, sd3, unet
 
 import teachers
 from distill.sampling import Sampling
@@ -75,3 +75,16 @@ def test_a_pushed_exports_own_card_loads_it_from_the_hub(tiny, tmp_path, monkeyp
 def test_a_card_that_is_not_pushed_loads_from_its_own_folder(tiny):
     text = card(tiny, ["pipeline"], {"batch_size": 1}, [], "mit", None)
     assert 'DiffusionPipeline.from_pretrained("pipeline")' in text and "snapshot_download" not in text
+
+
+@pytest.mark.slow
+def test_an_export_of_a_stable_diffusion_3_without_its_third_text_encoder_says_so_to_diffusers(tmp_path):
+    made = sd3(tmp_path / "words")
+    made.register_modules(text_encoder_3=None, tokenizer_3=None)
+    made.save_pretrained(tmp_path / "origin")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    teacher = teachers.load(f"{tmp_path / 'origin'},prompts={tmp_path / 'prompts.txt'}")
+    teachers.save(tmp_path / "s.safetensors", replace(teacher, sampling=Sampling(steps=(1,))))
+    export.main(["--model", str(tmp_path / "s.safetensors"), "--output-dir", str(tmp_path / "out"), "--variants", "fp16"])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("pipeline", text_encoder_3=None, tokenizer_3=None)' in text

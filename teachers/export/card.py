@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ images = pipeline({call}, num_inference_steps={steps}).images
 """
 FROM_FOLDER = """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{folder}")"""
+pipeline = DiffusionPipeline.from_pretrained("{folder}"{without})"""
 FROM_HUB = """from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-pipeline = DiffusionPipeline.from_pretrained(snapshot_download("{repository}") + "/{folder}")"""
+pipeline = DiffusionPipeline.from_pretrained(snapshot_download("{repository}") + "/{folder}"{without})"""
 
 
 def measured(spec: str, fingerprint: str) -> list[dict]:
@@ -42,11 +43,13 @@ def card(
     licence: str,
     picture: str | None,
     repository: str | None = None,
+    without: Iterable[str] = (),
 ) -> str:
     """Return the text of README.md, with the front matter that the hub reads.
 
     ``pipelines``: folder names. ``call``: arguments of the pipelines. ``rows``: from `measured`. ``picture``: a file of samples.
     ``repository``: where the hub will have the export; None for an export that is loaded from its folder.
+    ``without``: components that the pipelines lack.
     """
     record, sampling = model.record, model.sampling
     tags = ["diffusion", "distillation", "few-step", *([record["method"]] if "method" in record else [])]
@@ -77,9 +80,11 @@ def card(
             out.append(f"| {row['steps']} | {row['sampler']} | {row['fid']:.4g} | {low:.4g} - {high:.4g} | {row['images']:,} |")
         out += ["", "FID from the report of this model's run. Compare it only with FID of the same protocol.", ""]
     steps, how = min(sampling.steps, default=64), ", ".join(f"{name}={value!r}" for name, value in call.items())
-    load = FROM_FOLDER if repository is None else FROM_HUB
+    load, lacks = FROM_FOLDER if repository is None else FROM_HUB, "".join(f", {name}=None" for name in without)
     for name in pipelines:
-        out += [USE.format(load=load.format(folder=name, repository=repository), call=how, steps=_steps(name, steps))]
+        out += [
+            USE.format(load=load.format(folder=name, repository=repository, without=lacks), call=how, steps=_steps(name, steps))
+        ]
     out += ["`student.safetensors` is the same model with its recipe, for `--teacher` and `--model` of fewstep.", ""]
     out += [f"Licence: {licence}.", ""]
     return "\n".join(out)

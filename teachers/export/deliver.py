@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.files import FILE_MODE, replacing_folder
 from distill.schedule import prior_std
 from teachers.export import latent, pixel
+from teachers.hub import nulls
 from teachers.teacher import Teacher, require_network
 
 TOLERANCE = 1e-4  # largest accepted difference of a pixel in [0, 1]
@@ -28,9 +29,9 @@ STOCK = """
 import json, sys
 import diffusers, numpy, torch
 from diffusers import DiffusionPipeline
-folder, out, steps, call, seeds, variant = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+folder, out, steps, call, seeds, options = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 diffusers.utils.logging.disable_progress_bar()
-pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant)
+pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **options)
 pipeline.set_progress_bar_config(disable=True)
 for n in steps:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -85,7 +86,7 @@ def add_variant(model: Teacher, folder: Path, variant: str) -> float:
 
     logging.disable_progress_bar()
     dtype, tolerance = VARIANTS[variant]
-    stock: Any = DiffusionPipeline.from_pretrained(folder)
+    stock: Any = DiffusionPipeline.from_pretrained(folder, **nulls(folder))
     stock.to(dtype)
     _write(stock, folder, variant=variant)
     return verify(model, folder, form_of(model).pipelines(model)[folder.name][0], variant, tolerance)
@@ -131,7 +132,7 @@ def verify(model: Teacher, folder: Path, steps: list[int], variant: str | None =
     quantised = model.codec is not None and hasattr(model.codec.network, "quantize")
     with tempfile.TemporaryDirectory() as out:
         call = form_of(model).call(model, labels, len(seeds))
-        arguments = [str(folder.resolve()), out, *map(json.dumps, (steps, call, seeds, variant))]
+        arguments = [str(folder.resolve()), out, *map(json.dumps, (steps, call, seeds, nulls(folder) | {"variant": variant}))]
         subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=out)
         worst = 0.0
         for n in steps:
