@@ -7,7 +7,8 @@ guided-diffusion and clean-fid ("mu" and "sigma", Inception) are accepted too. T
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from tqdm import tqdm
 
 from distill import files
 from distill.images import from_uint8, to_uint8
-from eval import fidelity
+from eval import fidelity, npz_statistics
+from eval.columns import plural
 from eval.features import Extractor, fingerprint
 from eval.generate import chunks
 from eval.metrics import Reference
@@ -60,13 +63,18 @@ def of_images(
 ) -> tuple[Reference, Identity]:
     """Return the reference of uint8 images [N, C, H, W], read from ``cache`` if that file exists, else written to it.
 
-    Raises ValueError if the file holds another reference.
+    A damaged file is named on standard error and replaced. Raises ValueError if the file holds another reference.
     """
     identity = Identity(extractor.name, extractor.fingerprint, name, len(images), fingerprint(images))
     if cache is not None and cache.is_file():
-        reference, theirs = load(cache, extractor)
-        _same(theirs, identity, cache)
-        return reference, identity
+        try:
+            reference, theirs = _read(cache)
+        except ValueError as error:
+            if accelerator.is_main_process:
+                tqdm.write(f"{error}: the reference is computed again", file=sys.stderr)
+        else:
+            _same(theirs, identity, cache)
+            return reference, identity
     reference = Reference(extract(images, extractor, chunk, accelerator))
     if cache is not None:
         if accelerator.is_main_process:
@@ -96,19 +104,35 @@ def save(path: Path, reference: Reference, identity: Identity) -> None:
 
 def load(path: Path, extractor: Extractor) -> tuple[Reference, Identity]:
     """Load a stored reference. Raises ValueError if it was made with another extractor, or if the file is no reference."""
-    if path.suffix == ".npz":
-        reference, identity = _foreign(path)
-    else:
-        tensors, description = files.load(path)
-        if "reference" not in description:
-            kind = "a model" if "network" in description else "a file"
-            raise ValueError(f"{path}: {kind}, no reference: accepted are {ACCEPTED}")
-        if tensors["features"].dtype != torch.float32:
-            raise ValueError(f"{path}: features are {tensors['features'].dtype}, torch.float32 is accepted")
-        reference, identity = Reference(tensors["features"]), Identity(**description["reference"])
+    reference, identity = _read(path)
     sha256 = extractor.fingerprint if identity.features_sha256 else ""
     _same(identity, replace(identity, features=extractor.name, features_sha256=sha256), path)
     return reference, identity
+
+
+def _read(path: Path) -> tuple[Reference, Identity]:
+    """Read a reference of any extractor. Raises ValueError for a file that is none, or that is damaged."""
+    if path.suffix == ".npz":
+        return _foreign(path)
+    tensors, description = files.load(path)
+    if "reference" not in description:
+        kind = "a model" if "network" in description else "a file"
+        raise ValueError(f"{path}: {kind}, no reference: accepted are {ACCEPTED}")
+    features = tensors.get("features", torch.zeros(0))
+    if features.dtype != torch.float32:
+        raise ValueError(f"{path}: features are {features.dtype}, torch.float32 is accepted")
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"{path}: features have shape {tuple(features.shape)}, accepted is [N, D] of at least 2 images")
+    if bad := int((~features.isfinite().all(1)).sum()):
+        raise ValueError(f"{path}: the features of {plural(bad, 'image')} are not finite")
+    try:
+        identity = Identity(**description["reference"])
+    except TypeError:
+        known = ", ".join(field.name for field in fields(Identity))
+        raise ValueError(f"{path}: its identity does not have the entries {known}") from None
+    if identity.images != len(features):
+        raise ValueError(f"{path}: it holds the features of {len(features):,} images, its identity says {identity.images}")
+    return Reference(features), identity
 
 
 def _same(theirs: Identity, ours: Identity, path: Path) -> None:
@@ -120,16 +144,8 @@ def _same(theirs: Identity, ours: Identity, path: Path) -> None:
 
 
 def _foreign(path: Path) -> tuple[Reference, Identity]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            given = {"mu": file["mu"], "sigma": file["sigma"]}
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: {error}; accepted is {ACCEPTED}") from None
-    mu, sigma = given["mu"], given["sigma"]
-    if mu.dtype not in (np.float32, np.float64) or sigma.dtype != np.float64:
-        raise ValueError(f"{path}: mu is {mu.dtype} and sigma {sigma.dtype}: accepted are float32 or float64, and float64")
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}: accepted is {ACCEPTED}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    given["mu"] = mu.astype(np.float32)  # torch-fidelity's type of mu; it refuses to mix types
+    given = npz_statistics.read(path)
+    given["mu"] = given["mu"].astype(np.float32)  # torch-fidelity's type of mu; it refuses to mix types
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Reference(None, given), Identity(FOREIGN, "", path.stem, 0, digest, "as the file was made, unknown")
