@@ -23,16 +23,23 @@ COLUMNS = {
     "nearest_real": "nearest real",
     "copies": "copies",
     "seconds_per_image": "ms per image",
+    "seconds_interval": "ms per image, range",
     "decode_seconds_per_image": "decoding, ms per image",
     "peak_memory_gb": "peak memory, GB",
+    "same_as": "measured as",
 }
 NOTES = {
     "nfe": "network evaluations per image; guidance doubles them",
     "fid_interval": "of the FID, from a jackknife over 20 groups of the generated images",
-    "fid_infinity": "FID extrapolated to infinitely many generated images",
+    "fid_infinity": "FID extrapolated to infinitely many generated images; it has the width of the FID's interval, so that a small one may "
+    "be below 0",
     "ratio": "FID divided by the FID of the teacher at its largest number of DDIM steps",
     "equivalent_nfe": "network evaluations with which the teacher's best samplers reach this FID",
-    "break_even_images": "number of images at which the time saved in sampling equals the training time",
+    "break_even_images": "number of images at which the time saved in sampling equals the training time; empty where the rounds of timing "
+    "disagree by more than a factor of 2 on the time saved",
+    "seconds_per_image": "median over six rounds, each of which times a batch of every cell in turn",
+    "seconds_interval": "fastest and slowest of these rounds, a 97 % interval of the median",
+    "same_as": "this sampler makes the same arithmetic at this step count as the named cell, and shares its measurement",
     "drift": "distance to the teacher's images from the same noise, divided by the distance between the teacher's images from "
     "different noise; 0 means equal images, 1 means unrelated images",
     "agreement": "fraction of images that the feature extractor assigns to the requested class",
@@ -41,12 +48,6 @@ NOTES = {
     "copies": "fraction of images closer to a real image than the closest 1 % of real images are to each other; about 0.01 means "
     "no copies",
 }
-FLOOR_NOTE = (
-    "The floor (dashed line) is the FID of equally many fresh real images. It contains two sampling errors: that of these images, "
-    "and that of the reference. By default the reference is the training set itself. A model that has learned this set shares its "
-    "sampling error; fresh real images do not. Most FIDs of a good model therefore lie below the floor. This does not mean that its "
-    "images are better than real ones."
-)
 FACTS = {  # entries of the protocol and of a run
     "images": "generated images per cell",
     "chunk": "images per batch",
@@ -64,9 +65,9 @@ FACTS = {  # entries of the protocol and of a run
     "runs": "compared runs",
 }
 _FORMATS: dict[str, tuple[float, str]] = {  # factor and format of a column's numbers
-    **dict.fromkeys(("fid", "fid_infinity", "ratio", "drift", "isc"), (1, ".3f")),
+    **dict.fromkeys(("fid", "fid_interval", "fid_infinity", "ratio", "drift", "isc"), (1, ".3f")),
     **dict.fromkeys(("precision", "recall", "agreement", "nearest_real", "copies"), (1, ".3f")),
-    **dict.fromkeys(("kid", "seconds_per_image", "decode_seconds_per_image"), (1000, ".2f")),
+    **dict.fromkeys(("kid", "seconds_per_image", "seconds_interval", "decode_seconds_per_image"), (1000, ".2f")),
     "nfe": (1, "g"),
     "equivalent_nfe": (1, ".1f"),
     "break_even_images": (1, ",.0f"),
@@ -87,9 +88,9 @@ def text(row: dict, column: str) -> str:
         return row["error"]
     if value is None:
         return ""
-    if column == "fid_interval":
-        return f"{value[0]:.3f} – {value[1]:.3f}"
     factor, form = _FORMATS.get(column, (1, None))
+    if isinstance(value, list):
+        return " – ".join(f"{factor * end:{form}}" for end in value)
     return str(value) if form is None else f"{factor * value:{form}}"
 
 
@@ -103,3 +104,23 @@ def facts(report: dict) -> list[tuple[str, str]]:
 def used_columns(report: dict) -> list[str]:
     """Return the columns that have a value in at least one row."""
     return [c for c in COLUMNS if any(row.get(c) is not None for row in report["rows"])]
+
+
+def floor_note(report: dict) -> str:
+    """Return what the floor of a report is, what it consists of, and why rows lie below it; empty without a floor.
+
+    The floor is c (1/n + 1/m) for n generated and m reference images (`eval.metrics.Reference.floor`).
+    """
+    floor, n, m = report["floor"], report["protocol"]["images"], report["protocol"]["reference_images"]
+    if floor is None or not m:
+        return ""
+    measured = [row for row in report["rows"] if "error" not in row]
+    below = sum(row["fid"] < floor for row in measured)
+    own = floor * m / (n + m)
+    return (
+        f"The floor (dashed line) is the FID of {n:,} fresh real images: {floor:.3f}. Of it, {own:.3f} come from these {n:,} images, and "
+        f"{floor - own:.3f} from the {m:,} images of the reference, which are a sample too. {below} of {plural(len(measured), 'row')} "
+        f"{'lies' if below == 1 else 'lie'} below the floor. By default the reference is the training set itself. A model that has learned "
+        f"this set shares its sampling error, fresh real images do not: {n:,} images drawn again from the reference have an FID of about "
+        f"{own:.3f}. Most FIDs of a good model therefore lie below the floor. This does not mean that its images are better than real ones."
+    )

@@ -7,16 +7,18 @@ from pathlib import Path
 
 from distill import reading
 from eval import report as reports
-from eval.sweep import picture_path, pictures
+from eval.cells import picture_path, pictures
 from eval.verdict import good, with_comparisons
 
 
 def merged(folders: list[Path]) -> tuple[dict, dict[str, Path]]:
     """Return the report of all rows, and the picture file of each row by its name.
 
-    A row that is in several runs is kept once. If different models have the same name, the name of the run is put before it.
+    A row that is in several runs is kept once. Every student has the name of its run in ``run``. If different models have the same
+    name, the name of the run is put before it.
     Raises ValueError if the protocols differ or a run is unfinished.
     """
+    folders = list(dict.fromkeys(folders))
     runs = {folder: _read(folder) for folder in folders}
     with reading.malformed(", ".join(map(str, folders))):
         return _merged(runs)
@@ -28,18 +30,24 @@ def _merged(runs: dict[Path, dict]) -> tuple[dict, dict[str, Path]]:
     rows: list[dict] = []
     sources: dict[str, Path] = {}
     taken: dict[str, str] = {}
-    for folder, run in runs.items():
+    for (folder, run), title in zip(runs.items(), _titles(list(runs)), strict=True):
         _check_protocols(first, protocol, folder, run["protocol"])
+        renamed: dict[str, str] = {}
         for row in good(run["rows"]):
-            source = picture_path(folder / "cells", row["name"])
+            source = picture_path(folder / "cells", row.get("same_as", row["name"]))
+            if row["role"] == "student":
+                row = row | {"run": f"{title} {row['run']}" if row.get("run") else title}
             if taken.get(row["name"], row["model_sha256"]) != row["model_sha256"]:
-                row = row | {"name": f"{folder.name} {row['name']}", "model": f"{folder.name} {row['model']}"}
+                renamed[row["name"]] = f"{title} {row['name']}"
+                row = row | {"name": renamed[row["name"]], "model": f"{title} {row['model']}"}
+            if "same_as" in row:
+                row = row | {"same_as": renamed.get(row["same_as"], row["same_as"])}
             if row["name"] not in taken:
                 rows.append(row)
                 sources[row["name"]], taken[row["name"]] = source, row["model_sha256"]
     rows = with_comparisons(rows, {name: pictures(path) for name, path in sources.items()})
     facts = {"runs": ", ".join(map(str, runs)), "versions": first_run["run"].get("versions", "")}
-    title = "Comparison of " + ", ".join(folder.name for folder in runs)
+    title = "Comparison of " + ", ".join(_titles(list(runs)))
     return reports.assemble(title, rows, protocol, first_run["floor"], first_run["feature_dimension"], facts), sources
 
 
@@ -48,6 +56,16 @@ def copy_pictures(sources: dict[str, Path], cells: Path) -> None:
     cells.mkdir(parents=True, exist_ok=True)
     for name, source in sources.items():
         shutil.copyfile(source, picture_path(cells, name))
+
+
+def _titles(folders: list[Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell the folders apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, parts))):
+        titles = ["/".join(path[-n:]) for path in parts]
+        if len(set(titles)) == len(set(parts)):
+            break
+    return titles
 
 
 def _check_protocols(first: Path, mine: dict, folder: Path, theirs: dict) -> None:

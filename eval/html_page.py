@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from html import escape
 from pathlib import Path
 
-from eval.columns import COLUMNS, FLOOR_NOTE, NOTES, facts, text, used_columns
+from eval.columns import COLUMNS, NOTES, facts, floor_note, plural, text, used_columns
 from eval.verdict import pareto
 
 STYLE = """
@@ -28,12 +29,18 @@ dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .
 dt { opacity: .7; } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 600px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 """
+# a page may show its own pictures and use its own style, and nothing else: no script, no request, no form, no frame
+POLICY = (
+    f"default-src 'none'; img-src data:; style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'; "
+    "base-uri 'none'; form-action 'none'"
+)
 
 
 def document(title: str, verdict: str, body: str) -> str:
     """Return a whole HTML page. ``title`` and ``verdict`` are plain text, ``body`` is HTML."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 <p class="verdict">{escape(verdict)}</p>
@@ -66,13 +73,15 @@ def page(report: dict, folder: Path) -> str:
             f'<div class="wide scroll">{classes}</div>\n'
         )
     warned = "".join(f'<p class="warning">{escape(warning)}</p>\n' for warning in report["warnings"])
-    floor = "" if report["floor"] is None else f"<p>{escape(FLOOR_NOTE)}</p>\n"
+    floor = f"<p>{escape(note)}</p>\n" if (note := floor_note(report)) else ""
+    same = sum("same_as" in row for row in report["rows"])
+    shared = f" Measurements shared with a cell of equal arithmetic: {plural(same, 'row')}." if same else ""
     body = f"""{warned}<div class="plots">{picture(folder / "fid_vs_nfe.png", "FID against NFE")}
 {picture(folder / "fid_vs_seconds.png", "FID against seconds per image")}</div>
 {floor}<h2>Samples</h2><p>One row per model and step count. All images of a column have the same initial noise and label.</p>
 <div class="samples scroll">{picture(folder / "samples.png", "samples by step count")}</div>
-<h2>All measurements</h2><p>One row per model, sampler and step count. Students are bold. A star marks the Pareto front of NFE and
-FID: no other row has both fewer evaluations and a lower FID.</p>
+<h2>All measurements</h2><p>One row per model, sampler and step count. Students are bold.{escape(shared)} A star marks the
+Pareto front of NFE and FID: no other row has both fewer evaluations and a lower FID.</p>
 <div class="scroll"><table class="cells"><thead><tr>{head}</tr></thead><tbody>
 {rows}</tbody></table></div>
 {_definitions([(COLUMNS[c], NOTES[c]) for c in used if c in NOTES])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distill.files import replacing
@@ -17,12 +17,14 @@ def sample_grid(rows: list[tuple[str, Tensor]], path: Path, columns: int = 12) -
     scale = max(1, 40 // rows[0][1].shape[2])
     tile = _enlarged(rows[0][1][0], scale)
     columns = min(columns, max(len(images) for _, images in rows))
-    left = 120 if any(label for label, _ in rows) else GAP
+    font = ImageFont.load_default()
+    widest = max(font.getlength(label) for label, _ in rows)
+    left = round(widest) + 12 if widest else GAP
     canvas = Image.new("RGB", (left + columns * (tile.width + GAP), GAP + len(rows) * (tile.height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
     for y, (label, images) in enumerate(rows):
         top = GAP + y * (tile.height + GAP)
-        draw.text((4, top + tile.height // 2 - 6), label, fill="black")
+        draw.text((4, top + tile.height // 2 - 6), label, fill="black", font=font)
         for x, pixels in enumerate(images[:columns]):
             canvas.paste(_enlarged(pixels, scale), (left + x * (tile.width + GAP), top))
     with replacing(path) as aside:

@@ -5,11 +5,11 @@ Such files come from anywhere. What a member declares is checked before memory i
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
-from numpy.lib import format as npy
+
+from distill import npz
 
 ACCEPTED = "mu [D] in float32 or float64 and sigma [D, D] in float64"
 LARGEST = 16_384  # features; their covariance takes 2 GB
@@ -22,43 +22,18 @@ def read(path: Path) -> dict[str, np.ndarray]:
     Raises ValueError, in one line, for what is no whole .npz file of two arrays of these shapes and types, and for values that are
     not finite, or not a covariance: sigma has to be symmetric without negative eigenvalues, up to rounding.
     """
-    if not path.is_file():  # a pipe would wait for a writer
-        raise ValueError(f"{path}: there is no such file; accepted is an .npz with {ACCEPTED}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_declared(archive)
-            found = {name: _member(archive, name) for name in ("mu", "sigma")}
-    except Exception as error:  # a damaged archive raises errors of zipfile, zlib, struct, tokenize, ast and numpy
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path}: {reason}; accepted is an .npz with {ACCEPTED}") from None
+    found = npz.read(path, ("mu", "sigma"), f".npz with {ACCEPTED}")
+    if missing := {"mu", "sigma"} - found.keys():
+        raise ValueError(f"{path}: {min(missing)} is not a file in the archive; accepted is an .npz with {ACCEPTED}")
+    mu, sigma = found["mu"], found["sigma"]
+    if mu.dtype not in (np.float32, np.float64) or sigma.dtype != np.float64:
+        raise ValueError(f"{path}: mu is {mu.dtype} and sigma {sigma.dtype}; accepted is an .npz with {ACCEPTED}")
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not 0 < len(mu) <= LARGEST:
+        shapes = f"mu has shape {mu.shape} and sigma {sigma.shape}; D is at most {LARGEST:,}"[:160]
+        raise ValueError(f"{path}: {shapes}; accepted is an .npz with {ACCEPTED}")
+    found = {name: np.array(array) for name, array in found.items()}  # not mapped from the file any more
     _check_values(path, **found)
     return found
-
-
-def _check_declared(archive: zipfile.ZipFile) -> None:
-    """Raise ValueError where types, shapes and sizes that the members declare do not fit."""
-    shapes, types = {}, {}
-    for name in ("mu", "sigma"):
-        if f"{name}.npy" not in archive.namelist():
-            raise ValueError(f"{name} is not a file in the archive")
-        with archive.open(f"{name}.npy") as file:
-            version = npy.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"{name} has version {version} of the .npy format, which such an array never needs")
-            header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shapes[name], _, types[name] = header(file)
-    if types["mu"] not in (np.float32, np.float64) or types["sigma"] != np.float64:
-        raise ValueError(f"mu is {types['mu']} and sigma {types['sigma']}")
-    if len(shapes["mu"]) != 1 or shapes["sigma"] != 2 * shapes["mu"] or not 0 < shapes["mu"][0] <= LARGEST:
-        raise ValueError(f"mu has shape {shapes['mu']} and sigma {shapes['sigma']}; D is at most {LARGEST:,}"[:160])
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as file:
-        array = npy.read_array(file, allow_pickle=False)
-        if file.read(1):
-            raise ValueError(f"{name} is longer than its shape {array.shape} says")
-    return array
 
 
 def _check_values(path: Path, mu: np.ndarray, sigma: np.ndarray) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import replacing
+from eval.series import curves, styles
 from eval.verdict import pareto
 
-STUDENT = "#d62728"
-GREYS = ["#222222", "#555555", "#777777", "#999999", "#b0b0b0", "#c8c8c8"]
 FRONT = "#e0a000"
 
 
@@ -28,23 +27,30 @@ def drawing(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator
 
 
 def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float | None = None) -> None:
-    """Plot FID with its interval against ``rows[..][x]``, log-log.
+    """Plot FID with its interval against ``rows[..][x]``, log-log. Times have their interval too.
 
-    The student is red, the teacher's samplers are grey, the Pareto front is ringed, and the floor is a dashed line.
+    Each student has a colour and a marker, the teacher's samplers are grey, the Pareto front is ringed, and the floor is a dashed line.
     """
-    curves: dict[str, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row["role"]):
-        curves.setdefault("student" if row["role"] == "student" else f"teacher, {row['sampler']}", []).append(row)
-    with drawing(path, (7.5, 4.8)) as (_, axes):
-        for i, (name, points) in enumerate(curves.items()):
-            style: dict = {"color": GREYS[i % len(GREYS)], "marker": ".", "linewidth": 1.1, "zorder": 2}
-            if name == "student":
-                style = {"color": STUDENT, "marker": "o", "linewidth": 2.2, "zorder": 3}
+    drawn = curves(rows)
+    look = styles(drawn)
+    with drawing(path, (7.5, 5.6)) as (_, axes):
+        for name, points in drawn.items():
             points.sort(key=lambda row: row[x])
             fid = [row["fid"] for row in points]
             low = [max(0, row["fid"] - row["fid_interval"][0]) for row in points]
             high = [row["fid_interval"][1] - row["fid"] for row in points]
-            axes.errorbar([row[x] for row in points], fid, [low, high], label=name, capsize=2, **style)
+            timed = x == "seconds_per_image" and all("seconds_interval" in row for row in points)
+            sideways = [[abs(row[x] - row["seconds_interval"][i]) for row in points] for i in (0, 1)] if timed else None
+            axes.errorbar(
+                [row[x] for row in points],
+                fid,
+                [low, high],
+                sideways,
+                label=plain(name),
+                capsize=2,
+                elinewidth=0.8,
+                **look[name],
+            )
         front = pareto(rows, x)
         ring = {"s": 110, "facecolors": "none", "edgecolors": FRONT, "zorder": 4, "label": "Pareto front"}
         axes.scatter([row[x] for row in front], [row["fid"] for row in front], **ring)
@@ -56,7 +62,14 @@ def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float |
             axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=7)
             axes.minorticks_off()
         axes.grid(True, which="both", alpha=0.25)
-        axes.legend(fontsize=7)
+        handles, names = axes.get_legend_handles_labels()
+        lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]  # without their error bars
+        axes.legend(lines, names, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=4, handlelength=3.5)
+
+
+def plain(text: str) -> str:
+    """Return text that matplotlib draws as it is: its mathematics is off, and a name that it would hide is shown."""
+    return text.replace("$", r"\$").replace("\n", " ") if not text.startswith("_") else plain("\u200b" + text)
 
 
 def label_shares(rows: list[dict], path: Path) -> None:
@@ -64,6 +77,6 @@ def label_shares(rows: list[dict], path: Path) -> None:
     shares = [[seen / max(1, asked) for seen, asked in zip(r["labels_seen"], r["labels_asked"], strict=True)] for r in rows]
     with drawing(path, (7.5, 1 + 0.24 * len(rows))) as (figure, axes):
         heat = axes.imshow(shares, vmin=0.5, vmax=1.5, cmap="RdBu", aspect="auto")
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+        axes.set_yticks(range(len(rows)), [plain(row["name"]) for row in rows], fontsize=7)
         axes.set_xlabel("class")
         figure.colorbar(heat, label="recognised / requested")

@@ -6,13 +6,16 @@ import csv
 import io
 from pathlib import Path
 
+from torch import Tensor
+
 from distill.files import write_json, write_text
-from eval.columns import COLUMNS, FLOOR_NOTE, NOTES, facts, plural, text, used_columns
+from eval.cells import picture_path, pictures
+from eval.columns import COLUMNS, NOTES, facts, floor_note, plural, text, used_columns
 from eval.html_page import page
 from eval.image_grid import sample_grid
 from eval.metrics import Reference
 from eval.plots import fid_against, label_shares
-from eval.sweep import picture_path, pictures
+from eval.series import curves, series
 from eval.verdict import good, reference_row, verdict, warnings, with_comparisons
 
 SCHEMA = "fewstep-report/2"  # described by report.schema.json in this folder
@@ -23,7 +26,7 @@ def build(title: str, rows: list[dict], protocol: dict, reference: Reference, ru
 
     ``run``: facts of the run, such as command, training time and versions. ``cells``: folder of the finished cells.
     """
-    rows = with_comparisons(rows, {row["name"]: pictures(picture_path(cells, row["name"])) for row in good(rows)})
+    rows = with_comparisons(rows, {row["name"]: pictures_of(row, cells) for row in good(rows)})
     return assemble(title, rows, protocol, reference.floor(protocol["images"]), reference.dimension, run)
 
 
@@ -44,12 +47,17 @@ def assemble(title: str, rows: list[dict], protocol: dict, floor: float | None, 
     }
 
 
+def pictures_of(row: dict, cells: Path) -> Tensor:
+    """Load the first images of a row, which are those of the cell that it shares its measurement with, if it does."""
+    return pictures(picture_path(cells, row.get("same_as", row["name"])))
+
+
 def write(report: dict, folder: Path, cells: Path) -> None:
     """Write every form of the report into ``folder``. ``cells``: folder of the finished cells with their pictures."""
     if rows := good(report["rows"]):
         fid_against(rows, "nfe", "network evaluations per image (NFE)", folder / "fid_vs_nfe.png", report["floor"])
         fid_against(rows, "seconds_per_image", "seconds per image", folder / "fid_vs_seconds.png", report["floor"])
-        shown = [(_label(row), pictures(picture_path(cells, row["name"]))) for row in _pictured(rows)]
+        shown = [(_label(row), pictures_of(row, cells)) for row in _pictured(rows)]
         sample_grid(shown, folder / "samples.png")
         if labelled := [row for row in rows if "labels_seen" in row]:
             label_shares(labelled, folder / "labels.png")
@@ -60,33 +68,42 @@ def write(report: dict, folder: Path, cells: Path) -> None:
 
 
 def _pictured(rows: list[dict]) -> list[dict]:
-    """Return the teacher at its largest number of DDIM steps, then the students from many steps to few."""
+    """Return the teacher at its largest number of DDIM steps, then each student from many steps to few."""
     top = reference_row(rows)
-    students = sorted((row for row in rows if row["role"] == "student"), key=lambda row: -row["steps"])
-    return ([top] if top else []) + (students or [row for row in rows if row is not top])
+    grouped = curves([row for row in rows if row["role"] == "student"]).values()
+    students = [row for group in grouped for row in sorted(group, key=lambda row: -row["steps"])]
+    return ([top] if top else []) + (students or [row for row in rows if row is not top and "same_as" not in row])
 
 
 def _label(row: dict) -> str:
-    return f"{row['role']} {plural(row['steps'], 'step')}{' searched' if row['times'] else ''}"
+    return f"{series(row)} {plural(row['steps'], 'step')}"
 
 
 def _csv(rows: list[dict]) -> str:
     out = io.StringIO()
-    names = [name for name in COLUMNS if name != "fid_interval"]
+    intervals = {"fid_interval": "fid", "seconds_interval": "seconds"}
+    names = [name for name in COLUMNS if name not in intervals]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, "fid_low", "fid_high", "error"])
+    writer.writerow([*names, *(f"{name}_{end}" for name in intervals.values() for end in ("low", "high")), "error"])
     for row in rows:
-        writer.writerow([row.get(n, "") for n in names] + list(row.get("fid_interval", ["", ""])) + [row.get("error", "")])
+        ends = [end for name in intervals for end in row.get(name, ["", ""])]
+        writer.writerow([*(row.get(name, "") for name in names), *ends, row.get("error", "")])
     return out.getvalue()
 
 
 def _markdown(report: dict) -> str:
     used = used_columns(report)
-    lines = [f"# {report['title']}", "", report["verdict"], "", *(f"> {warning}" for warning in report["warnings"])]
-    lines += ["", "![FID against NFE](fid_vs_nfe.png)", "", *([] if report["floor"] is None else [FLOOR_NOTE, ""])]
+    lines = [f"# {_literal(report['title'])}", "", _literal(report["verdict"]), ""]
+    lines += [f"> {_literal(warning)}" for warning in report["warnings"]]
+    lines += ["", "![FID against NFE](fid_vs_nfe.png)", "", *([note, ""] if (note := floor_note(report)) else [])]
     lines += ["| " + " | ".join(COLUMNS[c] for c in used) + " |", "|" + "---|" * len(used)]
-    lines += ["| " + " | ".join(text(row, c) for c in used) + " |" for row in report["rows"]]
+    lines += ["| " + " | ".join(_literal(text(row, c)) for c in used) + " |" for row in report["rows"]]
     lines += ["", *(f"- {COLUMNS[c]}: {NOTES[c]}" for c in used if c in NOTES)]
     lines += ["", "![samples](samples.png)", "", "## Protocol", ""]
-    lines += [f"- {name}: {value}" for name, value in facts(report)]
+    lines += [f"- {_literal(name)}: {_literal(value)}" for name, value in facts(report)]
     return "\n".join(lines) + "\n"
+
+
+def _literal(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line and one cell of a table."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

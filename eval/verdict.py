@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from torch import Tensor
 
 from eval.columns import plural
 from eval.metrics import T_975, paired_difference
+from eval.series import series
+
+STEADY = 2.0  # a break-even is given where the ends of its interval are within this factor
 
 
 def good(rows: list[dict]) -> list[dict]:
@@ -55,8 +59,7 @@ def equivalent_nfe(row: dict, teachers: list[dict]) -> float | None:
 def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
     """Return the rows with their comparison to the teacher. ``kept``: name -> first images of the cell, uint8 [n, C, H, W].
 
-    Adds ``ratio`` (FID over the FID of `reference_row`) and ``drift``, for students also ``equivalent_nfe`` and
-    ``break_even_images`` (training time over the time saved per image).
+    Adds ``ratio`` (FID over the FID of `reference_row`) and ``drift``, for students also ``equivalent_nfe`` and the `break_even`.
     """
     baseline, teachers = reference_row(rows), _of("teacher", rows)
     out = []
@@ -69,7 +72,7 @@ def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
                     new["drift"] = drift(kept[row["name"]], kept[baseline["name"]])
             if row["role"] == "student" and teachers:
                 new["equivalent_nfe"] = equivalent_nfe(row, teachers)
-                new["break_even_images"] = _break_even(row | new, teachers)
+                new |= break_even(row | new, teachers)
             row = row | new
         out.append(row)
     return out
@@ -88,35 +91,78 @@ def drift(images: Tensor, reference: Tensor) -> float | None:
     return ((one - two).square().mean().sqrt() / apart).item() if apart > 0 else None
 
 
-def _break_even(row: dict, teachers: list[dict]) -> float | None:
-    """Return training seconds over seconds saved per image, or None if nothing is saved or one of them is unknown."""
-    if row["equivalent_nfe"] is None or not row.get("training_seconds"):
-        return None
-    per_call = sorted(t["seconds_per_image"] / t["nfe"] for t in teachers)[len(teachers) // 2]
-    saved = row["equivalent_nfe"] * per_call - row["seconds_per_image"]
-    return row["training_seconds"] / saved if saved > 0 else None
+def break_even(row: dict, teachers: list[dict]) -> dict:
+    """Return ``break_even_images`` and its interval: training seconds over the seconds that the student saves per image.
+
+    The seconds saved are those of ``equivalent_nfe`` calls of the teacher less those of the student, within each round of timing. The
+    value is taken at their median over the rounds, the interval at their extremes. Both are None where a round saves nothing, where the
+    ends differ by more than the factor `STEADY`, and where something is unknown. A student that was timed with other teachers than these
+    keeps what it has.
+    """
+    nothing = {"break_even_images": None, "break_even_interval": None}
+    if not row.get("training_seconds") or row["equivalent_nfe"] is None or "timing" not in row:
+        return nothing
+    beside = [teacher for teacher in teachers if teacher.get("timing") == row["timing"]]
+    if not beside:
+        return {key: row.get(key) for key in nothing}
+    saved = []
+    for turn, seconds in enumerate(row["seconds_rounds"]):
+        per_call = median(teacher["seconds_rounds"][turn] / teacher["nfe"] for teacher in beside)
+        saved.append(row["equivalent_nfe"] * per_call - seconds)
+    if min(saved) <= 0 or max(saved) > STEADY * min(saved):
+        return nothing
+    low, value, high = (row["training_seconds"] / s for s in (max(saved), median(saved), min(saved)))
+    return {"break_even_images": value, "break_even_interval": [low, high]}
 
 
 def verdict(rows: list[dict]) -> str:
-    """Return in words up to how many network evaluations the student is better, and what the teacher needs to match it."""
-    students, teachers = sorted(_of("student", rows), key=lambda row: row["nfe"]), _of("teacher", rows)
+    """Return in words up to how many network evaluations the best student is better, and what the teacher needs to match it.
+
+    Where several students win at that number, the one with the lowest FID is named; so are other students that are better at fewer.
+    """
+    students, teachers = _of("student", rows), _of("teacher", rows)
     if not students or not teachers:
         return "There is nothing to compare: this report has no student or no teacher."
-    wins = [(row, rival) for row in students if (rival := _best_rival(row, teachers)) and _is_better(row, rival)]
+    wins = [row for row in students if (rival := _best_rival(row, teachers)) and _is_better(row, rival)]
     if not wins:
         return "No student is better than the teacher's best training-free sampler at equally many network evaluations."
-    last, nearest = wins[-1]
+    last = _best_at(max(row["nfe"] for row in wins), wins)
+    nearest = _best_rival(last, teachers)
+    assert nearest is not None
     difference, error = paired_difference(last, nearest)
-    nfe, even = equivalent_nfe(last, teachers), last.get("break_even_images")
+    nfe = equivalent_nfe(last, teachers)
     equal = "No sampler of the teacher in this report reaches this FID."
     if nfe is not None:
         equal = f"The teacher's samplers need about {nfe:.1f} evaluations to reach this FID."
-    earned = "" if even is None else f" The training time is regained after {_round(even)} images."
+    who = f" {series(last)}" if len({series(row) for row in students}) > 1 else ""
+    there = {series(row) for row in students if row["nfe"] == last["nfe"]}
+    among = f", the lowest of {len(there)} students" if len(there) > 1 else ""
     return (
-        f"Use the student up to {plural(round(last['nfe']), 'network evaluation')}. There its FID is {last['fid']:.3f}; the teacher's "
-        f"best training-free sampler ({nearest['sampler']}) has {nearest['fid']:.3f}. The difference is {-difference:.3f} ± "
-        f"{T_975 * error:.3f} (95 % interval). {equal}{earned}"
+        f"Use the student{who} up to {plural(round(last['nfe']), 'network evaluation')}. There its FID is {last['fid']:.3f}{among}; "
+        f"the teacher's best training-free sampler ({nearest['sampler']}) has {nearest['fid']:.3f}. The difference is {-difference:.3f} ± "
+        f"{T_975 * error:.3f} (95 % interval). {equal}{_earned(last)}{_others(last, wins)}"
     )
+
+
+def _best_at(nfe: float, rows: list[dict]) -> dict:
+    """Return the row of the lowest FID with this number of network evaluations."""
+    return min((row for row in rows if row["nfe"] == nfe), key=lambda row: row["fid"])
+
+
+def _earned(row: dict) -> str:
+    """Return the sentence about the break-even, or nothing where it is unknown or its interval too wide."""
+    if row.get("break_even_images") is None:
+        return ""
+    low, high = map(_round, row["break_even_interval"])
+    value = _round(row["break_even_images"])
+    return f" The training time is regained after about {value} images ({low} to {high} over the rounds of timing)."
+
+
+def _others(last: dict, wins: list[dict]) -> str:
+    """Return a sentence about the other students that are the best at fewer evaluations."""
+    best = [_best_at(nfe, wins) for nfe in sorted({row["nfe"] for row in wins}) if nfe < last["nfe"]]
+    found = [f"{series(row)} at {row['nfe']:g} ({row['fid']:.3f})" for row in best if series(row) != series(last)]
+    return f" At fewer evaluations other students have a lower FID: {', '.join(found)}." if found else ""
 
 
 def _round(value: float) -> str:
@@ -146,6 +192,8 @@ def warnings(rows: list[dict], protocol: dict, dimension: int) -> list[str]:
         out.append(f"FID of {n:,} images is noisy and biased upwards: compare it only within this report.")
     if 0 < m <= dimension:
         out.append(f"The reference of {m:,} images does not determine the covariance of {dimension:,} features.")
+    if len(sessions := {row.get("timing") for row in good(rows)}) > 1:
+        out.append(f"The times were taken in {len(sessions)} sweeps that did not alternate: compare times within one run only.")
     for row in rows:
         if "error" in row:
             out.append(row["error"])

@@ -146,14 +146,14 @@ def measure(config: Config, run: Run, cells: list[Cell], measurement: Measuremen
 def cells_of(config: Config, models: Models) -> list[Cell]:
     """Return the cells of all models. Raises ValueError for a student that was made for none of the step counts."""
     cells: list[Cell] = []
-    several = len(models) > 2
+    several = len(models) > 2 or len([group for _, group in models if group[0][1].distilled]) > 1
     for spec, group in models:
         mine: list[Cell] = []
         for path, model in group:
             if model.distilled:
                 name = f"{Path(spec).stem} " if several else ""
                 label = f"{name}student@{'/'.join(map(str, model.sampling.steps))}"
-                mine += student_cells(model, label, config.steps, training_seconds(Path(path)))
+                mine += student_cells(model, label, config.steps, training_seconds(Path(path)), run_of(spec) if several else "")
             else:
                 mine += teacher_cells(config, model, spec if several else "teacher")
         if not mine:
@@ -165,6 +165,16 @@ def cells_of(config: Config, models: Models) -> list[Cell]:
     return cells
 
 
+def run_of(spec: str) -> str:
+    """Return the name of the run that a student's path lies in; empty for what is no path, such as a model from Python."""
+    path = Path(spec)
+    if not path.exists():
+        return ""
+    if "stages" in path.parts[1:]:
+        return path.parts[path.parts.index("stages", 1) - 1]
+    return path.parent.name if path.name == "student.safetensors" else path.stem
+
+
 def teacher_cells(config: Config, model: Teacher, label: str) -> list[Cell]:
     """Return the cells of a model that takes any step count, and its DDIM cell that ratios are taken against."""
     baseline = (config.baseline_steps,) if config.baseline_steps else ()
@@ -172,7 +182,8 @@ def teacher_cells(config: Config, model: Teacher, label: str) -> list[Cell]:
     for name in config.samplers:
         check_sampler(model, Sampling.parse(name))
     cells = baselines(model, label, config.steps, config.samplers, config.guidance)
-    return cells + baselines(model, label, baseline, ("ddim",), config.guidance)
+    cells += baselines(model, label, baseline, ("ddim",), config.guidance)
+    return list({cell.name: cell for cell in cells}.values())
 
 
 def searched_cells(config: Config, cells: list[Cell], run: Run) -> list[Cell]:

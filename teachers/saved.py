@@ -22,7 +22,7 @@ from distill import files
 from distill.denoiser import Denoiser
 from distill.reading import malformed
 from distill.sampling import SEARCHED, Sampling
-from distill.schedule import schedule_from
+from distill.schedule import Schedule, schedule_from
 from teachers import networks
 from teachers.codec import Codec
 from teachers.hub import check_numbers
@@ -159,12 +159,13 @@ def load_student(path: Path | str, origin: Teacher) -> Teacher:
 class Stored:
     """Name a student by its file. A finished student then needs no memory until it is measured.
 
-    ``origin``: a model whose network is of the student's class. ``fingerprint``: that of the student.
+    ``origin``: a model whose network is of the student's class. ``fingerprint``, ``schedule``: those of the student.
     """
 
     path: Path
     origin: Teacher
     fingerprint: str
+    schedule: Schedule
 
     def load(self) -> Teacher:
         """Read the student, frozen and on the CPU."""

@@ -11,8 +11,8 @@ from jsonschema import Draft202012Validator
 
 from distill import files
 from eval import compare, report, variance_page, verdict
+from eval.cells import picture_path
 from eval.metrics import GROUPS
-from eval.sweep import picture_path
 
 SCHEMA = Draft202012Validator(json.loads((ROOT / "eval" / "report.schema.json").read_text()))
 
@@ -24,6 +24,7 @@ def row(role, sampler, nfe, fid, seconds=1e-3, **more):
         "guidance": 1.0, "images": 100, "model_sha256": role, "protocol": "p", "nfe": float(nfe), "fid": fid,
         "fid_interval": [fid - 0.01, fid + 0.01], "fid_infinity": fid, "fid_infinity_interval": [fid - 0.01, fid + 0.01],
         "fid_left_out": [fid + 1e-4 * (-1) ** g for g in range(GROUPS)], "seconds_per_image": seconds * nfe,
+        "seconds_interval": [seconds * nfe] * 2, "seconds_rounds": [seconds * nfe] * 6, "timing": "t",
         "saturated_pixels": 0.0, "peak_memory_gb": 1.0, **more,
     }  # fmt: skip
 

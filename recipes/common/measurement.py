@@ -41,13 +41,20 @@ def baselines(teacher: Teacher, label: str, steps: Iterable[int], samplers: Iter
 
 
 def student_cells(
-    student: Teacher, label: str, steps: tuple[int, ...] | None = None, training_seconds: float | None = None
+    student: Teacher,
+    label: str,
+    steps: tuple[int, ...] | None = None,
+    training_seconds: float | None = None,
+    run: str = "",
 ) -> list[Cell]:
-    """Return the cells of a student at the step counts that it was made for, or at those of them that are in ``steps``."""
+    """Return the cells of a student at the step counts that it was made for, or at those of them that are in ``steps``.
+
+    ``run``: the run that it comes from, where one report holds the students of several runs.
+    """
     made = student.sampling
     own = {n: {n: made.times[n]} if n in made.times else {} for n in made.steps if steps is None or n in steps}
     return [
-        Cell(label, "student", student, replace(made, times=times), n, training_seconds=training_seconds)
+        Cell(label, "student", student, replace(made, times=times), n, training_seconds=training_seconds, run=run)
         for n, times in own.items()
     ]
 

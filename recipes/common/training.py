@@ -155,7 +155,7 @@ class Experiment:
         student = load_student(file, model).to(self.run.device)
         self.seconds = training_seconds(file) or self.seconds
         if sampling is not None:
-            stored = Stored(file, self.student, student.fingerprint)
+            stored = Stored(file, self.student, student.fingerprint, student.denoiser.schedule)
             self.students |= dict.fromkeys(sampling.steps, stored)
             cells = student_cells(student, label or f"student@{name}", training_seconds=self.seconds)
             self.cells += [replace(cell, model=stored) for cell in cells]
