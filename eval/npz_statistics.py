@@ -22,7 +22,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     Raises ValueError, in one line, for what is no whole .npz file of two arrays of these shapes and types, and for values that are
     not finite, or not a covariance: sigma has to be symmetric without negative eigenvalues, up to rounding.
     """
-    found = npz.read(path, ("mu", "sigma"), f".npz with {ACCEPTED}")
+    found = npz.read(path, ("mu", "sigma"), f".npz with {ACCEPTED}", mapped=False)
     if missing := {"mu", "sigma"} - found.keys():
         raise ValueError(f"{path}: {min(missing)} is not a file in the archive; accepted is an .npz with {ACCEPTED}")
     mu, sigma = found["mu"], found["sigma"]
@@ -31,7 +31,6 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not 0 < len(mu) <= LARGEST:
         shapes = f"mu has shape {mu.shape} and sigma {sigma.shape}; D is at most {LARGEST:,}"[:160]
         raise ValueError(f"{path}: {shapes}; accepted is an .npz with {ACCEPTED}")
-    found = {name: np.array(array) for name, array in found.items()}  # not mapped from the file any more
     _check_values(path, **found)
     return found
 
