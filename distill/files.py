@@ -1,6 +1,6 @@
 """Files and folders that are complete or absent, and safetensors files with a description of themselves.
 
-A file of this project holds tensors, and one JSON description in its metadata. Nothing here unpickles.
+A file of this project holds tensors, and one JSON description in its metadata with the sha256 of both. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -88,14 +88,19 @@ def write_json(path: Path | str, data: Any) -> None:
 
 
 def save(path: Path | str, tensors: dict[str, Tensor], description: dict) -> None:
-    """Write tensors and their JSON description as one safetensors file."""
+    """Write tensors and their JSON description as one safetensors file, with the sha256 of both in the description."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    described = {"format": FORMAT, **description}
+    described["sha256"] = _content_sha256(whole, described)
     with replacing(path) as aside:
-        save_file(whole, aside, metadata={_KEY: json.dumps({"format": FORMAT, **description})})
+        save_file(whole, aside, metadata={_KEY: json.dumps(described)})
 
 
 def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """Return tensors and description of a file written by `save`. Raises ValueError, in one line, for any other file."""
+    """Return tensors and description of a file written by `save`. A file of an older version has no sha256 to check.
+
+    Raises ValueError, in one line, for any other file, and for one whose contents do not match its sha256.
+    """
     path = regular(path, "safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
@@ -115,6 +120,9 @@ def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     description = json_object(metadata[_KEY], f"{path}: the description")
     if description.get("format") != FORMAT:
         raise ValueError(f"{path}: format {description.get('format')!r}; this version reads {FORMAT!r}")
+    written = description.pop("sha256", None)
+    if written is not None and written != _content_sha256(tensors, description):
+        raise ValueError(f"{path}: damaged, its contents do not match the sha256 that was written with them")
     return tensors, description
 
 
@@ -122,8 +130,14 @@ def weights_sha256(weights: dict[str, Tensor], *before: str) -> str:
     """Return the sha256 of named tensors, preceded by the text of ``before``. Equal weights have equal hashes."""
     digest = hashlib.sha256("".join(before).encode())
     for name, value in sorted(weights.items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _content_sha256(tensors: dict[str, Tensor], description: dict) -> str:
+    forms = {name: [str(value.dtype), *value.shape] for name, value in sorted(tensors.items())}
+    return weights_sha256(tensors, json.dumps(description), json.dumps(forms))
 
 
 def load_weights(net: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
