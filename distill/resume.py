@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,11 +11,18 @@ from torch import Tensor, nn
 from distill import files
 
 
-class Resumable:
-    """Keep the last two checkpoints of a training phase, ``<folder>/resume-<step>.safetensors``."""
+class Stopped(KeyboardInterrupt):
+    """Training has stopped after a step because it was asked to. The step is saved, and the same run continues after it."""
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+
+class Resumable:
+    """Keep the last two checkpoints of a training phase, ``<folder>/resume-<step>.safetensors``.
+
+    A checkpoint does not depend on the number of processes. ``say``: a function that is given one line for each damaged checkpoint.
+    """
+
+    def __init__(self, folder: Path | str, say: Callable[[str], None] = lambda line: None):
+        self.folder, self.say = Path(folder), say
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("resume-*.safetensors"))
@@ -25,16 +33,17 @@ class Resumable:
             old.unlink()
 
     def latest(self, identity: str) -> tuple[int, dict[str, Tensor]] | None:
-        """Return step and tensors of the newest complete checkpoint of this run, or None. Torn checkpoints are skipped.
+        """Return step and tensors of the newest checkpoint of this run, or None. Damaged checkpoints are named and skipped.
 
         ``identity``: a string that only this run has. Checkpoints of other runs are ignored.
         """
         for path in reversed(self._paths()):
             try:
                 tensors, description = files.load(path)
-            except ValueError:
+            except ValueError as error:
+                self.say(f"warning: {error}; the checkpoint before it is used, or the start")
                 continue
-            if description["identity"] == identity:
+            if description.get("identity") == identity:
                 return description["step"], tensors
         return None
 

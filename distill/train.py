@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.denoiser import Denoiser
 from distill.divergence import Guard, Recorder
 from distill.replay import Step
-from distill.resume import Resumable, whole
+from distill.resume import Resumable, Stopped, whole
 from distill.rng import Rng, seed_of
 
 READS = 50  # how often a phase waits for a GPU to look for bad steps, beside checkpoints
@@ -136,13 +136,18 @@ def train(
     resumable: Resumable | None = None,
     save_every_images: int | None = None,
     rollbacks: int = 2,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[State]:
     """Train ``student.net`` in place and yield the `State` after every step. One step is
 
         loss = mean(method(student, x0)); clip the reduced gradient; Adam; EMA with beta = 2^(-batch / halflife)
 
     ``batches(step)`` iterates over the (x0, cond) microbatches of `BatchSplit` from that step on. Every random draw is a function of
-    (seed, phase, step, sample). With ``resumable`` a killed run continues, to the same bits on the CPU.
+    (seed, phase, step, sample). With ``resumable`` a killed run continues, to the same bits on the CPU. It may continue on another number
+    of processes: the data of a set in memory and all noise stay the same, sums round differently. Only dropout masks and the order of a
+    stream (`recipes.data.stream`) depend on that number.
+
+    ``stop`` is called after every step. If it is true on any process, all save the step and raise `Stopped`.
 
     A step that `distill.divergence` finds bad is not taken. Training then goes back to the last checkpoint, or to the start, at most
     ``rollbacks`` times: with other random numbers, and with the data after those of the bad step. Then, or if it is bad once more, it raises
@@ -205,10 +210,14 @@ def train(
         if average is not None and o.ema_halflife_images:
             _average(average, module, 0.5 ** (o.batch_size / o.ema_halflife_images))
         step = done
-        if saving:
-            guard.checkpoint(step)
         yield State(step, step * o.batch_size, total, grad_norm, o.lr_at(step - 1), student, ema, rollback)
         rollback = None
+        # after the yield: what a step logs is written before its checkpoint
+        stopping = stop is not None and step < o.steps and due and _on_any(accelerator, stop())
+        if saving or (stopping and resumable is not None):
+            guard.checkpoint(step)
+        if stopping:
+            raise Stopped
 
 
 def waits(device: torch.device) -> bool:
@@ -222,6 +231,13 @@ def _synchronising(accelerator: Accelerator, net: nn.Module, last: bool):
 
 def _crossed(done: int, batch_size: int, every: int) -> bool:
     return done * batch_size // every > (done - 1) * batch_size // every
+
+
+def _on_any(accelerator: Accelerator, here: bool) -> bool:
+    """Return whether ``here`` is true on any process. One number is summed over the processes, if there are several."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)) > 0)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
 from recipes.common.checks import check_levels, check_match, check_sampler, codec_of
 from recipes.common.cli import flag, measuring_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.interrupts import interruptible
 from recipes.common.methods import METHODS, MethodFlags, check_flags, method_of, teacher_weight
 from recipes.common.training import Experiment
 from recipes.data import sets
@@ -56,6 +57,7 @@ class Config(MethodFlags, flags.DistillationFlags):
     )
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)

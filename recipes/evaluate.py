@@ -35,8 +35,9 @@ from recipes.common import flags
 from recipes.common.accepted import BATCH, GENERATED, GUIDANCE, STEPS
 from recipes.common.checks import check_match, check_sampler, check_steps, stages_of
 from recipes.common.cli import flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
+from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
-from recipes.common.run import Run, disk_errors
+from recipes.common.run import Run
 from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -90,6 +91,7 @@ class Config(flags.RunFlags):
     MOVED: ClassVar = {"--compare": "python recipes/compare.py --runs runs/a runs/b --output-dir runs/a-and-b"}
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
@@ -139,8 +141,7 @@ def measure(config: Config, run: Run, cells: list[Cell], measurement: Measuremen
         if config.diagnostics and run.main:
             print_residuals(cells, data, run)
         facts |= decoder_floors(cells, data, measurement, run)
-    with disk_errors():
-        return measurement.report(run, f"FID against step count on {config.data}", cells, facts)
+    return measurement.report(run, f"FID against step count on {config.data}", cells, facts)
 
 
 def cells_of(config: Config, models: Models) -> list[Cell]:

@@ -25,6 +25,7 @@ from recipes.common import flags
 from recipes.common.accepted import GUIDANCE, STEPS, TRAINED
 from recipes.common.checks import check_match
 from recipes.common.cli import flag, method_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.interrupts import interruptible
 from recipes.common.training import Experiment
 from recipes.data import sets
 from recipes.data.sets import Data
@@ -59,6 +60,7 @@ class Config(flags.DistillationFlags):
     guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none", **GUIDANCE)
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)

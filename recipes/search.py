@@ -27,8 +27,9 @@ from recipes.common import flags
 from recipes.common.accepted import BATCH, GENERATED, SEED, STEPS
 from recipes.common.checks import check_match, check_steps
 from recipes.common.cli import flag, machine_flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
+from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement
-from recipes.common.run import Run, disk_errors
+from recipes.common.run import Run
 from recipes.common.training import export_pipelines
 from recipes.data import sets
 from teachers import Teacher
@@ -57,6 +58,7 @@ class Config(flags.MachineFlags):
     TOPICS: ClassVar = flags.TOPICS
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
@@ -73,8 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         measurement = Measurement.of(extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed)
     model.to(run.device)
     cells = [cell for n in config.steps for cell in search(config, run, model, measurement, n)]
-    with disk_errors():
-        report = measurement.report(run, f"Step times of {config.model}", cells, {"model": config.model})
+    report = measurement.report(run, f"Step times of {config.model}", cells, {"model": config.model})
     if run.main:
         keep_better(run, model, cells, report)
     run.say(f"report: {run.folder / 'report.html'}")

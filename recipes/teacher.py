@@ -30,7 +30,8 @@ from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, TRAINED
 from recipes.common.checks import check_denoiser, check_finite_data, check_match, codec_of
 from recipes.common.cli import duration, flag, method_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.run import Run, processes, settings_of
+from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
+from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.common.training import divergence_errors, measure_step_time
 from recipes.data import sets
 from recipes.data.sets import Data
@@ -95,6 +96,7 @@ def _weight_name(prediction: str) -> str:
     return {"eps": "snr", "score": "snr", "x0": "min_snr"}.get(prediction, "snr_plus_one")
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
@@ -124,29 +126,27 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
         config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
         warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images,
     )  # fmt: skip
-    file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume")
+    file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume", run.say)
     if not file.exists():
-        states = train(
-            method, student, batches, run.accelerator, budget, seed=config.seed, phase="teacher", resumable=resumable,
-            save_every_images=config.training_images // 16, rollbacks=config.rollbacks,
-        )  # fmt: skip
-        with divergence_errors():
+        with finishing_steps(), divergence_errors():
+            states = train(
+                method, student, batches, run.accelerator, budget, seed=config.seed, phase="teacher", resumable=resumable,
+                save_every_images=max(1, config.training_images // 16), rollbacks=config.rollbacks, stop=stop_requested,
+            )  # fmt: skip
             for state in run.watch(states, "teacher", budget.trained_images, "teacher"):
                 average = state.ema
-        if run.main:
-            frozen(average.net)
-            kind = "diffusion" if teacher is None else "denoise"
-            record = {
-                "method": kind,
-                "of": config.teacher,
-                "config": settings_of(config),
-                "trained_images": budget.trained_images,
-            }
-            teachers.save(file, replace(model, denoiser=average, record=record))
+            if run.main:
+                frozen(average.net)
+                kind = "diffusion" if teacher is None else "denoise"
+                record = {"method": kind, "of": config.teacher, "config": settings_of(config)}
+                record["trained_images"] = budget.trained_images
+                teachers.save(file, replace(model, denoiser=average, record=record))
     run.accelerator.wait_for_everyone()
     if run.main:
+        with finished_file():
+            made = teachers.load_file(file).to(run.device)
         resumable.clear()
-        draw_samples(teachers.load_file(file).to(run.device), run, config.seed)
+        draw_samples(made, run, config.seed)
     run.say(f"teacher: {file}\nsamples: {run.folder / 'samples.png'}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import fcntl
 import json
 import os
 import platform
@@ -21,23 +23,28 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from distill import files, reading
+from distill.resume import Stopped
 from distill.train import State
 from eval.machine import cores
 from eval.progress import progress
-from recipes.common.cli import duration, fail
+from recipes.common.cli import duration
 
 T = TypeVar("T")
 # may differ between a run and its continuation; so may the fields named in Config.MAY_CHANGE
 NOT_OF_THE_RUN = ("output_dir", "log_with", "resume", "threads")
 
 
+LOCK = ".lock"
+_locks: dict[Path, int] = {}  # folder -> descriptor of its lock, which this process holds
+
+
 @contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn OSError during long work into one line and exit code 2. Finished parts are kept."""
+def finished_file() -> Iterator[None]:
+    """Say of a finished file that cannot be read that the same command makes it again. It is never made again without a word."""
     try:
         yield
-    except OSError as error:
-        fail(f"{error}; what was finished is kept, start again to continue")
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it, so that it is made again") from None
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -66,9 +73,7 @@ class Run:
             log_with=log_with,
             project_dir=str(folder / "trackers"),
         )
-        if accelerator.is_main_process:
-            _claim(folder, config)
-        accelerator.wait_for_everyone()
+        agreed(lambda: _claim(folder, config))
         if log_with:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
             accelerator.init_trackers("fewstep", config=flat)
@@ -124,40 +129,67 @@ class Run:
 
     def watch(self, states: Iterable[State], phase: str, images: int, title: str, lines: int = 50) -> Iterator[State]:
         """Pass training states on. Show progress, and log about ``lines`` lines of metrics with the mean loss between them."""
-        bar = progress(total=images, desc=title, unit="img", unit_scale=True, show=self.main, smoothing=0.05)
         losses: list[torch.Tensor] = []
         began, first, last = time.perf_counter(), None, float("nan")
-        for state in states:
-            if state.rollback:
-                self.say(f"{title}: {state.rollback}")
-                bar.reset()
-                began, first, losses = time.perf_counter(), None, []
-            if first is None:
-                first = state
-                self._forget_from(phase, state.step)
-                bar.update(state.images - state.images // state.step)
-            bar.update(state.images // state.step)
-            losses.append(state.loss)
-            every = max(1, images * state.step // (state.images * lines))
-            if state.step % every == 0 or state.images >= images:
-                last = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-                rate = (state.images - first.images) / max(1e-9, time.perf_counter() - began)
-                values = {"images": state.images, "loss": last, "grad_norm": float(state.grad_norm), "lr": state.lr}
-                self.log(phase, values | {"images_per_second": rate}, state.step)
-                bar.set_postfix(loss=f"{last:.3g}", refresh=False)
-                losses = []
-            yield state
-        bar.close()
+        options: dict[str, Any] = {"unit": "img", "unit_scale": True, "smoothing": 0.05}
+        with progress(total=images, desc=title, show=self.main, **options) as bar:
+            try:
+                for state in states:
+                    if state.rollback:
+                        self.say(f"{title}: {state.rollback}")
+                        bar.reset()
+                        began, first, losses = time.perf_counter(), None, []
+                    if first is None:
+                        first = state
+                        self._forget_from(phase, state.step)
+                        bar.update(state.images - state.images // state.step)
+                    bar.update(state.images // state.step)
+                    losses.append(state.loss)
+                    every = max(1, images * state.step // (state.images * lines))
+                    if state.step % every == 0 or state.images >= images:
+                        last = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+                        rate = (state.images - first.images) / max(1e-9, time.perf_counter() - began)
+                        values = {"images": state.images, "loss": last, "grad_norm": float(state.grad_norm), "lr": state.lr}
+                        self.log(phase, values | {"images_per_second": rate}, state.step)
+                        bar.set_postfix(loss=f"{last:.3g}", refresh=False)
+                        losses = []
+                    yield state
+            except Stopped:
+                raise Stopped(f"{title}, {state.images:,} images") from None
         if first is not None:
             self.say(f"{title}: {images:,} images, loss {last:.3g}, {duration(time.perf_counter() - began)}")
 
     def close(self) -> None:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        unlock(self.folder)
+
+
+def agreed(check: Callable[[], None]) -> None:
+    """Call ``check`` in the main process. Raises its ValueError, or its OSError as ValueError, in all processes."""
+    problem = None
+    if PartialState().is_main_process:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def _claim(folder: Path, config: Any) -> None:
-    """Write config.json, or compare it with the one that is there. Raises ValueError where the folder is another run's."""
+    """Write config.json, or compare it with the one that is there. Raises ValueError where the folder cannot be used."""
+    _compare(folder, config)  # before anything is written
+    lock(folder)
+    _compare(folder, config)  # another run may have claimed it in the meantime
+    files.clear_aside(folder)
+    if getattr(config, "replay", None) is None:
+        files.write_json(folder / "config.json", dataclasses.asdict(config))
+
+
+def _compare(folder: Path, config: Any) -> None:
+    """Raise ValueError where the folder is another run's."""
     mine, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
     if path.exists():
         theirs = _read_settings(path, config)
@@ -169,11 +201,51 @@ def _claim(folder: Path, config: Any) -> None:
             raise ValueError(f"{folder} holds another run ({shown}): choose another --output-dir")
         if not getattr(config, "resume", True):
             raise ValueError(f"{folder} holds this very run already: --resume continues it, or choose another --output-dir")
-        files.clear_aside(folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not _left_by_a_start(path) for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of this recipe: choose another --output-dir")
-    if getattr(config, "replay", None) is None:
-        files.write_json(path, mine)
+
+
+def _left_by_a_start(path: Path) -> bool:
+    """Return whether a run that was killed before it wrote config.json left this file."""
+    return path.name == LOCK or (path.name.startswith(".config.json.") and path.suffix == ".part")
+
+
+def lock(folder: Path) -> None:
+    """Lock the folder for this process, with flock on the file `LOCK`. The system releases the lock when the process ends.
+
+    Raises ValueError if another process holds the lock. On NFS the lock counts between machines only if the server supports it. A file
+    system without locks gives a warning.
+    """
+    key, path = folder.resolve(), folder / LOCK
+    folder.mkdir(parents=True, exist_ok=True)
+    while key not in _locks:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"another process is writing to {folder}: wait for its end, or choose another --output-dir"
+            ) from None
+        except OSError as error:
+            tqdm.write(f"warning: {folder} cannot be locked ({error.strerror}): start only one run in it")
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            _locks[key] = descriptor
+        else:
+            os.close(descriptor)  # its last owner removed it before it was locked here
+
+
+def unlock(folder: Path) -> None:
+    """Release the lock of this process on a folder, and remove its file."""
+    if (descriptor := _locks.pop(folder.resolve(), None)) is not None:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@atexit.register
+def _unlock_all() -> None:
+    for folder in list(_locks):
+        unlock(folder)
 
 
 def _read_settings(path: Path, config: Any) -> dict[str, Any]:

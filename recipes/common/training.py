@@ -28,8 +28,9 @@ from eval.sweep import Cell
 from recipes.common.checks import check_denoiser
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.flags import DistillationFlags
+from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, baselines, cost_in_calls, measured_against, student_cells, training_seconds
-from recipes.common.run import Run, disk_errors, processes, settings_of
+from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.export import deliver
@@ -149,10 +150,12 @@ class Experiment:
             self._replay(method, model)
         if not file.exists():
             self._refuse_replay()
-            self._train(name, model, method, budget, replace(model, sampling=sampling or Sampling()))
+            with finishing_steps():
+                self._train(name, model, method, budget, replace(model, sampling=sampling or Sampling()))
+        with finished_file():
+            student = load_student(file, model).to(self.run.device)
         if self.run.main:
             Resumable(file.parent).clear()  # here, because a run can be killed between the student's file and this
-        student = load_student(file, model).to(self.run.device)
         self.seconds = training_seconds(file) or self.seconds
         if sampling is not None:
             stored = Stored(file, self.student, student.fingerprint, student.denoiser.schedule)
@@ -180,8 +183,9 @@ class Experiment:
         batches = self.data.batches(self._split(budget), self.config.seed, name, run.device, model.condition)
         trained = model.student()
         states = train(
-            method, trained, batches, run.accelerator, budget, seed=self.config.seed, phase=name, resumable=Resumable(folder),
-            save_every_images=max(1, budget.images // 8), rollbacks=self.config.rollbacks,
+            method, trained, batches, run.accelerator, budget, seed=self.config.seed, phase=name,
+            resumable=Resumable(folder, run.say), save_every_images=max(1, budget.images // 8),
+            rollbacks=self.config.rollbacks, stop=stop_requested,
         )  # fmt: skip
         with divergence_errors():
             for state in run.watch(states, name, budget.trained_images, f"stage {name}"):
@@ -215,8 +219,7 @@ class Experiment:
         if self.run.main:
             teachers.save(self.run.folder / "student.safetensors", last.load())
         facts = {"teacher": self.record["of"] or "none", "method": self.record["method"], "training": duration(self.seconds)}
-        with disk_errors():
-            report = self.measurement.report(self.run, self.title, self.cells, facts)
+        report = self.measurement.report(self.run, self.title, self.cells, facts)
         export_pipelines(self.run, last.load().to(self.run.device))
         self.verdict = report["verdict"]
         self.run.say(f"\n{self.verdict}\nreport: {self.run.folder / 'report.html'}")
@@ -231,6 +234,8 @@ def export_pipelines(run: Run, model: Teacher) -> None:
         for name, worst in deliver.export_pipelines(model, run.folder).items():
             run.say(f"{name}/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
     except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # the student itself is saved
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; those of diffusers have no number
         run.say(f"no diffusers pipeline: {error}")
 
 
