@@ -6,14 +6,17 @@
 
 The folder holds latents-00000.safetensors, ... with latents [n, ...], and labels [n] and captions if the data has them. The latents
 are scaled and shifted as the denoiser expects them. An encoder that outputs a distribution gives its mean. index.json records model,
-autoencoder, scale, shift and count.
+autoencoder, scale, shift and count. A command that was interrupted keeps its finished shards in a hidden folder beside the new one, and
+goes on there when it is started again, on any number of processes.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+import shutil
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,17 +24,20 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import teachers
 from distill import files
 from distill.images import from_uint8
+from eval.features import fingerprint
 from eval.progress import progress
 from recipes.common.accepted import BATCH, THREADS
 from recipes.common.checks import check_match
 from recipes.common.cli import REQUIRED, flag, machine_flag, model_flag, one_line_errors, parse
 from recipes.common.flags import TOPICS, MachineFlags
+from recipes.common.interrupts import interruptible
+from recipes.common.run import agreed, finished_file, lock, unlock
 from recipes.data import sets as datasets
 from recipes.data.latent_shards import DTYPES, LATENTS, codec_sha256
 from teachers import Teacher
@@ -64,8 +70,10 @@ class Shard:
     captions: list[str] | None
 
 
-def encoded(model: Teacher, data: datasets.Data, config: Config, state: PartialState) -> Iterator[tuple[int, Shard]]:
-    """Yield number and contents of this process's shards: every ``num_processes``-th, in the order of the data.
+def encoded(
+    model: Teacher, data: datasets.Data, config: Config, state: PartialState, finished: Container[str] = ()
+) -> Iterator[tuple[int, Shard]]:
+    """Yield number and contents of this process's shards that are not ``finished``: every ``num_processes``-th, in the data's order.
 
     Raises ValueError if a latent overflows the number format.
     """
@@ -73,6 +81,8 @@ def encoded(model: Teacher, data: datasets.Data, config: Config, state: PartialS
     for number, images, labels, captions in data.walk(
         config.shard_images, config.most or None, state.process_index, state.num_processes
     ):
+        if name_of(number) in finished:
+            continue
         codes = (model.codec.encode(from_uint8(part, state.device)) for part in images.split(config.batch_size))
         latents = torch.cat([z.to(DTYPES[config.dtype]).cpu() for z in codes])
         if not torch.isfinite(latents).all():
@@ -80,38 +90,79 @@ def encoded(model: Teacher, data: datasets.Data, config: Config, state: PartialS
         yield number, Shard(latents, labels, captions)
 
 
-def write(folder: Path, shards: Iterable[tuple[int, Shard]]) -> dict[str, list[int]]:
-    """Write one file per shard. Returns {file name: shape of its latents}."""
+def name_of(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"latents-{number:05d}.safetensors"
+
+
+def unfinished(folder: Path) -> Path:
+    """Return where the shards are until all are written."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def finished_shards(folder: Path, identity: dict) -> dict[str, list[int]]:
+    """Return {file name: shape of its latents} of the shards that an interrupted command left.
+
+    Raises ValueError for a damaged shard, and for those of other settings.
+    """
     shapes = {}
-    for number, shard in shards:
-        name = f"latents-{number:05d}.safetensors"
-        tensors = {"latents": shard.latents} | ({} if shard.labels is None else {"labels": shard.labels})
-        files.save(folder / name, tensors, {"captions": shard.captions})
-        shapes[name] = list(shard.latents.shape)
+    for path in sorted(folder.glob("latents-*.safetensors")):
+        with finished_file():
+            tensors, description = files.load(path)
+        if description.get("made_with") != identity:
+            raise ValueError(f"{folder} holds shards of other settings: delete it, or choose another --output-dir")
+        shapes[path.name] = list(tensors["latents"].shape)
     return shapes
 
 
-def write_everywhere(folder: Path, shards: Iterable[tuple[int, Shard]]) -> dict[str, list[int]]:
-    """Write the shards of all processes. Returns the shapes of all; raises ValueError in all if one process fails."""
+def write(folder: Path, shards: Iterable[tuple[int, Shard]], identity: dict) -> dict[str, list[int]]:
+    """Write one file per shard. Returns {file name: shape of its latents}."""
+    shapes = {}
+    for number, shard in shards:
+        tensors = {"latents": shard.latents} | ({} if shard.labels is None else {"labels": shard.labels})
+        files.save(folder / name_of(number), tensors, {"captions": shard.captions, "made_with": identity})
+        shapes[name_of(number)] = list(shard.latents.shape)
+    return shapes
+
+
+def write_everywhere(folder: Path, shards: Iterable[tuple[int, Shard]], identity: dict) -> dict[str, list[int]]:
+    """Write the shards of all processes. Returns the shapes of all; raises ValueError or OSError in all if one process fails."""
     shapes: dict[str, list[int]] = {}
     problem = None
     try:
-        shapes = write(folder, shards)
+        shapes = write(folder, shards, identity)
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = OSError(str(error)) if isinstance(error, OSError) else ValueError(str(error))
     parts: Any = gather_object([(shapes, problem)])
-    if wrong := next((text for _, text in parts if text), None):
-        raise ValueError(wrong)
+    if wrong := next((error for _, error in parts if error), None):
+        raise wrong
     return {name: shape for some, _ in parts for name, shape in some.items()}
 
 
 @contextmanager
 def shared_folder(folder: Path, state: PartialState) -> Iterator[Path]:
-    """Yield one temporary folder to all processes. On success the main process renames it to ``folder``; on failure it removes it."""
-    with files.replacing_folder(folder) if state.is_main_process else nullcontext(Path()) as own:
-        yield Path(broadcast_object_list([str(own)])[0])
+    """Yield `unfinished` to all processes. On success the main process renames it to ``folder``; on ValueError it removes it.
+
+    After a signal and on a full disk it stays, so that the same command continues. Raises ValueError if another process writes there.
+    """
+    aside = unfinished(folder)
+
+    def claim() -> None:
+        lock(aside)
+        files.clear_aside(aside)
+
+    agreed(claim)
+    try:
+        yield aside
+    except ValueError:
         if state.is_main_process:
-            refuse_existing(folder)  # another run may have written it in the meantime
+            shutil.rmtree(aside)
+            unlock(aside)
+        raise
+    if state.is_main_process:
+        refuse_existing(folder)  # another run may have written it in the meantime
+        unlock(aside)
+        aside.rename(folder)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -148,6 +199,7 @@ def load_pair(config: Config) -> tuple[Teacher, datasets.Data]:
     return model, data
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
@@ -161,10 +213,13 @@ def main(argv: list[str] | None = None) -> None:
         model.to(state.device)
         index = describe(model, data, config)
         total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
+        settings = {"shard_images": config.shard_images, "batch_size": config.batch_size, "most": config.most}
+        made_with = json.loads(json.dumps(index | settings | {"images_sha256": fingerprint(data.images)}))
+        finished = finished_shards(unfinished(folder), made_with)
         with shared_folder(folder, state) as aside:
-            shards = encoded(model, data, config, state)
+            shards = encoded(model, data, config, state, finished)
             bar = progress(shards, show=state.is_main_process, desc="latents", unit="shard", total=total)
-            shapes = write_everywhere(aside, bar)
+            shapes = finished | write_everywhere(aside, bar, made_with)
             sizes = {name: shape[0] for name, shape in sorted(shapes.items())}
             index |= {"count": sum(sizes.values()), "shape": next(iter(shapes.values()))[1:], "shards": sizes}
             if state.is_main_process:
