@@ -138,7 +138,7 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
             if run.main:
                 frozen(average.net)
                 kind = "diffusion" if teacher is None else "denoise"
-                record = {"method": kind, "of": config.teacher, "config": settings_of(config)}
+                record: dict = {"method": kind, "of": config.teacher, "config": settings_of(config)}
                 record["trained_images"] = budget.trained_images
                 teachers.save(file, replace(model, denoiser=average, record=record))
     run.accelerator.wait_for_everyone()

@@ -64,7 +64,7 @@ def test_a_file_of_an_older_version_has_no_sha256_and_is_read(tmp_path):
 @pytest.mark.parametrize("text", ["null", "[1]", "{", "[" * 10_000])
 def test_a_description_that_is_no_object_is_one_line(tmp_path, text):
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"fewstep": text})
-    with pytest.raises(ValueError, match="its fewstep description is no JSON object"):
+    with pytest.raises(ValueError, match="the description: "):
         files.load(tmp_path / "x.safetensors")
 
 
