@@ -8,17 +8,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fake_cuda import CUDA, FakeCuda, MixedDevices
+from pipelines import ldm, vae
 
 import teachers
 from distill.consistency import Consistency, Gap
 from distill.denoiser import on_schedule
 from distill.device import send
 from distill.grid import uniform
+from distill.likelihood import bound
 from distill.progressive import Progressive
 from distill.regression import Regression
 from distill.regularize import RESIDUALS, Regularized
@@ -27,12 +30,13 @@ from distill.samplers import SAMPLERS
 from distill.sampling import Sampling
 from distill.schedule import EDM
 from distill.target import Mix
+from distill.teacher_bias import TeacherBias
 from distill.train import BatchSplit, Optimization, train
-from eval.generate import initial_noise
-from recipes import consistency, evaluate, probe, progressive
-from recipes import teacher as teacher_recipe
+from eval.generate import images, initial_noise
+from recipes import consistency, evaluate, latents, progressive
 from recipes.common.methods import METHODS, MethodFlags, method_of
 from recipes.data import sets
+from teachers.probe import probe
 from teachers.students import with_two_times
 
 DATA = sets.load("digits")
@@ -230,25 +234,54 @@ def test_a_sampler_never_waits_for_the_device_and_copies_from_pinned_memory_alon
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------------------
-TINY = ["--batch-size", "16", "--images", "40", "--chunk", "40", "--sweep-steps", "2"]
+MEASURED = ["--preset", "smoke", "--images", "40", "--chunk", "40"]
+SHORT = [*MEASURED, "--batch-size", "16", "--sweep-steps", "2"]
+SCRATCH = ["--from-scratch", "--channels", "8", "16", "--training-images", "64", "--mixed-precision", "bf16"]
 RECIPES = {
-    "progressive": [progressive, *TINY, "--start-steps", "2", "--images-per-stage", "32"],
-    "consistency": [consistency, *TINY, "--training-images", "64", "--steps", "1", "2", "--target-mix", "auto"],
-    "bf16": [consistency, *TINY, "--training-images", "64", "--steps", "1", "--mixed-precision", "bf16", "--method", "scd"],
-    "teacher": [teacher_recipe, "--batch-size", "16", "--images", "40", "--chunk", "40", "--training-images", "64"],
-    "evaluate": [evaluate, "--images", "40", "--chunk", "40", "--sweep-steps", "2"],
+    "progressive": [progressive, *SHORT, "--start-steps", "2", "--images-per-stage", "32"],
+    "consistency": [consistency, *SHORT, *SCRATCH, "--method", "meanflow", "--steps", "1", "2"],
+    "evaluate": [
+        evaluate,
+        *MEASURED,
+        "--steps",
+        "2",
+        "--baseline-steps",
+        "0",
+        "--samplers",
+        "consistency:0.5",
+        "--metrics",
+        "fid",
+    ],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs_from_training_to_its_report_and_export(gpu, tmp_path, name):
+def test_a_recipe_mixes_no_devices_from_training_to_its_report_and_pipeline(gpu, tmp_path, name):
     recipe, *arguments = RECIPES[name]
-    recipe.main([*arguments, "--preset", "smoke", "--output-dir", str(tmp_path / "run")])
+    recipe.main([*arguments, "--output-dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.json").exists()
+    if name == "progressive":
+        assert (tmp_path / "run" / "pipeline").exists()
 
 
 @pytest.mark.slow
-def test_the_probe_runs(gpu, capsys):
-    probe.main(["--model", "digits", "--samples", "16", "--levels", "4"])
-    assert "cuda" not in capsys.readouterr().err
+def test_a_latent_model_encodes_and_generates_on_the_device(gpu, tmp_path):
+    ldm(tmp_path, vae()).save_pretrained(tmp_path / "ldm")
+    np.savez(tmp_path / "images.npz", images=np.zeros((32, 16, 16, 3), dtype=np.uint8))
+    latents.main(f"--model {tmp_path / 'ldm'} --data {tmp_path / 'images.npz'} --output-dir {tmp_path / 'latents'}".split())
+    model = teachers.load(str(tmp_path / "ldm")).to(CUDA)
+    (batch,) = images(model, Sampling("consistency"), 2, [range(2)], 0, CUDA)
+    assert batch.images.is_cuda and len(sets.load(str(tmp_path / "latents")).images) == 32
+
+
+@pytest.mark.slow
+def test_a_teacher_is_probed_and_its_bias_estimated_on_the_device(gpu):
+    teacher = digits().to(CUDA)
+    x0, labels = DATA.x0(slice(0, 64), CUDA), DATA.labels[:64].to(CUDA)
+    assert probe(teacher, DATA.x0(slice(None), CUDA), DATA.labels, levels=3, samples=6).ok
+    errors = TeacherBias(teacher.denoiser, x0, labels, teacher.condition).errors(
+        teacher.denoiser.schedule, torch.tensor([-2.0, 2.0]), torch.Generator().manual_seed(0), 16
+    )
+    assert all(value.shape == (2,) and not value.is_cuda for value in errors.values())
+    assert bound(teacher.denoiser, x0, torch.Generator(), levels=2, labels=labels).total.isfinite().all()
