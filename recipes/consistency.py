@@ -17,7 +17,7 @@ from distill.sampling import Sampling
 from distill.train import Optimization
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
-from recipes.common.checks import check_levels, check_match, check_sampler, codec_of
+from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of
 from recipes.common.cli import flag, measuring_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.interrupts import interruptible
 from recipes.common.methods import METHODS, MethodFlags, check_flags, method_of, teacher_weight
@@ -88,6 +88,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
     student = initial_student(config, teacher, data)
     data = check_match(student, data, training=True)
     check_sampler(student, sampling(config))
+    check_steps(student, (*config.steps, config.grid_steps))
     if teacher is not None:
         check_levels(teacher, student)
     schedule = student.denoiser.schedule

@@ -8,6 +8,7 @@ Everything is made and compared in a temporary folder, which is renamed at the e
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -49,6 +50,8 @@ class Config(Checked):
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
+        if config.push_to_hub and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", config.push_to_hub):
+            raise ValueError(f"--push-to-hub {config.push_to_hub}: accepted is owner/name")
         export(teachers.load(config.model), config)
         if config.push_to_hub:
             print(f"hub: {push(Path(config.output_dir), config.push_to_hub, config.private)}")

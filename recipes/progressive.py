@@ -23,7 +23,7 @@ from distill.target import Mix
 from distill.train import Optimization
 from recipes.common import flags
 from recipes.common.accepted import GUIDANCE, STEPS, TRAINED
-from recipes.common.checks import check_match
+from recipes.common.checks import check_match, check_steps
 from recipes.common.cli import flag, method_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.interrupts import interruptible
 from recipes.common.training import Experiment
@@ -92,6 +92,7 @@ def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
     names = " -> ".join(map(str, [config.start_steps, *ladder(config)]))
     data = check_match(teacher, data, training=True)
     require_network(teacher)
+    check_steps(teacher, (config.start_steps,))
     student = on_table(teacher) if config.student else teacher
     teacher.guided(config.guidance)  # raises where the teacher has no null label
     record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}

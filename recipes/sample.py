@@ -24,7 +24,7 @@ from eval.machine import default_device
 from eval.progress import progress
 from recipes.common import flags
 from recipes.common.accepted import BATCH, GUIDANCE, SEED, STEPS, Checked
-from recipes.common.checks import check_sampler, stage_of
+from recipes.common.checks import check_sampler, check_steps, stage_of
 from recipes.common.cli import flag, machine_flag, method_flag, model_flag, one_line_errors, parse, plural
 from teachers import Teacher
 
@@ -87,6 +87,7 @@ def settings(model: Teacher, config: Config) -> tuple[Sampling, int]:
         raise ValueError(f"this student was made for {', '.join(map(str, made.steps))} steps, not {steps}")
     sampling = made if config.sampler is None else replace(Sampling.parse(config.sampler), grid=made.grid, times=made.times)
     check_sampler(model, sampling)
+    check_steps(model, (steps,))
     return replace(sampling, grid=config.grid, times={}) if config.grid else sampling, steps
 
 

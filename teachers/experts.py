@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ class Experts:
     logsnr: tuple[float, ...]
 
     def __post_init__(self):
-        if len(self.logsnr) != len(self.experts) - 1 or list(self.logsnr) != sorted(set(self.logsnr)):
+        if len(self.logsnr) != len(self.experts) - 1 or not all(
+            a < b for a, b in pairwise((-math.inf, *self.logsnr, math.inf))
+        ):
             raise ValueError(f"{len(self.experts)} experts with bounds {self.logsnr}: accepted is {ACCEPTED}")
 
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:

@@ -25,7 +25,7 @@ Bounds = dict[str, Any]
 SEED: Bounds = {"at_least": 0, "at_most": 2**32 - 1}
 THREADS: Bounds = {"at_least": 0, "at_most": 1024}
 BATCH: Bounds = {"at_least": 1, "at_most": 65_536}
-STEPS: Bounds = {"at_least": 1, "at_most": 100_000}
+STEPS: Bounds = {"at_least": 1, "at_most": 100_000, "distinct": True}  # several of them are different
 TRAINED: Bounds = {"at_least": 1, "at_most": 100_000_000_000}
 GENERATED: Bounds = {"at_least": 40, "at_most": 10_000_000}  # fewer give no interval
 LEARNING_RATE: Bounds = {"above": 0, "at_most": 1}
@@ -44,6 +44,8 @@ class Checked:
             if value is None and type(None) in typing.get_args(kinds[field.name]):
                 continue
             set_fields.append((field, value))
+            if field.metadata.get("distinct") and isinstance(value, tuple | list) and len(set(value)) < len(value):
+                raise ValueError(f"{flag_of(field)} {' '.join(map(str, value))}: accepted is each value once")
             for one in value if isinstance(value, tuple | list) else (value,):
                 if "choices" in field.metadata and one not in (choices := choices_of(field)):
                     raise ValueError(f"{flag_of(field)} {one}: accepted are {', '.join(map(str, choices))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -182,7 +183,7 @@ def terms_of(flags: MethodFlags) -> tuple[tuple[str, float], ...]:
     terms = []
     for term in flags.regularize:
         name, _, weight = term.partition("=")
-        if name not in RESIDUALS or not weight.replace(".", "", 1).isdigit():
+        if name not in RESIDUALS or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", weight):
             raise ValueError(f"--regularize {term}: accepted is name=weight with a name of {', '.join(RESIDUALS)}")
         terms.append((name, float(weight)))
     return tuple(terms)

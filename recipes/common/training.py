@@ -25,7 +25,7 @@ from distill.train import BatchSplit, Method, Optimization, train
 from eval.features import Extractor
 from eval.machine import clock, peak_memory_gb
 from eval.sweep import Cell
-from recipes.common.checks import check_denoiser
+from recipes.common.checks import check_denoiser, check_steps
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.flags import DistillationFlags
 from recipes.common.interrupts import finishing_steps, stop_requested
@@ -85,6 +85,8 @@ class Experiment:
         require_network(student)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
         replay = None if config.replay is None else SavedStep.load(config.replay)
+        if teacher is not None:
+            check_steps(teacher, config.sweep_steps)
         extractor = Extractor.create(config.features).fits(student.image_shape)
         real = measured_against(config.reference, data, extractor)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
