@@ -121,11 +121,11 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
     batches = data.batches(split, config.seed, "teacher", run.device, model.condition, model.null, config.label_dropout)
     student = model.parametric
     seconds, _ = measure_step_time(method, student, *next(iter(batches(0))))
-    announce(config, run, student, data, seconds)
     budget = Optimization(
         config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
         warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images,
     )  # fmt: skip
+    announce(budget, run, student, data, seconds)
     file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume", run.say)
     if not file.exists():
         with finishing_steps(), divergence_errors():
@@ -174,11 +174,13 @@ def _checked(config: Config, teacher: Teacher, data: Data) -> Teacher:
     return teacher
 
 
-def announce(config: Config, run: Run, student: Denoiser, data: Data, seconds: float) -> None:
+def announce(budget: Optimization, run: Run, student: Denoiser, data: Data, seconds: float) -> None:
     """Say what will be trained, how long it should take and how much memory. ``seconds``: per image of a training step."""
     weights, world = sum(p.numel() for p in student.net.parameters()), run.accelerator.num_processes
     run.say(f"a teacher of {weights / 1e6:.2f} M weights on {data.name}, {len(data.images):,} images of {data.shape}")
-    run.say(f"  {config.training_images:,} training images: about {duration(config.training_images * seconds / world)}")
+    run.say(
+        f"  {budget.trained_images:,} training images in {budget.steps:,} steps: about {duration(budget.trained_images * seconds / world)}"
+    )
     run.say(f"  about {1.2 * peak_memory_gb(run.device):.1f} GB per process, output {run.folder}\n")
 
 

@@ -135,7 +135,7 @@ def curve(run: Run, config: Config, fresh: Teacher, target: Target, data: Data, 
     batches = data.batches(BatchSplit(config.batch_size), config.seed, "variance", run.device, fresh.condition)
     states = train(Regression(target), fresh.student(), batches, run.accelerator, how, seed=config.seed, phase="variance")
     points = []
-    for state in run.watch(states, name, config.training_images, f"student of the {name}"):
+    for state in run.watch(states, name, how.trained_images, f"student of the {name}"):
         if state.step % max(1, how.steps // 30) == 0:
             points.append([state.images, excess(state.student, held_out, config.seed)])
     run.accelerator.free_memory()
