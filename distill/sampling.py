@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.denoiser import DenoiserLike
 from distill.grid import GRIDS
 from distill.samplers import SAMPLERS
-from distill.schedule import EDM, VE, Schedule
+from distill.schedule import EDM, VE, Schedule, Table
 
 ACCEPTED = f"{', '.join(SAMPLERS)} and consistency:GAMMA with GAMMA from 0 to 1"
 SEARCHED = "searched"  # the name of a grid whose times were found by a search and are listed
@@ -112,3 +112,11 @@ class Sampling:
         if isinstance(schedule, EDM | VE):
             return replace(self, grid="karras")
         return replace(self, grid=SAMPLERS[self.name].best_grid if steps >= 8 else "uniform")
+
+    def on_entries(self, schedule: Schedule, steps: int) -> Sampling:
+        """Return the same sampler on the grid "trailing" where its uniform grid misses the entries of a discrete table.
+
+        A network with the time input "index" was trained at the entries only. Diffusers visits the same ones.
+        """
+        misses = isinstance(schedule, Table) and steps < schedule.steps and schedule.steps % steps
+        return replace(self, grid="trailing") if misses and self.grid == "uniform" and steps not in self.times else self

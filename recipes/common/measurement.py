@@ -30,10 +30,13 @@ def measured_against(path: str | None, data: Data, extractor: Extractor) -> Data
 
 
 def baselines(teacher: Teacher, label: str, steps: Iterable[int], samplers: Iterable[str], guidance: float = 1.0) -> list[Cell]:
-    """Return the cells of the teacher under its samplers, each on its best grid. With one step all of them are DDIM."""
+    """Return the cells of the teacher under its samplers, each on its best grid. With one step all of them are DDIM.
+
+    On a discrete table that the step count does not divide, a uniform grid is rounded to the entries, "trailing" in the report.
+    """
     names, schedule = list(samplers), teacher.denoiser.schedule
     return [
-        Cell(label, "teacher", teacher, Sampling.parse(name).on_best_grid(schedule, n), n, guidance)
+        Cell(label, "teacher", teacher, Sampling.parse(name).on_best_grid(schedule, n).on_entries(schedule, n), n, guidance)
         for name in names
         for n in steps
         if n > 1 or name in ("ddim", "ancestral") or "ddim" not in names
