@@ -3,8 +3,9 @@
     python recipes/probe.py --model SPEC --data DATA
     python recipes/probe.py --model SPEC --data DATA --nll
 
-The first command prints errors and biases per noise level, and which declarations of prediction, time and data range fit best. It ends
-with exit code 2 if the model is not a denoiser as declared. --nll adds the negative log-likelihood, in bits per dimension.
+The first command prints errors, biases and skill per noise level, and which declarations of prediction, time, data range and discrete
+table fit best. It ends with exit code 2 if the model is not a denoiser as declared. --nll adds the negative log-likelihood, in bits per
+dimension.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from recipes.data.sets import Data
 from teachers import Teacher
 
 LEGEND = """error: E|D - x0|^2 per pixel. bound: of the best linear denoiser. allowed: the largest error that passes. bias, slope: best is 0.
-spread: deviation of D over that of the data. reach: largest |D| over largest |x0|. misfit: lower fits better."""
+spread, reach: of D over those of the data. skill: 1 is the bound's. lost: part of the skill, best is 0. misfit: lower fits better."""
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
 
 

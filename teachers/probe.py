@@ -16,9 +16,19 @@ This is large for eps near pure noise and for x0 near the data, where these pred
 exceed the bound by this, by the part `PRECISION` of the bound, and by `SIGMAS` standard errors of what was measured. An oracle may
 exceed it by the last two.
 
-Readings. The same network is evaluated as if its prediction, time input, sigma_data or data range were another. The misfit is the
-mean over levels of log(error / (bound + slack)); levels are those of x0 for every scale of the data. One reading beats another if its
-misfit is lower by `SIGMAS` standard errors, paired over `CLOSER` times the images that the readings were first compared on.
+Skill. T = min(v, l^2) is the error of the better of the mean and x_t / alpha, per pixel. An output D = E[x0 | x_t] + n with n noise or
+bias of the network's own has E<D - x0, D - E x0> = E|n|^2, which costs a part of its skill:
+
+    skill = (T - error) / (T - bound)        1 for the best linear denoiser, 0 for none
+    lost = E|n|^2 / (T - error + E|n|^2)     0 for an exact denoiser, 1 if nothing is left; measured as the slope times v, where positive
+
+Both are given where T - bound is more than a tenth of T, and their means over these levels are in the verdict. A model that passes gets
+a warning where its error exceeds `WARN` times the bound by more than `SIGMAS` standard errors, or if it loses more than `LOST`.
+
+Readings. The same network is evaluated as if its prediction, time input, sigma_data, data range or discrete table were another. The
+misfit is the mean over levels of log(error / (bound + slack)); levels are those of x0 for every scale of the data, and only levels that
+both tables reach are compared. One reading beats another if its misfit is lower by `SIGMAS` standard errors, paired over `CLOSER` times
+the images that the readings were first compared on.
 """
 
 from __future__ import annotations
@@ -31,6 +41,7 @@ from torch import Tensor
 
 from distill.denoiser import Denoiser
 from teachers.probe_readings import (
+    SIGMAS,
     STATED,
     ProbeData,
     ProbeResult,
@@ -43,6 +54,8 @@ from teachers.probe_readings import (
 from teachers.teacher import Teacher
 
 CLOSER = 8
+WARN = 2.0  # an error of so many times the bound passes with a warning
+LOST = 0.1  # so does such a loss of skill
 
 
 @dataclass(frozen=True)
@@ -53,9 +66,10 @@ class Probe:
     ``allowed``: the largest error that passes, bound plus slack. ``bias``: the root mean square over pixels of E[D - x0], in standard
     deviations of the data; 0 is best. ``slope``: E<D - x0, D - mean> over the variance of the data; 0 is best. ``spread``: the
     standard deviation of D over that of the data; it falls below 1 with noise. ``reach``: the largest |D| over the largest |x0|.
+    ``skill``, ``lost``: as above; nan at levels where they say nothing.
 
     ``readings``: (words, misfit) of each reading, best first, the stated one among them; empty for an oracle. ``ok``: the model is a
-    denoiser as stated. ``verdict``: this, or what is wrong, in one line.
+    denoiser as stated. ``verdict``: this, or what is wrong, in one line. ``warning``: what is poor about a model that passes, or "".
     """
 
     logsnr: tuple[float, ...]
@@ -66,9 +80,12 @@ class Probe:
     slope: tuple[float, ...]
     spread: tuple[float, ...]
     reach: tuple[float, ...]
+    skill: tuple[float, ...]
+    lost: tuple[float, ...]
     readings: tuple[tuple[str, float], ...]
     verdict: str
     ok: bool
+    warning: str
 
     @property
     def best(self) -> str:
@@ -77,10 +94,10 @@ class Probe:
 
     def lines(self) -> list[str]:
         """Return one line per level with the measurements as columns, then the best readings, then the verdict."""
-        out = ["log-SNR     error     bound   allowed    bias   slope  spread   reach"]
+        out = ["log-SNR     error     bound   allowed    bias   slope  spread   reach   skill    lost"]
         columns = (self.logsnr, self.error, self.bound, self.allowed, self.bias, self.slope, self.spread, self.reach)
-        for level, error, bound, allowed, *rest in zip(*columns, strict=True):
-            ratios = "".join(f"{value:8.3f}" for value in rest)
+        for level, error, bound, allowed, *rest in zip(*columns, self.skill, self.lost, strict=True):
+            ratios = "".join("       -" if math.isnan(value) else f"{value:8.3f}" for value in rest)
             out.append(f"{level:7.2f} {error:9.2e} {bound:9.2e} {allowed:9.2e}{ratios}")
         shown = self.readings[:4] + tuple(r for r in self.readings[4:] if r[0] == STATED)
         out += [f"reading {name:<36} misfit {misfit:6.3f}" for name, misfit in shown]
@@ -114,22 +131,28 @@ def probe(
     stated = Reading(denoiser.prediction, denoiser.time, denoiser.sigma_data)
     few = data.first(samples)
     found = evaluate_readings(denoiser, readings_near(stated, schedule, teacher.codec), few, grid)
-    ranked = sorted(found, key=lambda r: found[r].misfit)
+    ranked = _ranked(found, stated)
     lower = ranked[: ranked.index(stated)]
     close = [stated, *(r for r in lower if not found[ranked[0]].beats(found[r]))]
     if len(close) > 1:
         found |= evaluate_readings(denoiser, close, data, grid)
     else:
         data = few
-    ranked = sorted(found, key=lambda r: found[r].misfit)
+    ranked = _ranked(found, stated)
     best = next((r for r in ranked if r in close and found[r].beats(found[stated])), stated)
-    readings = [(r.against(stated), found[r].misfit) for r in (best, *(r for r in ranked if r != best))]
+    misfit = found[stated].misfit
+    readings = [(r.against(stated), misfit - found[r].gain(found[stated])) for r in (best, *(r for r in ranked if r != best))]
     problem = _shortfall(found[best])
     if best != stated:
-        gain = math.exp(found[stated].misfit - found[best].misfit)
+        gain = math.exp(found[best].gain(found[stated]))
         also = f", but even then {problem}" if problem else ""
         problem = f"misread: with {best.against(stated)} it fits {gain:.3g} times better{also}"
     return _conclude(data, found[stated], tuple(readings), problem, f"{stated.prediction}, {stated.time}")
+
+
+def _ranked(found: dict[Reading, ProbeResult], stated: Reading) -> list[Reading]:
+    """Return the readings, the one that fits best first."""
+    return sorted(found, key=lambda r: -found[r].gain(found[stated]))
 
 
 def _conclude(data: ProbeData, result: ProbeResult, readings: tuple, problem: str, how: str) -> Probe:
@@ -140,23 +163,66 @@ def _conclude(data: ProbeData, result: ProbeResult, readings: tuple, problem: st
         slope.append(float(((x0 - data.x0) * (x0 - data.mean)).mean()) / variance)
         spread.append((float(x0.var()) / float(data.x0.var())) ** 0.5)
         reach.append(float(x0.abs().max()) / scale)
+    skill, lost = _skill(data, result, torch.tensor(slope, dtype=torch.float64))
+    warning = "" if problem else _warning(result, float(lost.nanmean()))
     part = result.error / result.bound
-    verdict = f"a denoiser as stated ({how}): its error is {float(part.min()):.2f} to {float(part.max()):.2f} of the bound"
-    logsnr, error, bound, allowed = (tuple(x.tolist()) for x in (result.logsnr, result.error, result.bound, result.allowed))
-    return Probe(
-        logsnr, error, bound, allowed, tuple(bias), tuple(slope), tuple(spread), tuple(reach),
-        readings, problem or verdict, not problem,
-    )  # fmt: skip
+    verdict = f"a denoiser as stated ({how}): its error is {float(part.min()):.2f} to {float(part.max()):.3g} of the bound"
+    if (above := _above(result, result.bound)).any():
+        verdict += f" (above it at log-SNR {_levels(result.logsnr, above)})"
+    if not skill.isnan().all():
+        verdict += f", its skill {float(skill.nanmean()):.2f} of a linear denoiser's, {float(lost.nanmean()):.0%} lost to noise or bias"
+    verdict += f"; warning: {warning}" if warning else ""
+    columns = (result.logsnr, result.error, result.bound, result.allowed, *map(torch.tensor, (bias, slope, spread, reach)))
+    return Probe(*(tuple(x.tolist()) for x in (*columns, skill, lost)), readings, problem or verdict, not problem, warning)
+
+
+def _skill(data: ProbeData, result: ProbeResult, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the skill and the part of it that is lost, each [L]; nan where the bound is not well below the trivial error."""
+    squares = torch.exp(-result.logsnr)[:, None]
+    trivial = torch.minimum(data.variance.flatten().double().cpu(), squares).mean(1)
+    gain, own = trivial - result.bound, slope.clamp(min=0) * float(data.variance.mean())
+    skill, lost = (trivial - result.error) / gain, own / ((trivial - result.error).clamp(min=1e-12) + own)
+    useless = gain <= 0.1 * trivial
+    return skill.masked_fill(useless, math.nan), lost.masked_fill(useless, math.nan)
+
+
+def _above(result: ProbeResult, limit: Tensor) -> Tensor:
+    """Return at which levels the error is above ``limit`` [L] by more than `SIGMAS` standard errors."""
+    return result.error - SIGMAS * result.deviation > limit
+
+
+def _levels(logsnr: Tensor, chosen: Tensor) -> str:
+    """Return the chosen log-SNRs in words, neighbours as a range."""
+    groups: list[list[float]] = []
+    for before, here, level in zip([False, *chosen.tolist()[:-1]], chosen.tolist(), logsnr.tolist(), strict=True):
+        if here and before:
+            groups[-1].append(level)
+        elif here:
+            groups.append([level])
+    return ", ".join(f"{g[0]:.1f}" if len(g) == 1 else f"{g[0]:.1f} to {g[-1]:.1f}" for g in groups)
+
+
+def _warning(result: ProbeResult, lost: float) -> str:
+    """Return what is poor about a model that passes, "" if nothing is. ``lost``: the part of its skill."""
+    warnings = []
+    if (above := _above(result, WARN * result.bound)).any():
+        most = float((result.error / result.bound)[above].max())
+        warnings.append(f"up to {most:.3g} times the bound at log-SNR {_levels(result.logsnr, above)}, more than {WARN:g}")
+    if lost > LOST:
+        warnings.append(f"{lost:.0%} of its skill lost, more than {LOST:.0%}")
+    return " and ".join(warnings)
 
 
 def _shortfall(result: ProbeResult) -> str:
     """Return what is wrong at the level with the largest error relative to the allowed one; "" if nothing is."""
-    worst = int((result.error / result.allowed).argmax())
-    error, allowed = float(result.error[worst]), float(result.allowed[worst])
-    if error <= allowed:
+    excess = result.error / result.allowed
+    worst = int(excess.argmax())
+    if not excess[worst] > 1:
         return ""
-    logsnr = float(result.logsnr[worst])
-    return f"no denoiser: at log-SNR {logsnr:.1f} the error per pixel is {error:.3g}, the largest accepted one is {allowed:.3g}"
+    where, error, allowed = _levels(result.logsnr, excess > 1), float(result.error[worst]), float(result.allowed[worst])
+    at = f"{float(result.logsnr[worst]):.1f}"
+    where = "" if where == at else f" (too large at {where})"
+    return f"no denoiser: at log-SNR {at} the error per pixel is {error:.3g}, the largest accepted one is {allowed:.3g}{where}"
 
 
 def _draw(teacher: Teacher, images: Tensor, labels: Tensor | None, samples: int, seed: int, encoded: bool) -> ProbeData:

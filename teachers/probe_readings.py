@@ -14,18 +14,25 @@ from torch import Tensor
 from distill.denoiser import PREDICTIONS, TIMES, Denoiser, DenoiserLike
 from distill.schedule import Schedule, Table, add_noise, expand
 from teachers.codec import Codec
+from teachers.diffusers_scheduler import table_of
 
-PRECISION = 0.1  # part of its output's variance by which a trained network may be wrong
+PRECISION = 0.05  # part of its output's variance by which a trained network may be wrong
 SIGMAS = 4.0  # one false alarm in 1,000 probes of a dozen levels and a dozen readings
 LATENT_SCALES = (0.18215, 0.13025, 0.3611, 1.5305)  # scaling factors of the autoencoders of SD 1 and 2, SDXL, Flux, SD 3
 STATED = "as stated"
+TABLES: dict[str, dict] = {  # of published models, as diffusers spells them
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "scaled_linear 0.00085 to 0.012": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
+}
 
 
 @dataclass(frozen=True)
 class Reading:
     """Hold one way to read a network, as made for the data ``scale`` x0 + ``shift``.
 
-    ``prediction``: a key of `PREDICTIONS`. ``time``: a key of `TIMES`. ``reverse``: the time axis is reversed.
+    ``prediction``: a key of `PREDICTIONS`. ``time``: a key of `TIMES`. ``reverse``: the time axis is reversed. ``table``: the name and
+    value of the discrete table that the network was trained on, if it is not the stated schedule.
     """
 
     prediction: str
@@ -34,6 +41,7 @@ class Reading:
     reverse: bool = False
     scale: float = 1.0
     shift: float = 0.0
+    table: tuple[str, Table] | None = None
 
     def against(self, stated: Reading) -> str:
         """Return the difference from the stated reading in words."""
@@ -44,6 +52,8 @@ class Reading:
             parts.append(f"prediction {self.prediction}")
         if self.time != stated.time:
             parts.append(f"time {self.time}")
+        if self.table is not None:
+            parts.append(f"table {self.table[0]}")
         if self.reverse:
             parts.append("time axis reversed")
         if self.sigma_data != stated.sigma_data:
@@ -91,20 +101,37 @@ class ProbeResult:
         return self.errors.mean(1)
 
     @property
+    def deviation(self) -> Tensor:
+        """The standard error of `error`, [L]."""
+        return self.errors.std(1) / self.errors.shape[1] ** 0.5
+
+    @property
     def allowed(self) -> Tensor:
         """The largest error of a denoiser: bound, slack, and `SIGMAS` standard errors of what was measured, [L]."""
-        return self.bound + self.slack + SIGMAS * self.errors.std(1) / self.errors.shape[1] ** 0.5
+        return self.bound + self.slack + SIGMAS * self.deviation
 
     @property
     def misfit(self) -> float:
         """The mean over levels of log(error / (bound + slack)); below 0 for a denoiser."""
         return float((self.error / (self.bound + self.slack)).log().mean())
 
+    def gain(self, other: ProbeResult) -> float:
+        """Return by how much the misfit is lower than another's, over the levels that both were evaluated at."""
+        same = self._shared(other)
+        fits = [(r.error / (r.bound + r.slack)).log()[same].mean() for r in (other, self)]
+        return float(fits[0] - fits[1]) if same.any() else -math.inf
+
     def beats(self, other: ProbeResult) -> bool:
-        """Return whether the misfit is lower by `SIGMAS` standard errors, paired over the same images and noise (delta method)."""
-        relative = (other.errors / other.error[:, None] - self.errors / self.error[:, None]).mean(0)
+        """Return whether the misfit is lower by `SIGMAS` standard errors, paired over the same images and noise, and by 0.001."""
+        same = self._shared(other)
+        # the delta method for the mean of log(error)
+        relative = (other.errors / other.error[:, None] - self.errors / self.error[:, None])[same].mean(0)
         deviation = float(relative.std()) / len(relative) ** 0.5
-        return other.misfit - self.misfit > SIGMAS * max(deviation, 1e-6)
+        return self.gain(other) > SIGMAS * max(deviation, 2.5e-4)
+
+    def _shared(self, other: ProbeResult) -> Tensor:
+        """Return which levels are the same, bool [L]. A table ends at a noise level of its own."""
+        return (self.logsnr - other.logsnr).abs() < 0.05
 
 
 def logsnr_range(schedule: Schedule) -> tuple[float, float]:
@@ -118,12 +145,30 @@ def readings_near(stated: Reading, schedule: Schedule, codec: Codec | None) -> l
     times = [t for t in TIMES if t != "index" or isinstance(schedule, Table)]
     out = [stated, *(replace(stated, prediction=p) for p in PREDICTIONS if p != stated.prediction)]
     out += [replace(stated, time=t) for t in times if t != stated.time] + [replace(stated, reverse=True)]
+    if isinstance(schedule, Table):
+        out += [replace(stated, table=table) for table in tables_near(schedule)]
     if stated.prediction == "edm":
         out += [replace(stated, sigma_data=stated.sigma_data * factor) for factor in (0.5, 2.0)]
     if codec is None:
         return [*out, replace(stated, scale=0.5, shift=0.5), replace(stated, scale=2.0, shift=-1.0)]
     scales = {codec.scale, *LATENT_SCALES} - {1.0}
     return out + [replace(stated, scale=scale) for s in sorted(scales) for scale in (s, 1 / s)]
+
+
+def tables_near(stated: Table) -> list[tuple[str, Table]]:
+    """Return names and values of other tables of as many entries: those of `TABLES`, and the stated one with zero terminal SNR."""
+    entries = torch.tensor((1.0, *stated.alphas_cumprod), dtype=torch.float64)
+    same = {"trained_betas": (1 - entries[1:] / entries[:-1]).tolist(), "rescale_betas_zero_snr": True}
+    tables = [(name, table_of({"num_train_timesteps": stated.steps, **options})) for name, options in TABLES.items()]
+    if stated.steps > 1 and entries[-1] > 0:
+        tables.append(("with zero terminal SNR", table_of({"num_train_timesteps": stated.steps, **same})))
+    return [(name, table) for name, table in tables if not _alike(table, stated)]
+
+
+def _alike(one: Table, other: Table) -> bool:
+    """Return whether two tables differ only by rounding."""
+    a, b = (torch.tensor(table.alphas_cumprod).sqrt() for table in (one, other))
+    return bool(torch.allclose(a, b, rtol=0, atol=1e-4))
 
 
 def evaluate_readings(d: Denoiser, readings: list[Reading], data: ProbeData, grid: Tensor) -> dict[Reading, ProbeResult]:
@@ -147,7 +192,8 @@ def evaluate_readings(d: Denoiser, readings: list[Reading], data: ProbeData, gri
 
 def _evaluate(d: Denoiser, reading: Reading, data: ProbeData, grid: Tensor, outputs: dict[tuple, Tensor]) -> ProbeResult:
     """Return the result of one reading. ``outputs`` holds the network's outputs for inputs that readings share."""
-    schedule, x0s, levels, own = d.schedule, [], [], []
+    schedule: Schedule = d.schedule if reading.table is None else reading.table[1]
+    x0s, levels, own = [], [], []
     low, high = logsnr_range(schedule)
     gain = 2 * math.log(reading.scale)
     for level in grid:
@@ -156,7 +202,7 @@ def _evaluate(d: Denoiser, reading: Reading, data: ProbeData, grid: Tensor, outp
         a, s = schedule.alpha(u), schedule.sigma(u)
         c_in, c_skip, c_out = PREDICTIONS[reading.prediction](a, s, reading.sigma_data)
         x_t = add_noise(schedule, reading.scale * data.x0 + reading.shift, data.eps, u)
-        key = (float(u), float(c_noise), float(c_in), reading.scale, reading.shift)
+        key = (float(a), float(s), float(c_noise), float(c_in), reading.scale, reading.shift)
         if key not in outputs:
             outputs[key] = d.net(expand(c_in, x_t) * x_t, c_noise.to(x_t).expand(len(x_t)), **data.cond)
         x0 = expand(c_skip, x_t) * x_t + expand(c_out, x_t) * outputs[key]

@@ -145,14 +145,14 @@ def probed(teacher: Teacher, data: Data, seed: int, **how: Any) -> Probe:
 
 
 def check_denoiser(teacher: Teacher, data: Data, seed: int, force: bool) -> str | None:
-    """Probe the teacher before it is distilled. Return a warning, or None if it is a denoiser as declared.
+    """Probe the teacher before it is distilled. Return a warning, or None if it is a good denoiser as declared.
 
     A distilled model gets a warning: its output is a sample, not the mean, and a ladder may still go on from it. Any other model that
     fails raises ValueError, or gets a warning with ``force``.
     """
     found = probed(teacher, data, seed, **QUICK)
     if found.ok:
-        return None
+        return f"the teacher is {found.verdict}" if found.warning else None
     if teacher.distilled:
         return f"the teacher is a student of {teacher.sampling.name} steps and not E[x0 | x_t]: {found.verdict}"
     if force:
