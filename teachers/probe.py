@@ -16,8 +16,8 @@ This is large for eps near pure noise and for x0 near the data, where these pred
 exceed the bound by this, by the part `PRECISION` of the bound, and by `SIGMAS` standard errors of what was measured. An oracle may
 exceed it by the last two.
 
-Skill. T = min(v, l^2) is the error of the better of the mean and x_t / alpha, per pixel. An output D = E[x0 | x_t] + n with n noise or
-bias of the network's own has E<D - x0, D - E x0> = E|n|^2, which costs a part of its skill:
+Skill. T = min(v, l^2) is the error of the better of the mean and x_t / alpha, per pixel. An output D = E[x0 | x_t] + n, with noise or
+bias n of the network's own that is uncorrelated with E[x0 | x_t], has E<D - x0, D - E x0> = E|n|^2. This costs a part of its skill:
 
     skill = (T - error) / (T - bound)        1 for the best linear denoiser, 0 for none
     lost = E|n|^2 / (T - error + E|n|^2)     0 for an exact denoiser, 1 if nothing is left; measured as the slope times v, where positive

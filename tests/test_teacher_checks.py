@@ -18,6 +18,7 @@ from pipelines import DDIM, PROMPTS, ldm, pixart, sd, sd3, text_unet, unet, vae,
 from safetensors.torch import load_file, save_file
 
 import teachers
+from teachers.export import latent
 
 ONE = {"guidance_scale": 1.0, "output_type": "latent"}
 
@@ -166,6 +167,8 @@ def test_weights_that_a_pipeline_has_only_as_a_variant_are_found_in_all_of_its_c
     for model in (found, teachers.load(str(tmp_path / "m.safetensors"))):
         outputs = [m.denoiser(x, t, **m.condition(torch.tensor([0, 1]))) for m in (model, expected)]
         assert torch.equal(*outputs) and torch.equal(model.decode(x), expected.decode(x))
+        made = latent.stock(model, [1], None)  # the pipeline of an export
+        assert made.text_encoder.dtype == torch.float32 and torch.equal(made.unet.conv_in.weight, rounded.unet.conv_in.weight)
 
 
 def test_one_of_several_weights_is_chosen_by_its_variant(folder):

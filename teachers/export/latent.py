@@ -81,7 +81,8 @@ def stock(model: Teacher, steps: list[int], only: int | None) -> Any:
         "scheduler": table_scheduler(model, steps) if only is None else flow_scheduler(only),
         model.codec.source["part"]: model.codec.network,
     }
-    return assemble(home, fetch(model.codec.source["folder"]), parts)
+    variant = model.codec.source.get("variant")
+    return assemble(home, fetch(model.codec.source["folder"], variant), parts, variant)
 
 
 def flow_scheduler(steps: int) -> Any:
@@ -137,6 +138,7 @@ def origin(model: Teacher) -> tuple[Any, str, str]:
     assert model.codec is not None
     if "folder" not in model.codec.source:
         raise ValueError("this model's autoencoder has no source; accepted for export is one from a diffusers pipeline")
-    index = read_json(fetch(model.codec.source["folder"]) / "model_index.json", "no diffusers pipeline")
+    folder = fetch(model.codec.source["folder"], model.codec.source.get("variant"))
+    index = read_json(folder / "model_index.json", "no diffusers pipeline")
     part = "unet" if "unet" in index else "transformer"
     return getattr(diffusers, index["_class_name"]), part, index[part][1]
