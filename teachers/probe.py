@@ -172,8 +172,12 @@ def _conclude(data: ProbeData, result: ProbeResult, readings: tuple, problem: st
     if not skill.isnan().all():
         verdict += f", its skill {float(skill.nanmean()):.2f} of a linear denoiser's, {float(lost.nanmean()):.0%} lost to noise or bias"
     verdict += f"; warning: {warning}" if warning else ""
-    columns = (result.logsnr, result.error, result.bound, result.allowed, *map(torch.tensor, (bias, slope, spread, reach)))
-    return Probe(*(tuple(x.tolist()) for x in (*columns, skill, lost)), readings, problem or verdict, not problem, warning)
+    measured = (result.logsnr, result.error, result.bound, result.allowed, skill, lost)
+    logsnr, error, bound, allowed, skills, losses = (tuple(x.tolist()) for x in measured)
+    return Probe(
+        logsnr, error, bound, allowed, tuple(bias), tuple(slope), tuple(spread), tuple(reach), skills, losses,
+        readings, problem or verdict, not problem, warning,
+    )  # fmt: skip
 
 
 def _skill(data: ProbeData, result: ProbeResult, slope: Tensor) -> tuple[Tensor, Tensor]:
