@@ -11,7 +11,7 @@ from distill.grid import uniform
 from distill.samplers import jump
 from distill.sampling import Sampling
 from recipes import export
-from teachers.export import one_step
+from teachers.export import deliver, one_step
 from teachers.export.card import card, measured
 
 
@@ -61,6 +61,15 @@ def test_a_program_that_differs_from_the_sampler_is_not_left_behind(teacher, tmp
     with pytest.raises(RuntimeError, match="differs from our sampler"):
         one_step.torch_export(of_one_step(teacher), tmp_path / "p.pt2")
     assert not (tmp_path / "p.pt2").exists()
+
+
+@pytest.mark.slow
+def test_a_pipeline_whose_images_are_not_finite_is_not_left_behind(teacher, tmp_path, stock_here):
+    broken = replace(teacher.denoiser, net=teacher.student().net)
+    broken.net.unet.conv_out.bias.data[:] = torch.nan
+    with pytest.raises(RuntimeError, match="differs from our sampler by nan"):
+        deliver.export_pipelines(replace(of_one_step(teacher), denoiser=broken), tmp_path)
+    assert not (tmp_path / "pipeline").exists()
 
 
 def test_a_card_has_the_rows_of_this_very_model_and_the_settings_to_run_it(student):
