@@ -12,7 +12,7 @@ from teachers.students import untrained
 pytestmark = pytest.mark.slow
 
 IMAGES, LABELS = digits()
-FEW = {"samplers": ("ddim",), "steps": (1, 2), "baseline_steps": 2, "chunk": 60, "threads": 1}
+FEW = {"samplers": ("ddim",), "steps": (1, 2), "baseline_steps": 3, "chunk": 60, "threads": 1}
 QUICK = {"images_per_stage": 256, "images": 60, "chunk": 60, "sweep_steps": (1,), "threads": 1}
 
 
