@@ -312,3 +312,18 @@ def runs(folder: Path) -> dict[str, Path]:
     made["pipe"].mkdir()
     os.mkfifo(made["pipe"] / "report.json")
     return made
+
+
+def configurations(folder: Path) -> dict[str, Path]:
+    """Folders whose config.json is no configuration."""
+    made = {}
+    for name, text in {"null": "null", "list": "[]", "deep": DEEP, "torn": "{", "empty": "", "bytes": "\x00"}.items():
+        made[name] = folder / name
+        made[name].mkdir()
+        (made[name] / "config.json").write_text(text)
+    for name in ("pipe", "folder"):
+        made[name] = folder / name
+        made[name].mkdir()
+    os.mkfifo(made["pipe"] / "config.json")
+    (made["folder"] / "config.json").mkdir()
+    return made

@@ -107,6 +107,13 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_is_loaded(na
     each_refused(capsys, name, flag_of(field), taken)
 
 
+@pytest.mark.parametrize("name, field", PATHS_OF["folder"])
+def test_folders_with_a_configuration_that_is_none_are_refused(name, field, bad, capsys, monkeypatch):
+    monkeypatch.setattr("teachers.load", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("recipes.data.sets.load", lambda spec: pytest.fail("loaded"))
+    each_refused(capsys, name, flag_of(field), bad("configurations"))
+
+
 def test_an_output_that_can_be_made_leaves_nothing_before_the_run(capsys):
     os.makedirs("kept")
     for folder in ("a/b/c", "kept/d"):

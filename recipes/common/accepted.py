@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from distill.reading import regular
+from distill.reading import read_json, regular
 
 LIMITS: dict[str, Callable[[Any, Any], bool]] = {
     "at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt,
@@ -104,7 +104,8 @@ def _check_input(flag: str, path: Path) -> None:
 
 
 def _check_folder(flag: str, path: Path) -> None:
-    """Raise ValueError unless the folder is writable or can be made. It is made and removed; only the main process does so."""
+    """Raise ValueError unless the folder is writable or can be made, with a readable config.json if any. It is made and
+    removed, by the main process only."""
     if os.environ.get("RANK", "0") != "0":
         return
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
@@ -112,6 +113,8 @@ def _check_folder(flag: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+        if os.path.lexists(path / "config.json"):
+            read_json(path / "config.json")  # a run is compared with it later
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(f"{flag} {path}: {reason}; accepted is a place where files can be written") from None
