@@ -30,7 +30,8 @@ COLUMNS = {
 }
 NOTES = {
     "nfe": "network evaluations per image; guidance doubles them",
-    "fid_interval": "of the FID, from a jackknife over 20 groups of the generated images",
+    "fid_interval": "of the FID, from a jackknife over 20 groups of the generated images; in simulations it covered 92 to 95 % of the time, "
+    "and 86 % with heavy-tailed features",
     "fid_infinity": "FID extrapolated to infinitely many generated images; it has the width of the FID's interval, so that a small one may "
     "be below 0",
     "ratio": "FID divided by the FID of the teacher at its largest number of DDIM steps",

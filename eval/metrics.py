@@ -3,7 +3,13 @@
 The metrics are torch-fidelity's own functions, on float32 features in the order of their indices. The interval of FID is a
 delete-a-group jackknife over 20 groups. Each group is a sum of float64 moments, so that leaving one out is a subtraction. A
 bootstrap would be wrong: its duplicates add to the bias of FID. The sums alone suffice for FID, and their size does not grow
-with the number of images.
+with the number of images. At 2,048 features they take 671 MB, and the jackknife takes about 20 seconds of one core.
+
+The intervals are fid +- t error, with Student's t of 19 degrees of freedom. In simulations of 500 images with 8 features
+(tests/test_fid_interval.py) the interval of FID covered its mean in 0.95 of the runs for Gaussian features, 0.93 for Student's t with 5
+degrees of freedom, and 0.92 for log-normal ones; that of FID at infinite n covered the true distance in 0.95, 0.98 and 0.98. With more
+features and heavy tails the first can be too narrow: it covered 0.86 for Student's t, 2,000 images and 32 features. A few extreme images
+then decide the FID, and a sample without them cannot show it.
 """
 
 from __future__ import annotations
