@@ -121,7 +121,7 @@ def test_a_run_stopped_anywhere_continues_to_the_same_bits(tmp_path, stop):
     again, resumed = run(o, resumable=resumable, save_every_images=4 * 64)
     assert torch.equal(weights(whole), weights(again))
     assert torch.equal(weights(states[-1].ema), weights(resumed[-1].ema))
-    assert resumed[0].step == (stop - 1) // 4 * 4 + 1  # the checkpoint of step k is written before step k is handed out
+    assert resumed[0].step == (stop - 1) // 4 * 4 + 1  # the checkpoint of step k is written once step k + 1 is asked for
 
 
 def test_another_runs_checkpoint_is_not_taken(tmp_path):
