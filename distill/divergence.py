@@ -221,9 +221,8 @@ class Guard:
         taken = self.recorder.rollbacks
         if taken >= self.most:
             again = f" after {taken} rollback{'s' * (taken != 1)}" if taken else ""
-            raise Diverged(
-                f"training diverged{again} at {text}; try a lower --lr, more --warmup-images or --mixed-precision no"
-            )
+            precise = " or --mixed-precision no" if self.accelerator.mixed_precision != "no" else ""
+            raise Diverged(f"training diverged{again} at {text}; try a lower --lr, more --warmup-images{precise}")
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.step(self.optimizer)  # ends the scaler's own step

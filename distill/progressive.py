@@ -1,8 +1,9 @@
-"""Progressive distillation (Salimans & Ho 2202.00512, Alg. 2): one student step learns to do two teacher steps."""
+"""Progressive distillation (Salimans & Ho 2202.00512, Alg. 2): one student step learns to do two teacher steps, or more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,35 +17,42 @@ from distill.schedule import add_noise, expand, explain, move
 
 @dataclass(frozen=True)
 class Progressive:
-    """Return the loss of one stage, w(t) d(student(x_t, t), x0 of two teacher steps), [B].
+    """Return the loss of one stage, w(t) d(student(x_t, t), x0 of k teacher steps), [B].
 
-    ``times``: the teacher's grid, float64 [2N + 1] from noise to data. The student's grid is every other entry. ``weight`` and
-    ``distance``: w and d, in x0.
+    ``times``: the teacher's grid, float64 [k N + 1] from noise to data. The student's grid is every k-th entry. ``weight`` and
+    ``distance``: w and d, in x0. ``substeps``: k, 2 in the paper; more skip stages.
 
-    In the last student step s is the data. `move` and `explain` then return the teacher's own x0 at mid, so training and sampling
-    agree there without a special case.
+    In the last student step s is the data. `move` and `explain` then return the teacher's own x0 at the time before, so training and
+    sampling agree there without a special case.
     """
 
     teacher: DenoiserLike
     times: Tensor
     weight: Weight = truncated_snr
     distance: Distance = l2
+    substeps: int = 2
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         schedule = self.teacher.schedule
-        i = 2 * rng.integers((len(self.times) - 1) // 2)
+        i = self.substeps * rng.integers((len(self.times) - 1) // self.substeps)
         times = self.times.to(i.device)
-        t, mid, s = times[i], times[i + 1], times[i + 2]
+        path = [times[i + k] for k in range(self.substeps + 1)]
+        t = path[0]
         x_t = add_noise(schedule, x0, rng.normal(x0), t)
         with torch.no_grad():
-            target = two_steps_in_one(self.teacher, x_t, t, mid, s, **cond)
+            target = steps_in_one(self.teacher, x_t, path, **cond)
         distance = self.distance(student(x_t, t, **cond), target)
         return expand(self.weight(schedule, t), distance) * distance
 
 
+def steps_in_one(teacher: DenoiserLike, x_t: Tensor, path: list[Tensor], **cond: Any) -> Tensor:
+    """Return the x0 [B, ...] whose single `move` over the whole ``path`` of times ends where the teacher's moves along it end."""
+    schedule, x = teacher.schedule, x_t
+    for t, s in pairwise(path):
+        x = move(schedule, x, teacher(x, t, **cond), t, s)
+    return explain(schedule, x_t, x, path[0], path[-1])
+
+
 def two_steps_in_one(teacher: DenoiserLike, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, **cond: Any) -> Tensor:
     """Return the x0 [B, ...] whose single `move` from t to s ends where the teacher's two moves over mid end."""
-    schedule = teacher.schedule
-    x_mid = move(schedule, x_t, teacher(x_t, t, **cond), t, mid)
-    x_s = move(schedule, x_mid, teacher(x_mid, mid, **cond), mid, s)
-    return explain(schedule, x_t, x_s, t, s)
+    return steps_in_one(teacher, x_t, [t, mid, s], **cond)

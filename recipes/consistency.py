@@ -100,7 +100,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
     }
     title = f"{config.method} {'from scratch' if teacher is None else 'from ' + config.teacher}"
     trial = method_of(config, teacher, student, data, config.seed)
-    return Experiment.open(config, teacher, student, data, title=title, record=record, trial=trial)
+    return Experiment.open(config, teacher, student, data, title=title, record=record, trial=trial, averaged=True)
 
 
 def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teacher:

@@ -10,14 +10,20 @@ Writes runs/progressive-digits: stages/<steps>/student.safetensors, student.safe
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
 
 import teachers
 from distill.denoiser import DenoiserLike, on_schedule
 from distill.distance import DISTANCES, WEIGHTS
+from distill.files import write_json
 from distill.grid import uniform
 from distill.progressive import Progressive
 from distill.regression import Regression
+from distill.rng import seed_of
 from distill.sampling import Sampling
 from distill.target import Mix
 from distill.train import Optimization
@@ -39,6 +45,8 @@ PRESETS: dict[str, dict] = {
     "smoke": {"start_steps": 8, "images_per_stage": 1024, "images": 200, "sweep_steps": (1, 2)},  # about a minute, no quality
 }
 
+FIRST_TRY = "first-try"  # the file of a student that is trained again with twice the images
+
 
 @dataclass(frozen=True)
 class Config(flags.DistillationFlags):
@@ -57,7 +65,25 @@ class Config(flags.DistillationFlags):
     )
     weight: str = method_flag("truncated_snr", "weight of the x0 error", choices=WEIGHTS, short=False)
     distance: str = method_flag("l2", "distance of student and target", choices=DISTANCES, short=False)
+    skip: tuple[int, ...] = flag(
+        (), "step counts to leave out: the stage after one does four steps in one, or more", short=False, **STEPS
+    )
+    max_fid_ratio: float | None = flag(
+        None,
+        "most that a stage may multiply the FID by: above it, the stage is trained again with twice the images, and then the ladder ends",
+        short=False,
+        above=0,
+        at_most=1e6,
+    )
+    rerun: int | None = flag(
+        None,
+        "train the finished stage to so many steps and all after it again, with other random numbers",
+        short=False,
+        **STEPS,
+    )
     guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none", **GUIDANCE)
+
+    MAY_CHANGE: ClassVar = (*flags.DistillationFlags.MAY_CHANGE, "rerun")
 
 
 @interruptible()
@@ -72,16 +98,71 @@ def distil(config: Config, e: Experiment) -> None:
     """Salimans & Ho 2202.00512, Alg. 2."""
     assert e.teacher is not None
     steps, student, target = ladder(config), e.student, e.teacher.guided(config.guidance)
+    pairs = list(pairwise([config.start_steps, *steps]))
     with e:
         e.add_baselines(config.start_steps, config.guidance)
-        first = stage_loss(config, on_schedule(target, student.denoiser.schedule), steps[0])
-        e.plan(first, [budget(config, n) for n in steps], evaluations=sum(steps))
+        first = stage_loss(config, on_schedule(target, student.denoiser.schedule), *pairs[0])
+        more = sum(budget(config, n).trained_images * (m // n - pairs[0][0] // pairs[0][1]) for m, n in pairs)
+        e.plan(first, [budget(config, n) for n in steps], evaluations=sum(steps), more=more)
+        restart(config, e, steps)
         if needs_warm_start(config, student):
             student = e.stage("v", as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
             target = student.denoiser
-        for n in steps:  # N <- N / 2
-            student = e.stage(str(n), student, stage_loss(config, target, n), budget(config, n), Sampling(steps=(n,)))
+        for before, n in pairs:  # N <- N / 2
+            student, go_on = climb(config, e, student, stage_loss(config, target, before, n), n)
             target = student.denoiser  # the student is the next teacher
+            if not go_on:
+                break
+
+
+def climb(config: Config, e: Experiment, student: Teacher, loss: Progressive, n: int) -> tuple[Teacher, bool]:
+    """Train the stage to n steps. Return its student, and whether the ladder goes on.
+
+    With --max-fid-ratio the FID of the student is compared with that of the stage before, or of the teacher, at its own step count. A
+    stage that costs more is trained again with twice the images. If it still does, it is kept, and the ladder ends.
+    """
+    planned, before, limit = budget(config, n), e.cells[-1], config.max_fid_ratio
+    twice, sampling = replace(planned, images=2 * planned.images), Sampling(steps=(n,))
+    tried = e.file(str(n), FIRST_TRY).exists()
+    trained = e.stage(str(n), student, loss, twice if tried else planned, sampling)
+    if limit is None:
+        return trained, True
+    ratio = e.fid_ratio(e.cells[-1], before)
+    if ratio > limit and not tried:
+        e.run.say(f"stage {n}: {ratio:.3g} times the FID before, allowed are {limit:g}: once more with {twice.images:,} images")
+        e.set_aside(str(n), FIRST_TRY)
+        trained = e.stage(str(n), student, loss, twice, sampling)
+        ratio = e.fid_ratio(e.cells[-1], before)
+    if not ratio <= limit:
+        e.run.say(
+            f"stage {n}: {ratio:.3g} times the FID before with twice the images, allowed are {limit:g}: the ladder ends here"
+        )
+    return trained, ratio <= limit
+
+
+def restart(config: Config, e: Experiment, steps: list[int]) -> None:
+    """Set aside what --rerun names, unless a killed run has done so, and give stages that are trained again other random numbers.
+
+    stages/reruns.json holds the stages of all reruns; the old students stay beside the new ones.
+    """
+    record = e.run.folder / "stages" / "reruns.json"
+
+    def begin() -> list[int]:
+        reruns = json.loads(record.read_text()) if record.exists() else []
+        again = [n for n in steps if config.rerun is not None and n <= config.rerun]
+        unfinished = any(not e.file(str(n)).exists() for n in again)
+        if again and not (unfinished and reruns[-1:] == [config.rerun]):
+            reruns.append(config.rerun)
+            write_json(record, reruns)
+            for path in (e.file(str(n), kind) for n in again for kind in ("student", FIRST_TRY)):
+                if path.exists():
+                    path.replace(path.with_stem(f"{path.stem}-before-rerun-{len(reruns)}"))
+        return reruns
+
+    reruns = e.run.from_main(begin)
+    for n in steps:
+        if count := sum(stage >= n for stage in reruns):
+            e.seeds[str(n)] = seed_of(config.seed, "rerun", count)
 
 
 def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
@@ -97,11 +178,15 @@ def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
     teacher.guided(config.guidance)  # raises where the teacher has no null label
     record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
     title = f"Progressive distillation of {config.teacher}: {names} steps"
-    return Experiment.open(config, teacher, student, data, title=title, record=record)
+    stages = len(ladder(config)) + needs_warm_start(config, student)
+    return Experiment.open(config, teacher, student, data, title=title, record=record, stages=stages)
 
 
 def ladder(config: Config) -> list[int]:
-    """Return the students' step counts. Raises ValueError where end_steps is not start_steps divided by a power of two."""
+    """Return the students' step counts. Raises ValueError where end_steps is not start_steps divided by a power of two.
+
+    It also does where --skip, --rerun or --max-fid-ratio do not fit the ladder.
+    """
     start, end = config.start_steps, config.end_steps
     steps = [start]
     while steps[-1] > max(1, end) and steps[-1] % 2 == 0:
@@ -111,12 +196,20 @@ def ladder(config: Config) -> list[int]:
         raise ValueError(
             f"--end-steps {end} is not --start-steps {start} halved some times: accepted are {accepted or 'none: start is odd'}"
         )
-    return steps[1:]
+    if wrong := [n for n in config.skip if n not in steps[1:-1]]:
+        raise ValueError(f"--skip {wrong[0]}: accepted are the stages before the last one, {steps[1:-1] or 'none here'}")
+    left = [n for n in steps[1:] if n not in config.skip]
+    if config.rerun is not None and config.rerun not in left:
+        raise ValueError(f"--rerun {config.rerun}: accepted are the stages of this ladder, {left}")
+    if config.max_fid_ratio is not None and not 0 < config.max_fid_ratio < math.inf:
+        raise ValueError(f"--max-fid-ratio {config.max_fid_ratio:g}: accepted are numbers above 0, such as 1.5")
+    return left
 
 
-def stage_loss(config: Config, target: DenoiserLike, steps: int) -> Progressive:
-    """Return the loss of the stage to so many steps."""
-    return Progressive(target, uniform(target.schedule, 2 * steps), WEIGHTS[config.weight], DISTANCES[config.distance])
+def stage_loss(config: Config, target: DenoiserLike, before: int, steps: int) -> Progressive:
+    """Return the loss of the stage from so many steps to so many."""
+    times = uniform(target.schedule, before)
+    return Progressive(target, times, WEIGHTS[config.weight], DISTANCES[config.distance], before // steps)
 
 
 def budget(config: Config, steps: int) -> Optimization:

@@ -31,8 +31,9 @@ from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, TRAINED
 from recipes.common.checks import check_denoiser, check_finite_data, check_match, codec_of
 from recipes.common.cli import duration, flag, method_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
+from recipes.common.plan import measure_step_time
 from recipes.common.run import Run, finished_file, processes, settings_of
-from recipes.common.training import divergence_errors, measure_step_time
+from recipes.common.training import divergence_errors
 from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher

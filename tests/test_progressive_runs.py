@@ -25,6 +25,7 @@ WRITTEN = set(
 )
 COLUMNS = set(words("fid fid_interval fid_infinity kid isc precision recall nfe seconds_per_image agreement"))
 MACHINE = set(words("seconds_per_image wall_seconds peak_memory_gb break_even_images training_seconds"))  # not of the images
+MACHINE |= set(words("seconds_interval seconds_rounds timing break_even_interval"))
 SMALL = words(
     "--threads 1 --preset smoke --start-steps 4 --images-per-stage 256 --batch-size 64 --images 80 --chunk 80 --sweep-steps 1"
 )

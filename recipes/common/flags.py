@@ -92,5 +92,7 @@ class DistillationFlags(RunFlags, TrainingFlags, SweepFlags):
         path="file",
     )
 
-    MAY_CHANGE: ClassVar = ("force", "rollbacks", "replay")
+    dry_run: bool = machine_flag(False, "print the plan with time, memory and disk from a measured step, and write nothing")
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("force", "rollbacks", "replay", "dry_run")
     TOPICS: ClassVar = TOPICS

@@ -116,10 +116,14 @@ class Measurement:
         )
         return cls(extractor, real, protocol)
 
+    def rows(self, run: Run, cells: list[Cell]) -> list[dict]:
+        """Measure the cells that are not finished. Every process returns the rows of all."""
+        return sweep(cells, self.protocol, self.extractor, self.reference, run.accelerator, run.folder / "cells")
+
     def report(self, run: Run, title: str, cells: list[Cell], facts: dict[str, Any]) -> dict:
         """Measure the cells that are not finished and write the report. Every process returns it."""
         finished = run.folder / "cells"
-        rows = sweep(cells, self.protocol, self.extractor, self.reference, run.accelerator, finished)
+        rows = self.rows(run, cells)
         facts = facts | {
             "command": shlex.join(["python", *sys.argv]),
             "processes": run.accelerator.num_processes,

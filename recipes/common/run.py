@@ -66,6 +66,7 @@ class Run:
         folder, log_with = Path(config.output_dir), getattr(config, "log_with", None)
         if getattr(config, "mixed_precision", "no") == "fp16" and not torch.cuda.is_available():
             raise ValueError("--mixed-precision fp16 needs a GPU: accepted on a CPU are no and bf16")
+        log_with = None if getattr(config, "dry_run", False) else log_with
         _share_cores(config.threads)
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -184,7 +185,7 @@ def _claim(folder: Path, config: Any) -> None:
     lock(folder)
     _compare(folder, config)  # another run may have claimed it in the meantime
     files.clear_aside(folder)
-    if getattr(config, "replay", None) is None:
+    if not (getattr(config, "replay", None) or getattr(config, "dry_run", False)):
         files.write_json(folder / "config.json", dataclasses.asdict(config))
 
 

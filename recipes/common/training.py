@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 import torch
 
 import teachers
-from distill.denoiser import Denoiser
 from distill.divergence import Diverged
 from distill.files import write_json
 from distill.replay import SavedStep
@@ -23,13 +24,16 @@ from distill.samplers import BASELINES
 from distill.sampling import Sampling
 from distill.train import BatchSplit, Method, Optimization, train
 from eval.features import Extractor
-from eval.machine import clock, peak_memory_gb
+from eval.machine import peak_memory_gb
+from eval.metrics import Reference
+from eval.reference import Identity
 from eval.sweep import Cell
 from recipes.common.checks import check_denoiser, check_steps
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.flags import DistillationFlags
 from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, baselines, cost_in_calls, measured_against, student_cells, training_seconds
+from recipes.common.plan import check_disk, disk_bytes, gigabytes, measure_step_time, size_of
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -58,11 +62,14 @@ class Experiment:
     title: str
     record: dict  # provenance, in the file of every student
     run: Run
-    measurement: Measurement
+    extractor: Extractor
+    real: Data | tuple[Reference, Identity]  # what is measured against
+    disk: int  # bytes that the run needs, about
     cells: list[Cell] = field(default_factory=list)
     students: dict[int, Stored] = field(default_factory=dict)  # by step count
     seconds: float = 0.0  # of training so far
     replay: SavedStep | None = None  # of --replay
+    seeds: dict[str, int] = field(default_factory=dict)  # of stages that are trained again
     verdict: str = ""
 
     @classmethod
@@ -76,11 +83,14 @@ class Experiment:
         title: str,
         record: dict,
         trial: Method | None = None,
+        stages: int = 1,
+        averaged: bool = False,
     ) -> Experiment:
         """Check everything that can be checked, then claim the output directory.
 
-        ``student``: the model that training starts from. ``trial``: a method to try on two samples. Raises ValueError, before anything is
-        written, where parts do not fit or the probe finds that the teacher is not a denoiser.
+        ``student``: the model that training starts from. ``trial``: a method to try on two samples. ``stages``: how many students are
+        trained; ``averaged``: with an average of the weights. Raises ValueError, before anything is written, where parts do not fit, the
+        probe finds that the teacher is not a denoiser, or the disk is too full.
         """
         require_network(student)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
@@ -92,16 +102,25 @@ class Experiment:
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
         if trial is not None:
             try_method(trial, student, data)
+        cells = stages + len(BASELINES) * len(config.sweep_steps)
+        disk = disk_bytes(student, data, extractor, stages=stages, cells=cells, images=config.images, averaged=averaged)
+        check_disk(Path(config.output_dir), disk)
         run = Run.open(config)
         if warning:
             run.say(f"warning: {warning}")
         for model in (student, teacher):
             if model is not None:
                 model.to(run.device)
-        measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
-        return cls(
-            config, teacher, student, data, title, record | {"config": settings_of(config)}, run, measurement, replay=replay
-        )
+        record |= {"config": settings_of(config)}
+        e = cls(config, teacher, student, data, title, record, run, extractor, real, disk, replay=replay)
+        if not config.dry_run:
+            e.measurement  # noqa: B018 (the features of the data, before anything is trained)
+        return e
+
+    @cached_property
+    def measurement(self) -> Measurement:
+        c = self.config
+        return Measurement.of(self.extractor, self.real, self.run, images=c.images, chunk=c.chunk, seed=c.seed)
 
     def add_baselines(self, steps: int, guidance: float = 1.0) -> None:
         """Add the cells of the teacher: all training-free samplers, and DDIM at ``steps``, which ratios are taken against."""
@@ -109,16 +128,19 @@ class Experiment:
         self.cells += baselines(self.teacher, "teacher", self.config.sweep_steps, BASELINES, guidance)
         self.cells += baselines(self.teacher, "teacher", (steps,), ("ddim",), guidance)
 
-    def plan(self, method: Method, budgets: list[Optimization], evaluations: int) -> None:
-        """Say what will be done, how long it should take and how much memory, measured on a few training steps.
+    def plan(self, method: Method, budgets: list[Optimization], evaluations: int, more: int = 0) -> None:
+        """Say what will be done, and the time, memory and disk it should take, measured on a few training steps.
 
-        ``evaluations``: network evaluations per image of the students' cells, together.
+        ``evaluations``: network evaluations per image of the students' cells, together. ``more``: those of the stages' teachers that
+        ``method``, of the first stage, does not have. With --dry-run the program ends here.
         """
         student, world = self.student, self.run.accelerator.num_processes
         images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
         batches = self.data.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
         training, call = measure_step_time(method, student.student(), *next(iter(batches(0))))
-        weights = sum(p.numel() for p in student.parametric.net.parameters())
+        net, peak = student.parametric.net, peak_memory_gb(self.run.device)
+        weights, copies = sum(p.numel() for p in net.parameters()), (len(budgets) > 1) + bool(budgets[0].ema_halflife_images)
+        memory = 1.2 * (peak + copies * size_of(net.state_dict().values()) / 1e9)  # the average, and the stage's own teacher
         sweep = 1.15 * (cost_in_calls(self.cells) + evaluations) * self.config.images * call / world
         for line in (
             self.title,
@@ -126,12 +148,15 @@ class Experiment:
             f"  data      {self.data.name}: {len(self.data.images):,} images of {'x'.join(map(str, self.data.shape))}",
             f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
             f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
-            f" about {duration(images * training / world)}",
+            f" about {duration((images * training + more * call) / world)}",
             f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
-            f"  memory    about {1.2 * peak_memory_gb(self.run.device):.1f} GB in each of {plural(world, 'process')}",
+            f"  memory    about {memory:.1f} GB in each of {plural(world, 'process')}",
+            f"  disk      about {gigabytes(self.disk)}",
             f"  output    {self.run.folder}\n",
         ):
             self.run.say(line)
+        if self.config.dry_run:
+            raise SystemExit(0)
 
     def stage(
         self,
@@ -147,7 +172,7 @@ class Experiment:
         ``sampling``: how the student is sampled and measured; None for a stage that only prepares the next one. ``label``: its name in
         the report.
         """
-        file = self.run.folder / "stages" / name / "student.safetensors"
+        file = self.file(name)
         if self.replay is not None and self.replay.step.phase == name:
             self._replay(method, model)
         if not file.exists():
@@ -160,11 +185,28 @@ class Experiment:
             Resumable(file.parent).clear()  # here, because a run can be killed between the student's file and this
         self.seconds = training_seconds(file) or self.seconds
         if sampling is not None:
+            label = label or f"student@{name}"
             stored = Stored(file, self.student, student.fingerprint, student.denoiser.schedule)
             self.students |= dict.fromkeys(sampling.steps, stored)
-            cells = student_cells(student, label or f"student@{name}", training_seconds=self.seconds)
+            cells = student_cells(student, label, training_seconds=self.seconds)
+            self.cells = [cell for cell in self.cells if cell.label != label]  # of an earlier try
             self.cells += [replace(cell, model=stored) for cell in cells]
         return student
+
+    def file(self, name: str, kind: str = "student") -> Path:
+        """Return the path of a stage's student, or of one that was set aside as ``kind``."""
+        return self.run.folder / "stages" / name / f"{kind}.safetensors"
+
+    def set_aside(self, name: str, kind: str) -> None:
+        """Keep a stage's finished student as ``kind``, so that the stage is trained again."""
+        if self.run.main and self.file(name).exists():
+            self.file(name).replace(self.file(name, kind))
+        self.run.accelerator.wait_for_everyone()
+
+    def fid_ratio(self, cell: Cell, before: Cell) -> float:
+        """Return the FID of a cell by that of another one; infinity where the images are not finite. Both stay measured."""
+        first, second = self.measurement.rows(self.run, [before, cell])
+        return second.get("fid", math.inf) / first.get("fid", math.nan)
 
     def _refuse_replay(self) -> None:
         if self.replay is not None:
@@ -182,10 +224,11 @@ class Experiment:
 
     def _train(self, name: str, model: Teacher, method: Method, budget: Optimization, made: Teacher) -> None:
         run, folder = self.run, self.run.folder / "stages" / name
-        batches = self.data.batches(self._split(budget), self.config.seed, name, run.device, model.condition)
+        seed = self.seeds.get(name, self.config.seed)
+        batches = self.data.batches(self._split(budget), seed, name, run.device, model.condition)
         trained = model.student()
         states = train(
-            method, trained, batches, run.accelerator, budget, seed=self.config.seed, phase=name,
+            method, trained, batches, run.accelerator, budget, seed=seed, phase=name,
             resumable=Resumable(folder, run.say), save_every_images=max(1, budget.images // 8),
             rollbacks=self.config.rollbacks, stop=stop_requested,
         )  # fmt: skip
@@ -255,29 +298,3 @@ def try_method(method: Method, model: Teacher, data: Data) -> None:
     batches = data.batches(BatchSplit(2), 0, "trial", torch.device("cpu"), model.condition)
     x0, cond = next(iter(batches(0)))
     method(model.student(), x0, rng=Rng.seeded(0, x0.device, 2), progress=0.5, **cond)
-
-
-def measure_step_time(
-    method: Method, student: Denoiser, x0: torch.Tensor, cond: dict[str, torch.Tensor]
-) -> tuple[float, float]:
-    """Return the seconds per image of a training step and of a network call, measured on a copy of the student."""
-    student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
-    rng = Rng.seeded(0, x0.device, len(x0))
-
-    def training() -> None:
-        method(student, x0, rng=rng, progress=0.0, **cond).mean().backward()
-
-    def calling() -> None:
-        with torch.inference_mode():
-            student(x0, torch.tensor(student.schedule.t_max), **cond)
-
-    seconds = []
-    for work in (training, calling):
-        work()
-        times = []
-        for _ in range(3):
-            began = clock(x0.device)
-            work()
-            times.append(clock(x0.device) - began)
-        seconds.append(sorted(times)[1] / len(x0))
-    return seconds[0], seconds[1]
