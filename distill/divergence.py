@@ -225,8 +225,7 @@ class Guard:
             raise Diverged(f"training diverged{again} at {text}; try a lower --lr, more --warmup-images{precise}")
         scaler = self.accelerator.scaler
         if scaler is not None:
-            scaler.step(self.optimizer)  # ends the scaler's own step
-            scaler.update()
+            scaler.update()  # ends the scaler's own step
             scaler.load_state_dict(self.scaling)
         self.accelerator.wait_for_everyone()
         step, tensors = (self.resumable and self.resumable.latest(self.identity)) or (0, self.initial)

@@ -300,11 +300,15 @@ def test_a_gradient_scaler_skips_overflows_and_a_loss_that_is_not_finite_rolls_b
     stream, o = poisoned(BatchSplit(64), 43, 5), Optimization(images=100 * 64, batch_size=64, lr=0.01)
     options = {"resumable": Resumable(tmp_path), "save_every_images": 20 * 64}
     model = student()
-    states = list(train(Huge(torch.nan), model, stream, accelerator, o, seed=0, phase="p", **options))
-    (text,) = [state.rollback for state in states if state.rollback]
+    states, scales = [], []
+    for state in train(Huge(torch.nan), model, stream, accelerator, o, seed=0, phase="p", **options):
+        states.append(state)
+        scales.append(accelerator.scaler.get_scale())
+    (back,) = [i for i, state in enumerate(states) if state.rollback]
+    text = states[back].rollback
     assert text.startswith("step 43 of phase p: the loss of sample 5") and "rollback 1 of at most 2" in text
     assert not states[0].grad_norm.isfinite() and states[-1].grad_norm.isfinite() and weights(model).isfinite().all()
-    assert 1 < accelerator.scaler.get_scale() < 2.0**98
+    assert scales[back] == 2.0**99 > scales[back - 1] > 1 and scales[-1] < 2.0**98  # it began anew, and fell again
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts synchronisations of a GPU")
