@@ -11,7 +11,6 @@ and without gradient. One ordinary forward pass through DDP follows, so that gra
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -78,14 +77,26 @@ def unwrapped(student: DenoiserLike) -> DenoiserLike:
     """Return the student without DDP and without autocast, for derivatives along the path; other denoisers unchanged.
 
     Forward-mode differentiation passes neither. Tangents are in float32, as in 2410.11081: a difference of bf16 outputs is rounding
-    error. The weights are shared.
+    error.
     """
     if not isinstance(student, Denoiser):
         return student
-    net = copy.copy(getattr(student.net, "module", student.net))
-    if "_original_forward" in vars(net):  # accelerate puts autocast around the forward of the instance
-        net.forward = net._original_forward
-    return dataclasses.replace(student, net=net)
+    return dataclasses.replace(student, net=_without_autocast(getattr(student.net, "module", student.net)))
+
+
+def _without_autocast(net: nn.Module) -> Any:
+    """Return the network without the autocast that accelerate puts around the forward of an instance; hooks and shards stay."""
+    if "_original_forward" not in vars(net):
+        return net
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        prepared, net.forward = net.forward, net._original_forward  # type: ignore[assignment]
+        try:
+            return net(*args, **kwargs)
+        finally:
+            net.forward = prepared
+
+    return call
 
 
 @contextmanager
