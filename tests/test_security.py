@@ -155,7 +155,7 @@ def test_a_factory_that_the_user_names_is_trusted_for_its_students(marker):
 
 @pytest.mark.slow
 def test_a_continued_run_refuses_a_planted_stage(marker, capsys):
-    sizes = "--threads 1 --preset smoke --start-steps 4 --images-per-stage 128 --images 32 --chunk 32 --sweep-steps 1 --output-dir out"
+    sizes = "--threads 1 --preset smoke --start-steps 4 --images-per-stage 128 --images 40 --chunk 40 --sweep-steps 1 --output-dir out"
     progressive.main(sizes.split())
     planted_model(Path("out/stages/2/student.safetensors"))
     assert "--trust planted" in refused(capsys, progressive.main, sizes)
@@ -351,7 +351,7 @@ progressive.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_the_main_job_opens_no_connection(tmp_path):
-    sizes = "--threads 1 --preset smoke --start-steps 2 --images-per-stage 128 --images 32 --chunk 32 --sweep-steps 1"
+    sizes = "--threads 1 --preset smoke --start-steps 2 --images-per-stage 128 --images 40 --chunk 40 --sweep-steps 1"
     command = [sys.executable, "-c", NO_SOCKETS, *sizes.split(), "--output-dir", str(tmp_path / "out")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"})
     assert (tmp_path / "out" / "report.html").is_file()
