@@ -6,13 +6,9 @@ enlarged.
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
-import struct
 import sys
-import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,10 +18,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from distill.reading import regular
 from eval.progress import progress
+from recipes.data.image_file import GREY, header_of, pixels_of
+from recipes.data.image_file import ImageFormat as ImageFormat
+from recipes.data.image_file import Record as Record
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_UNREADABLE = 0.01  # part of a set's images
@@ -36,27 +33,7 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 BLOCK = 4096  # encoded images in memory at a time
 MAX_CLASSES = 1_000_000
 MAX_SIDE = 1024  # of images whose size the user does not name
-MAX_PIXELS = 2**26  # of an image that is opened
-# what Pillow raises for damaged, foreign and hostile images
-UNREADABLE = (
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, LookupError,
-    AssertionError, OverflowError, RuntimeError, MemoryError, zlib.error,
-)  # fmt: skip
 PEEKED = 200  # images whose headers decide the format of the set, in order and at random each
-GREY = {"1", "L", "LA"}
-
-
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is lower
-
-
-@dataclass(frozen=True)
-class Record:
-    """Hold one encoded image: a path or its bytes. ``where``: the image's name in messages."""
-
-    where: str
-    image: Path | bytes
-    label: int | None = None
-    caption: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,23 +48,6 @@ class Source:
     records: Callable[[int | None, int, int], Iterator[Record]]
     count: int | None = None
     classes: int | None = None
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """Hold the format of decoded images: side length, and mode "L" or "RGB"."""
-
-    size: int
-    mode: str
-
-
-@dataclass(frozen=True)
-class Header:
-    """Hold what an image's header says: the shorter side, Pillow's mode, and whether pixels may be transparent."""
-
-    size: int
-    mode: str
-    transparent: bool
 
 
 @dataclass(frozen=True)
@@ -137,7 +97,7 @@ def format_of(source: Source, size: int | None) -> ImageFormat:
     if not some:
         raise ValueError(f"{source.name}: holds no images; accepted are {', '.join(sorted(SUFFIXES))}")
     some += islice(source.records(0, 0, 1), PEEKED) if len(some) == PEEKED else ()
-    seen = [header for record in some if (header := _header(record)) is not None]
+    seen = [header for record in some if (header := header_of(record)) is not None]
     if not seen:
         raise ValueError(f"{source.name}: none of the first {len(some)} images can be read")
     side = seen[0].size
@@ -232,68 +192,7 @@ def workers(images: int) -> Iterator[Executor]:
 
 def decode(pool: Executor, records: list[Record], form: ImageFormat) -> list[np.ndarray | None]:
     """Return each image as uint8 [C, S, S], or None if it is unreadable. Raises ValueError if one is smaller than the format."""
-    return list(pool.map(partial(_decode, form=form), records, chunksize=32))
-
-
-def _opened(record: Record) -> Image.Image:
-    image = Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else regular(record.image))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"more than {MAX_PIXELS:,} pixels")
-    return image
-
-
-def _header(record: Record) -> Header | None:
-    """Return the header of an image without decoding it, or None if it cannot be read."""
-    try:
-        with _opened(record) as image:
-            return Header(min(image.size), image.mode, image.has_transparency_data)
-    except UNREADABLE:
-        return None
-
-
-def _open(record: Record) -> Image.Image | None:
-    """Return an image, or None if it cannot be read. Raises ValueError for more than 8 bits per channel."""
-    try:
-        image = _opened(record)
-        image.load()
-    except UNREADABLE:
-        return None
-    if image.mode[0] in "IF":
-        raise ValueError(f"{record.where}: pixels of mode {image.mode}; accepted are 8 bits per channel")
-    return image
-
-
-def _decode(record: Record, form: ImageFormat) -> np.ndarray | None:
-    image, size = _open(record), form.size
-    if image is None:
-        return None
-    side = min(image.size)
-    if side < size:
-        raise ValueError(
-            f"{record.where}: {image.width}x{image.height} is smaller than {size}x{size}; "
-            "accepted are larger images, or a smaller size=..."
-        )
-    if form.mode == "L" and image.mode not in GREY:
-        raise ValueError(
-            f"{record.where}: a colour image in a set whose first images are grey; accepted are images of one kind"
-        )
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    try:
-        square = _flat(image.crop((left, top, left + side, top + side)), form.mode)
-    except UNREADABLE:
-        return None
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(square)
-    return pixels[None] if form.mode == "L" else pixels.transpose(2, 0, 1).copy()
-
-
-def _flat(image: Image.Image, mode: str) -> Image.Image:
-    """Return the image in a mode of the format, on white where it is transparent."""
-    if not image.has_transparency_data:
-        return image.convert(mode)
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode)
+    return list(pool.map(partial(pixels_of, form=form), records, chunksize=32))
 
 
 def check_label(where: Path | str, label: int, classes: int | None = None) -> None:

@@ -12,7 +12,7 @@ from recipes.data.latent_shards import is_latents
 
 FORMS = {
     "digits": "the 1,797 handwritten digits of scikit-learn, 8x8",
-    "FOLDER": "a folder of images; if all of them are in sub-folders, each sub-folder is a class",
+    "FOLDER": "a folder of images; if all of them are in sub-folders, each sub-folder is a class; transparent images are put on white",
     "FILE.npz": "images uint8 [N, H, W, C]; optionally labels [N] and captions [N]",
     "LATENTS": "a folder of latents that recipes/latents.py wrote",
     "hf:NAME": "a set of the Hugging Face hub (needs the package datasets)",
