@@ -119,3 +119,20 @@ def test_an_output_that_can_be_made_leaves_nothing_before_the_run(capsys):
     for folder in ("a/b/c", "kept/d"):
         refused(capsys, "progressive", "--output-dir", folder, "--teacher", "nowhere/at.safetensors")
     assert os.listdir(".") == ["kept"] and not os.listdir("kept")
+
+
+def test_a_pipeline_that_lacks_a_weight_is_refused_where_diffusers_draws_it_at_random(tmp_path, capsys):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from safetensors.torch import load_file, save_file
+
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained("whole")
+    path = "whole/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["conv_out.bias"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    line = refused(capsys, "sample", "--model", "whole", "--steps", 1)
+    assert "do not fit a UNet2DModel (1 missing, such as conv_out.bias)" in line
