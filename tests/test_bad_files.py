@@ -9,6 +9,7 @@ import pytest
 from test_bad_flags import FIELDS, HINTS, refused, required
 
 from recipes.common.accepted import PATHS, flag_of, number_kind
+from recipes.data import sets
 
 SPECS = {"model": "models", "teacher": "models", "student": "models", "data": "data", "runs": "runs"}
 FREE = {"features", "sampler", "samplers", "target_mix", "regularize", "license", "push_to_hub"}  # texts that name no file
@@ -136,3 +137,22 @@ def test_a_pipeline_that_lacks_a_weight_is_refused_where_diffusers_draws_it_at_r
     save_file(tensors, path, metadata={"format": "pt"})
     line = refused(capsys, "sample", "--model", "whole", "--steps", 1)
     assert "do not fit a UNet2DModel (1 missing, such as conv_out.bias)" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, name, message",
+    [
+        ("npz", "a header that lies", r"says uint8 \(1000000000000, 8, 8, 1\) and has 256 bytes"),
+        ("npz", "labels of objects", "holds Python objects, which are not unpickled"),
+        ("bombs", "npz labels", "labels.npy would grow from"),
+        ("bombs", "bomb.tar.gz", "unpacks to more than 100 times"),
+        ("bombs", "large.tar", "a file, of 1,000,000,000,000 bytes; accepted are whole files up to"),
+        ("bombs", "sparse.tar", "sparse, of 8,589,934,591 bytes"),
+        ("bombs", "names of braces", r"names 1e\+11 files; accepted are up to 100,000"),
+        ("bombs", "large images", "images of side 4000; accepted are sides up to 1024"),
+    ],
+)
+def test_a_bomb_is_found_by_what_it_says_and_not_by_what_it_does(bad, kind, name, message):
+    with pytest.raises(ValueError, match=message):
+        sets.load(str(bad(kind)[name]))
