@@ -209,11 +209,13 @@ def disturbed(runner: Runner, number: int, recipe: str, world: int, draw: random
         runner.run(recipe, whole, world)
     out, where = runner.folder / f"disturbed-{number}" / recipe, []
     try:
-        for moment in moments(json.loads(Path(f"{whole}.counts").read_text()), world, draw):
+        for moment in [*moments(json.loads(Path(f"{whole}.counts").read_text()), world, draw), None]:
+            if recipe == "latents" and out.exists():
+                break  # it is finished, and started again it would say so and refuse
             if runner.run(recipe, out, world, moment):
+                assert moment is not None
                 of = "" if world == 1 else f" (process {' and '.join(map(str, moment.victims))})"
                 where.append(f"{moment.phase} {moment.number}{of}")
-        runner.run(recipe, out, world)
     except RuntimeError as error:
         return ", ".join(where), str(error)
     ours, theirs = contents(out), contents(whole)

@@ -17,6 +17,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from distill.resume import Stopped
 from recipes.common.cli import fail
+from recipes.common.run import unlock_all
 
 AGAIN = "run the same command again to go on"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -59,6 +60,7 @@ def interruptible() -> Iterator[None]:
             raise
         _leave(f"stopped, because another process of this run has ended: {AGAIN}", 1, everywhere=True)
     finally:
+        unlock_all()
         _received.clear()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

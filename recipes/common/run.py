@@ -244,7 +244,8 @@ def unlock(folder: Path) -> None:
 
 
 @atexit.register
-def _unlock_all() -> None:
+def unlock_all() -> None:
+    """Release all locks of this process."""
     for folder in list(_locks):
         unlock(folder)
 
