@@ -19,4 +19,5 @@ def send(values: Tensor, device: torch.device | str) -> Tensor:
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(values)
-    return (values if wrapped else values.pin_memory()).to(device, non_blocking=True)
+    pinned = values if wrapped else values.contiguous().pin_memory()  # pinning fails on rows that share memory
+    return pinned.to(device, non_blocking=True)

@@ -25,6 +25,7 @@ SPIKE = 1000.0
 WINDOW = 64  # steps whose gradient norms are kept
 EVERY = 16  # steps between two medians
 NONE = torch.iinfo(torch.int64).max
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Diverged(FloatingPointError):
@@ -42,17 +43,21 @@ class Recorder:
 
     clip_norm: float
     scaled: bool
-    norms: Tensor
+    norms: Tensor  # of the last steps, NaN for none
     median: Tensor
-    first: Tensor
-    norm: Tensor
+    limit: Tensor  # norms above it are spikes
+    frozen: Tensor  # 1 after a bad step, else 0
+    lost: Tensor  # steps since the first bad one, with it
+    factor: Tensor  # 1, and NaN when training is frozen
+    last: int = -1  # step that was seen last
     rollbacks: int = 0
     skipped: int = 0
 
     @classmethod
     def on(cls, device: torch.device, clip_norm: float, scaled: bool) -> Recorder:
-        nan = torch.full((WINDOW + 2,), torch.nan, device=device)
-        return cls(clip_norm, scaled, nan[2:], nan[0], torch.tensor(NONE, device=device), nan[1])
+        norms = torch.full((WINDOW,), torch.nan, device=device)
+        median, limit, frozen, lost, factor = (torch.tensor(x, device=device) for x in (torch.nan, LARGEST, 0.0, 0.0, 1.0))
+        return cls(clip_norm, scaled, norms, median, limit, frozen, lost, factor)
 
     def stream(self, seed: int) -> int:
         """Return the seed of the random stream: ``seed``, and another one after every rollback."""
@@ -61,24 +66,30 @@ class Recorder:
     def guarded(self, loss: Tensor) -> Tensor:
         """Return the loss; NaN where it is not finite and after a bad step, so that no process takes the step. Finite losses keep
         their bits."""
-        return loss * torch.where(loss.isfinite() & (self.first == NONE), 1.0, torch.nan)
+        return loss * torch.add(self.factor, loss.detach(), alpha=0)  # 0 times infinity is NaN
 
     def see(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Judge a step by its loss [] and gradient norm []. Return 1.0 if training is frozen, else 0.0, as a tensor."""
-        spike = norm.isfinite() & (norm > (SPIKE * self.median).clamp(min=self.clip_norm))
-        bad = ~(loss if self.scaled else loss + norm).isfinite() | spike
-        new = bad & (self.first == NONE)
-        self.norm = torch.where(new, norm, self.norm)
-        self.first = torch.where(new, step, self.first)
-        self.norms[step % WINDOW] = torch.where(bad | ~norm.isfinite(), torch.nan, norm)
+        judged = torch.where(norm.isfinite(), norm, 0) if self.scaled else norm
+        good = torch.add(judged, loss, alpha=0) <= self.limit  # false for NaN
+        self.frozen = torch.where(good, self.frozen, 1.0)
+        self.factor = torch.where(good, self.factor, torch.nan)
+        self.lost = self.lost + self.frozen
+        self.norms[step % WINDOW] = norm
         if step % EVERY == EVERY - 1 and step + 1 >= WINDOW // 2:
-            self.median = self.norms.nanmedian()
-        return (self.first != NONE).float()
+            self.median = torch.where(self.norms.isfinite(), self.norms, torch.nan).nanmedian()
+            self.limit = self._limit()
+        self.last = step
+        return self.frozen
+
+    def _limit(self) -> Tensor:
+        return (SPIKE * self.median).clamp(min=self.clip_norm).nan_to_num(LARGEST, LARGEST)
 
     def read(self) -> int | None:
         """Return the first bad step of any process, or None. Waits for the device and for all processes."""
-        first = int(gather(self.first.reshape(1)).min())
-        return None if first == NONE else first
+        first = torch.where(self.lost > 0, self.last + 1 - self.lost.long(), NONE)
+        found = int(gather(first.reshape(1)).min())
+        return None if found == NONE else found
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of this."""
@@ -93,13 +104,14 @@ class Recorder:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Load the result of `state`; checkpoints of older versions have none."""
-        self.first = torch.full_like(self.first, NONE)
+        fresh = Recorder.on(self.norms.device, self.clip_norm, self.scaled)
+        self.frozen, self.lost, self.factor = fresh.frozen, fresh.lost, fresh.factor
+        self.rollbacks, self.skipped, self.norms, self.median, self.limit = 0, 0, fresh.norms, fresh.median, fresh.limit
         if "divergence.counts" in tensors:
             self.rollbacks, self.skipped = tensors["divergence.counts"].tolist()
             median, self.norms = tensors["divergence.norms"].clone().to(self.norms).split([1, WINDOW])
             self.median = median[0]
-        else:
-            self.rollbacks, self.skipped, self.norms, self.median = 0, 0, self.norms * torch.nan, self.median * torch.nan
+            self.limit = self._limit()
 
 
 def find(
@@ -134,7 +146,7 @@ def find(
         tensors[f"cond.{key}"] = torch.cat([gather(cond[key].contiguous()) for _, cond in parts])
     loss, level = torch.cat(table)[sample].tolist()
     where = f"sample {sample} at noise level {level:.3g}"
-    norm, median = float(recorder.norm), float(recorder.median)
+    norm, median = float(recorder.norms[step.step % WINDOW]), float(recorder.median)
     if not tensors["x0"][sample].isfinite().all():
         text = f"the data of {where} are not finite"
     elif not torch.isfinite(torch.tensor(loss)):

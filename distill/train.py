@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
-from distill.divergence import Guard, Recorder
+from distill.divergence import WINDOW, Guard, Recorder
 from distill.replay import Step
 from distill.resume import Resumable, Stopped, whole
 from distill.rng import Rng, seed_of
@@ -181,20 +182,22 @@ def train(
         torch.manual_seed(seed_of(draws, phase, step, "dropout", accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = o.lr_at(step)
-        total = torch.zeros((), device=accelerator.device)
+        losses = []
         for turn in range(split.accumulate):
             x0, cond = next(stream)
             rng = Rng.seeded(seed_of(draws, phase, step), accelerator.device, o.batch_size, split.rows(turn))
             with _synchronising(accelerator, net, turn == split.accumulate - 1):
-                loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean() / split.accumulate
+                loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean()
+                loss = loss / split.accumulate if split.accumulate > 1 else loss
                 accelerator.backward(recorder.guarded(loss))
-            total += loss.detach()
+            losses.append(loss.detach())
         grad_norm = accelerator.clip_grad_norm_(net.parameters(), o.clip_norm)
+        total = reduce(torch.add, losses)
         frozen, done = recorder.see(step, total, grad_norm), step + 1
         saving = (
             resumable is not None and save_every_images and _crossed(done, o.batch_size, save_every_images) and done < o.steps
         )
-        due = not waiting or saving or done % max(1, o.steps // READS) == 0 or done == o.steps
+        due = not waiting or saving or done % min(WINDOW, max(1, o.steps // READS)) == 0 or done == o.steps
         if due and (bad := recorder.read()) is not None:
             again = Step(draws, phase, bad, bad / o.steps, o.batch_size, split.table())
             parts = list(islice(batches(bad + recorder.skipped), split.accumulate))

@@ -200,7 +200,8 @@ class FakeCuda:
         if name in ("to", "cuda", "cpu") and isinstance(first, Tensor):
             return self._to(name, *args, **kwargs)
         if name == "pin_memory":
-            return self._register(first.clone(), self._pinned)  # type: ignore[union-attr]
+            copy = torch.empty_strided(first.size(), first.stride(), dtype=first.dtype).copy_(first)  # type: ignore[union-attr]
+            return self._register(copy, self._pinned)  # raises for rows that share memory, as the real one does
         if name == "get_device" and on_device:
             return 0
         if name in ("numpy", "__array__") and on_device:

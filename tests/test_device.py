@@ -167,20 +167,20 @@ EXACT = [name for name in CASES if name.endswith("-exact") or name == "fokker-pl
 def measured(name):
     """The waits, the pageable copies and the launches outside of the networks in the second training step of a case."""
     with pretended() as gpu:
-        steps = training(gpu, CASES[name])
+        steps = training(gpu, CASES[name], images=16_000)  # no checkpoint or look for bad steps is due
         next(steps)
         gpu.reset()
         assert next(steps).loss.is_cuda
         return waits(gpu), set(gpu.pageable), gpu.total("outside")
 
 
-def training(gpu, build, steps=4, **kwargs):
+def training(gpu, build, steps=4, images=64, **kwargs):
     teacher, accelerator = digits(), Accelerator()
     student, method = build(teacher)
     teacher.to(accelerator.device)
     trained = student.student()
     gpu.watch(teacher.denoiser.net, trained.net)
-    o = Optimization(images=4 * 16, batch_size=16, ema_halflife_images=64)
+    o = Optimization(images=images, batch_size=16, ema_halflife_images=64)
     batches = DATA.batches(BatchSplit(16), 0, "p", accelerator.device, student.condition)
     return itertools.islice(train(method, trained, batches, accelerator, o, seed=0, phase="p", **kwargs), steps)
 

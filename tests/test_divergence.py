@@ -325,7 +325,7 @@ def test_no_step_between_two_reads_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-SMALL = "--threads 1 --preset smoke --images 20 --chunk 20 --sweep-steps 1 --start-steps 2 --images-per-stage 256".split()  # noqa: SIM905
+SMALL = "--threads 1 --preset smoke --images 40 --chunk 20 --sweep-steps 1 --start-steps 2 --images-per-stage 256".split()  # noqa: SIM905
 
 
 def exits(main, arguments, capsys):
