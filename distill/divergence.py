@@ -7,8 +7,9 @@ only `Recorder.read` waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -211,6 +212,13 @@ class Guard:
         if self.accelerator.is_main_process:
             self.resumable.save(step, tensors, self.identity)
         self.initial = {}
+
+    def recover(
+        self, step: Step, method: Any, student: Denoiser, batches: Callable[[int], Iterable[Part]], **extra: Any
+    ) -> tuple[int, str]:
+        """Describe a bad step and restore the last good state. Return its step, and what happened, for people. A collective call."""
+        parts = list(islice(batches(step.step + self.recorder.skipped), len(step.rows[0])))
+        return self.go_back(step.step, self.describe(step, method, student, parts, **extra))
 
     def describe(self, step: Step, method: Any, student: Denoiser, parts: list[Part], **extra: Any) -> str:
         """Write diverged-<step>.safetensors beside the checkpoints and return what was wrong. A collective call."""

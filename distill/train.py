@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -200,9 +199,7 @@ def train(
         due = not waiting or saving or done % min(WINDOW, max(1, o.steps // READS)) == 0 or done == o.steps
         if due and (bad := recorder.read()) is not None:
             again = Step(draws, phase, bad, bad / o.steps, o.batch_size, split.table())
-            parts = list(islice(batches(bad + recorder.skipped), split.accumulate))
-            text = guard.describe(again, method, dataclasses.replace(student, net=module), parts, **extra)
-            step, rollback = guard.go_back(bad, text)
+            step, rollback = guard.recover(again, method, dataclasses.replace(student, net=module), batches, **extra)
             stream = iter(batches(step + recorder.skipped))
             optimizer.zero_grad()
             continue
