@@ -190,7 +190,7 @@ def train(
                 loss = loss / split.accumulate if split.accumulate > 1 else loss
                 accelerator.backward(recorder.guarded(loss))
             losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(net.parameters(), o.clip_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(net.parameters(), o.clip_norm))
         total = reduce(torch.add, losses)
         frozen, done = recorder.see(step, total, grad_norm), step + 1
         saving = (

@@ -73,7 +73,7 @@ class Config(flags.DistillationFlags):
         "most that a stage may multiply the FID by: above it, the stage is trained again with twice the images, and then the ladder ends",
         short=False,
         above=0,
-        at_most=1e6,
+        at_most=1e12,
     )
     rerun: int | None = flag(
         None,

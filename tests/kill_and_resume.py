@@ -25,7 +25,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import free_port
+from processes import free_port
 
 from recipes import latents
 
@@ -66,6 +66,11 @@ MACHINE = {
     "break_even_images",
     "training_seconds",
     "decode_seconds_per_image",
+    "seconds_interval",
+    "seconds_rounds",
+    "timing",
+    "break_even_interval",
+    "sha256",  # of a cell's row, which holds them
 }
 LEAVE_WITHIN = 30.0  # seconds in which the others leave after a process is killed
 
@@ -175,6 +180,8 @@ def contents(folder: Path) -> dict[str, object]:
         elif name == "report.json":
             report = json.loads(path.read_text())
             found[name] = [without_machine(row) for row in report["rows"]], report["protocol"]
+        elif path.name == "timings.json":
+            found[name] = json.loads(path.read_text()).keys()
         elif path.parent.name == "cells" and path.suffix == ".json":
             found[name] = without_machine(json.loads(path.read_text()))
         elif (path.suffix in (".safetensors", ".json") and path.name != "cost.json") or path.name in (

@@ -14,6 +14,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["recipes.progressive", "recipes.consistency", "recipes.evaluate", "recipes.latents"])
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def _begin(environment: dict[str, str], log: Path | None, main: Callable, arguments: tuple) -> None:
     os.environ |= environment
     file = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -24,9 +30,7 @@ def _begin(environment: dict[str, str], log: Path | None, main: Callable, argume
 
 def together(world: int, main: Callable, *arguments: object, log: Path) -> tuple[set[int | None], str]:
     """Call main(*arguments) in processes that are connected as torchrun connects them. Return their exit codes and all output."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     processes = [FORKS.Process(target=_begin, args=(rank, log, main, arguments)) for rank in ranks]

@@ -136,7 +136,7 @@ def test_a_pipeline_that_lacks_a_weight_is_refused_where_diffusers_draws_it_at_r
     del tensors["conv_out.bias"]
     save_file(tensors, path, metadata={"format": "pt"})
     line = refused(capsys, "sample", "--model", "whole", "--steps", 1)
-    assert "do not fit a UNet2DModel (1 missing, such as conv_out.bias)" in line
+    assert "1 weights of unet are missing, such as conv_out.bias" in line
 
 
 @pytest.mark.slow

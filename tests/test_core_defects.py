@@ -112,10 +112,11 @@ def test_a_table_as_long_as_one_entry_is_accepted():
 def ladder(tmp_path_factory):
     """A ladder of three stages: its folder, what it printed, and the networks alive at every step, save and cell."""
     folder, alive, networks, out = tmp_path_factory.mktemp("ladder") / "r", [], weakref.WeakSet(), io.StringIO()
+    made = UNet.__init__
 
-    def new(cls, *args, **kwargs):
-        networks.add(net := object.__new__(cls))
-        return net
+    def init(net, *args, **kwargs):
+        networks.add(net)
+        made(net, *args, **kwargs)
 
     def counting(of):
         def counted(*args, **kwargs):
@@ -126,9 +127,9 @@ def ladder(tmp_path_factory):
 
         return counted
 
-    arguments = "--threads 1 --preset smoke --images 20 --chunk 20 --sweep-steps 1 --batch-size 32 --start-steps 8".split()  # noqa: SIM905
+    arguments = "--threads 1 --preset smoke --images 40 --chunk 20 --sweep-steps 1 --batch-size 32 --start-steps 8".split()  # noqa: SIM905
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(UNet, "__new__", new)
+        patch.setattr(UNet, "__init__", init)
         patch.setattr(Progressive, "__call__", counting(Progressive.__call__))
         patch.setattr(training.teachers, "save", counting(teachers.save))
         patch.setattr(sweep, "_measure_cell", counting(sweep._measure_cell))

@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, free_port
+from conftest import ROOT
+from processes import free_port
 from test_train import batches, run, student, weights
 
 from distill import files
@@ -118,10 +119,10 @@ def test_a_signal_during_the_sweep_keeps_the_finished_cells(tmp_path, monkeypatc
         evaluate.main([*few, "--output-dir", str(tmp_path / "e")])
     monkeypatch.undo()
     assert stop.value.code == 143 and f"stopped: {AGAIN}" in capsys.readouterr().err.splitlines()
-    (kept,) = (tmp_path / "e" / "cells").glob("*.json")
+    (kept,) = (tmp_path / "e" / "cells").glob("teacher*.json")
     when = kept.stat().st_mtime_ns
     evaluate.main([*few, "--output-dir", str(tmp_path / "e")])
-    assert kept.stat().st_mtime_ns == when and len(list((tmp_path / "e" / "cells").glob("*.json"))) == 2
+    assert kept.stat().st_mtime_ns == when and len(list((tmp_path / "e" / "cells").glob("teacher*.json"))) == 2
 
 
 HOLD = """

@@ -86,7 +86,7 @@ def test_stages_are_left_out_by_name():
     ({"skip": (3,)}, "--skip 3: accepted"), ({"start_steps": 2, "skip": (1,)}, "none here"),
     ({"rerun": 64}, "--rerun 64: accepted are the stages of this ladder, [32, 16, 8, 4, 2, 1]"),
     ({"skip": (4,), "rerun": 4}, "--rerun 4: accepted are the stages of this ladder, [32, 16, 8, 2, 1]"),
-    ({"max_fid_ratio": 0.0}, "--max-fid-ratio 0: accepted are numbers above 0"),
+    ({"max_fid_ratio": 0.0}, "--max-fid-ratio 0.0: accepted are finite numbers, above 0"),
     ({"max_fid_ratio": float("nan")}, "--max-fid-ratio nan"),
 ])  # fmt: skip
 def test_a_plan_that_does_not_fit_its_ladder_is_refused(settings, line):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_probe import Real, Reexpressed, of, real  # noqa: F401 (a fixture)
+from test_probe import Reexpressed, of, real  # noqa: F401 (a fixture)
 from torch import nn
 
 from distill.schedule import Table

@@ -182,10 +182,12 @@ def agreed(check: Callable[[], None]) -> None:
 def _claim(folder: Path, config: Any) -> None:
     """Write config.json, or compare it with the one that is there. Raises ValueError where the folder cannot be used."""
     _compare(folder, config)  # before anything is written
+    if getattr(config, "dry_run", False):
+        return
     lock(folder)
     _compare(folder, config)  # another run may have claimed it in the meantime
     files.clear_aside(folder)
-    if not (getattr(config, "replay", None) or getattr(config, "dry_run", False)):
+    if getattr(config, "replay", None) is None:
         files.write_json(folder / "config.json", dataclasses.asdict(config))
 
 
