@@ -113,23 +113,25 @@ def run(folder, capsys=None):
 
 
 @pytest.mark.slow
-def test_full_disks_and_damaged_stages_are_one_line_each_and_the_run_still_ends_with_the_same_bits(
+def test_disks_that_fill_or_become_read_only_and_damaged_stages_are_one_line_each_and_the_run_still_ends_with_the_same_bits(
     tmp_path, capsys, monkeypatch
 ):
-    """One run, which is stopped by a full disk after every few files, in all its phases, and whose first stage is then damaged."""
+    """One run, which is stopped by its disk after every few files, in all its phases, and whose first stage is then damaged."""
     monkeypatch.setattr("teachers.export.deliver.verify", lambda *arguments: 0.0)
     assert run(tmp_path / "whole")[0] == 0
     whole, folder, fsync = (tmp_path / "whole/student.safetensors").read_bytes(), tmp_path / "full", os.fsync
     written: list[str] = []  # by this attempt
-    stops: list[str] = []  # the file that found the disk full, of each attempt
+    stops: list[str] = []  # the file that could not be written, of each attempt
 
-    def full_after_some(descriptor):
+    problems = (errno.ENOSPC, errno.EROFS, errno.EACCES)
+
+    def failing_after_some(descriptor):
         written.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
         if len(written) == 6 + 4 * len(stops):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(problem := problems[len(stops) % 3], os.strerror(problem))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full_after_some)
+    monkeypatch.setattr(os, "fsync", failing_after_some)
     capsys.readouterr()
     code = 2
     while code:
@@ -137,7 +139,9 @@ def test_full_disks_and_damaged_stages_are_one_line_each_and_the_run_still_ends_
         code, errors = run(folder, capsys)
         assert len(errors) == (code != 0) and len(stops) < 9
         if code:
-            assert code == 2 and "No space left on device" in errors[0] and "run the same command again" in errors[0]
+            assert (
+                code == 2 and os.strerror(problems[len(stops) % 3]) in errors[0] and "run the same command again" in errors[0]
+            )
             stops.append(written[-1])
     monkeypatch.setattr(os, "fsync", fsync)
     assert len(stops) >= 3, stops
