@@ -68,8 +68,8 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
 
 
 def clear_aside(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in a folder."""
-    for left in list(folder.rglob(".*.part")):
+    """Remove the temporary files and folders that killed processes left in a folder: those of `replacing`, and safetensors' own."""
+    for left in [*folder.rglob(".*.part"), *folder.rglob(".tmp??????")]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

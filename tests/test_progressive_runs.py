@@ -111,7 +111,9 @@ def test_a_finished_run_is_reported_again_without_work_and_what_killed_processes
     folder = tmp_path / "left"
     shutil.copytree(small, folder)
     before = {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*")}
-    for left in words("stages/2/resume-000000006.safetensors stages/2/.resume-7.safetensors.1.part .config.json.1.part"):
+    for left in words(
+        "stages/2/resume-000000006.safetensors stages/2/.resume-7.safetensors.1.part .config.json.1.part stages/2/.tmpESS1DP"
+    ):
         shutil.copy(folder / "student.safetensors", folder / left)
     shutil.copytree(folder / "pipeline", folder / ".pipeline.ab.part")
     here(progressive.main, *SMALL, "--output-dir", folder)
