@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    readers = Readers(Path(tempfile.mkdtemp(prefix="fuzz-")))
+    try:
+        import atheris
+    except ImportError:
+        atheris = None
+    guide = atheris.instrument_imports(include=["distill", "teachers", "eval", "recipes"]) if atheris else nullcontext()
+    with guide:
+        readers = Readers(Path(tempfile.mkdtemp(prefix="fuzz-")))
     names, counts = list(readers.names), {"loaded": 0, "refused": 0}
 
     def once(pick: Pick) -> None:
@@ -218,9 +225,7 @@ def main() -> None:
             print(f"{name}: the file that broke it is in {readers.folder}")
             raise
 
-    try:
-        import atheris
-    except ImportError:
+    if atheris is None:
         source = random.Random(options.seed)
         for _ in range(options.runs):
             once(source.randrange)
@@ -233,7 +238,6 @@ def main() -> None:
         if sum(counts.values()) == options.runs:
             print(f"{options.runs} files: {counts}", flush=True)
 
-    atheris.instrument_all()
     atheris.Setup([sys.argv[0], f"-runs={options.runs}", f"-seed={options.seed + 1}", "-max_len=256"], guided)
     atheris.Fuzz()
 
