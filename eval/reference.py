@@ -130,6 +130,8 @@ def _read(path: Path) -> tuple[Reference, Identity]:
     except TypeError:
         known = ", ".join(field.name for field in fields(Identity))
         raise ValueError(f"{path}: its identity does not have the entries {known}") from None
+    if wrong := [name for name, value in asdict(identity).items() if type(value) is not (int if name == "images" else str)]:
+        raise ValueError(f"{path}: {wrong[0]} of its identity is a {type(asdict(identity)[wrong[0]]).__name__}")
     if identity.images != len(features):
         raise ValueError(f"{path}: it holds the features of {len(features):,} images, its identity says {identity.images}")
     return Reference(features), identity

@@ -142,6 +142,8 @@ def own(path, features=None, **identity):
         ({"images": 7}, "it holds the features of 6 images, its identity says 7"),
         ({"data_sha256": None}, "its identity does not have the entries features, features_sha256, data, images"),
         ({"surprise": 1}, "its identity does not have the entries features"),
+        ({"features_sha256": 7}, "features_sha256 of its identity is a int"),
+        ({"images": 6.0}, "images of its identity is a float"),
     ],
 )
 def test_a_reference_of_ours_with_unfit_features_or_identity_is_refused_in_one_line(changes, message, tmp_path):
