@@ -51,8 +51,3 @@ def steps_in_one(teacher: DenoiserLike, x_t: Tensor, path: list[Tensor], **cond:
     for t, s in pairwise(path):
         x = move(schedule, x, teacher(x, t, **cond), t, s)
     return explain(schedule, x_t, x, path[0], path[-1])
-
-
-def two_steps_in_one(teacher: DenoiserLike, x_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, **cond: Any) -> Tensor:
-    """Return the x0 [B, ...] whose single `move` from t to s ends where the teacher's two moves over mid end."""
-    return steps_in_one(teacher, x_t, [t, mid, s], **cond)

@@ -20,14 +20,15 @@ CODECS = ("AutoencoderKL", "VQModel")
 STOCK_SCHEDULERS = ("deprecated", "stochastic_karras_ve")  # modules of diffusers with a scheduler of their own
 
 
-def load(spec: str) -> Teacher:
+def load(spec: str, download: bool = True) -> Teacher:
     """Load ``PIPELINE``, or ``PIPELINE,prompts=FILE`` for a text-to-image pipeline; each line of the file is a class.
 
-    ``,variant=NAME`` chooses among several weights, such as fp16. Raises ValueError for a pipeline with missing, foreign or unsupported
-    components.
+    ``,variant=NAME`` chooses among several weights, such as fp16. ``download``: False accepts only what is on this machine.
+
+    Raises ValueError for a pipeline with missing, foreign or unsupported components.
     """
     where, file, variant = _split(spec)
-    folder = fetch(where, variant)
+    folder = fetch(where, variant, download)
     check_adapters(folder, where)
     index = read_json(folder / "model_index.json", "no diffusers pipeline")
     name = str(index.get("_class_name"))

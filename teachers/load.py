@@ -28,7 +28,8 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 def load(spec: str, trusted: bool = True) -> Teacher:
     """Load a model from its spec, frozen and on the CPU.
 
-    ``trusted``: the user gave the spec, so a factory in it may run. False for a spec that a file holds: `trust` must name its factory.
+    ``trusted``: the user gave the spec, so a factory in it may run, and a hub id may be downloaded. False for a spec that a file holds:
+    `trust` must name its factory, and nothing is downloaded.
 
     Raises ValueError for a spec that is not among `FORMS`, and for a factory that is not trusted.
     """
@@ -53,7 +54,7 @@ def load(spec: str, trusted: bool = True) -> Teacher:
     if path.is_file() or path.suffix in WEIGHTS:
         return load_file(path)
     if where.count("/") == 1 and not where.startswith((".", "/")) and not Path(where).parent.is_dir():
-        return diffusers_pipeline.load(spec)
+        return diffusers_pipeline.load(spec, download=trusted)
     if "/" in where:
         raise ValueError(f"{where}: there is no such file or folder; accepted are paths that exist, and OWNER/NAME of the hub")
     raise ValueError(

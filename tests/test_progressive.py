@@ -7,7 +7,7 @@ from torch import nn
 from distill import grid
 from distill.denoiser import Denoiser
 from distill.distance import DISTANCES, WEIGHTS, PseudoHuber, l2
-from distill.progressive import Progressive, two_steps_in_one
+from distill.progressive import Progressive, steps_in_one
 from distill.rng import Rng
 from distill.samplers import ddim
 from distill.schedule import EDM, Cosine, Flow, add_noise, move
@@ -29,7 +29,7 @@ def test_one_step_to_the_target_is_two_exact_solver_steps(schedule):
     for i in range(0, 16, 2):
         t, mid, s = times[i : i + 3]
         x = torch.randn(256, 2) * torch.hypot(schedule.alpha(t), schedule.sigma(t))
-        target = two_steps_in_one(oracle, x, t, mid, s)
+        target = steps_in_one(oracle, x, [t, mid, s])
         landed = move(schedule, x, target, t, s)
         exact = ddim(oracle, x.double(), times[i : i + 3].double())
         assert (landed - exact).abs().max() < 1e-5 * max(1, x.abs().max())
@@ -40,7 +40,7 @@ def test_at_the_last_step_the_target_is_the_teachers_x0_at_mid():
     t, mid, clean = torch.tensor(0.5), torch.tensor(0.25), torch.tensor(0.0)
     x = torch.randn(32, 2)
     x_mid = move(schedule, x, oracle(x, t), t, mid)
-    assert torch.allclose(two_steps_in_one(oracle, x, t, mid, clean), oracle(x_mid, mid), atol=1e-6)
+    assert torch.allclose(steps_in_one(oracle, x, [t, mid, clean]), oracle(x_mid, mid), atol=1e-6)
 
 
 def test_the_loss_is_zero_for_the_student_that_does_two_steps_in_one():
@@ -49,7 +49,7 @@ def test_the_loss_is_zero_for_the_student_that_does_two_steps_in_one():
 
     def perfect(x, t):
         i = (t[:, None] - times.float()).abs().argmin(1)
-        return two_steps_in_one(oracle, x, times[i].float(), times[i + 1].float(), times[i + 2].float())
+        return steps_in_one(oracle, x, [times[i + k].float() for k in range(3)])
 
     loss = method(Function(Cosine(), perfect), torch.randn(512, 2), rng=rng(512), progress=0.0)
     assert loss.shape == (512,) and loss.max() < 1e-6

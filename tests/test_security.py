@@ -336,6 +336,20 @@ def test_a_file_that_names_a_hub_id_causes_no_download(marker, monkeypatch):
     assert asked["local_files_only"] and not asked["trust_remote_code"]
 
 
+def test_an_index_of_latents_that_names_a_hub_id_causes_no_download(monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    from recipes.common.checks import codec_of
+
+    asked = {}
+    monkeypatch.setattr("teachers.hub.reached", lambda *known: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda where, **options: asked.update(options) or "nowhere")
+    described = {"model": "owner/name", "codec_sha256": "0"}
+    with pytest.raises(ValueError):
+        codec_of(type(data := sets.load("digits"))(**(vars(data) | {"latents": described})))
+    assert asked["local_files_only"]
+
+
 NO_SOCKETS = """
 import socket, sys
 
