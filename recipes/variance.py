@@ -18,6 +18,7 @@ from torch import Tensor
 
 import teachers
 from distill.denoiser import Denoiser, on_schedule
+from distill.device import send
 from distill.distance import snr_plus_one
 from distill.files import write_json, write_text
 from distill.regression import Regression
@@ -79,7 +80,7 @@ def gradients(
         output = student(drawn.x_t, drawn.t, **drawn.cond)
         for name, target in targets.items():
             x0_hat = target(schedule, drawn.x_t, drawn.t, drawn.x0, **drawn.cond)
-            weight = snr_plus_one(schedule, drawn.t)  # of the error of x0 in that of v
+            weight = send(snr_plus_one(schedule, drawn.t), output.device)  # of the error of x0 in that of v
             loss = (weight * (output - x0_hat).square().flatten(1).mean(1)).mean()
             flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
             total[name] = total[name] + flat
