@@ -11,10 +11,10 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.grid import GRIDS
+from distill.names import SAMPLER_TEXT as ACCEPTED
 from distill.samplers import SAMPLERS
 from distill.schedule import EDM, VE, Schedule, Table
 
-ACCEPTED = f"{', '.join(SAMPLERS)} and consistency:GAMMA with GAMMA from 0 to 1"
 SEARCHED = "searched"  # the name of a grid whose times were found by a search and are listed
 
 

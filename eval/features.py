@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from distill.files import weights_sha256
 from eval import fidelity
 from eval.metrics import Features
+from eval.names import EXTRACTORS as OWN
 from teachers.hub import first_line
-
-OWN = "a TorchScript file (.pt, .ts) or 'package.module:factory' of a module: uint8 [B, 3, H, W] -> features, or (features, logits)"
 
 
 @dataclass(frozen=True)

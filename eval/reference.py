@@ -25,10 +25,10 @@ from eval.columns import plural
 from eval.features import Extractor, fingerprint
 from eval.generate import chunks
 from eval.metrics import Reference
+from eval.names import REFERENCES as ACCEPTED
 from eval.progress import progress
 from teachers import Teacher
 
-ACCEPTED = "a .safetensors reference of this project, or an .npz with mu [D] and sigma [D, D]"
 FOREIGN = "inception-v3-compat"  # the extractor of the .npz files
 
 

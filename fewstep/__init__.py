@@ -10,15 +10,29 @@
 The rooms behind it are `distill`, `teachers`, `eval` and `recipes`; everything there may be used as well.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from fewstep.model import Model, Samples, load
-from fewstep.runs import Report, distil, evaluate
-from teachers import trust
+if TYPE_CHECKING:
+    from fewstep.model import Model, Samples, Teacher, load
+    from fewstep.runs import Report, distil, evaluate
+    from teachers import trust
 
-Teacher = Model  # a teacher and a student are one kind of thing
 try:
     __version__ = version("fewstep")
 except PackageNotFoundError:  # a clone that is not installed
     __version__ = "0+unknown"
 __all__ = ["Model", "Report", "Samples", "Teacher", "distil", "evaluate", "load", "trust"]
+HOME = {
+    **dict.fromkeys(("Model", "Samples", "Teacher", "load"), "fewstep.model"),
+    **dict.fromkeys(("Report", "distil", "evaluate"), "fewstep.runs"),
+    "trust": "teachers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used (PEP 562), so that the command ``fewstep`` starts without torch."""
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOME[name]), name)

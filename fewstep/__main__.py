@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import importlib
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
 
-from recipes.common.cli import fail
+from recipes.common.cli import Completing, fail
 
 
 def commands() -> dict[str, str]:
@@ -43,14 +43,18 @@ def main(argv: list[str] | None = None) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, 3, 0.4) or list(known)
         fail(f"unknown command {name!r}: nearest are {', '.join(near)}; fewstep --help lists all")
-    importlib.import_module(f"recipes.{name}").main(rest)
+    _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    """Run a recipe as ``python recipes/NAME.py`` does: it reads its flags before it imports the rest."""
+    sys.argv[1:] = arguments
+    runpy.run_path(str(importlib.util.find_spec(f"recipes.{name}").origin), run_name="__main__")  # type: ignore[union-attr]
 
 
 def _complete(known: dict[str, str]) -> None:
     """Complete commands and flags in a shell that has argcomplete."""
     import argcomplete
-
-    from recipes.common.cli import parser_of
 
     chosen = [word for word in os.environ.get("COMP_LINE", "").split()[1:2] if word in known]
     parser = argparse.ArgumentParser(prog="fewstep")
@@ -58,8 +62,10 @@ def _complete(known: dict[str, str]) -> None:
     for name in known:
         parents = []
         if name in chosen:
-            recipe = importlib.import_module(f"recipes.{name}")
-            parents = [parser_of(recipe.Config, recipe.__doc__ or "")]
+            try:
+                _run(name, [])
+            except Completing as recipe:
+                parents = [recipe.parser]
         commands_of.add_parser(name, parents=parents, add_help=False)
     argcomplete.autocomplete(parser)
 

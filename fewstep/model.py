@@ -154,6 +154,9 @@ class Model:
         return Path(folder)
 
 
+Teacher = Model  # a teacher and a student are one kind of thing
+
+
 def load(spec: Path | str, net: nn.Module | None = None) -> Model:
     """Load a model: a file or a run of this project, a diffusers pipeline, or anything that --teacher accepts.
 

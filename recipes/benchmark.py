@@ -24,25 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import ClassVar
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from PIL import Image
-
-import teachers
-from distill import files
-from distill.images import to_uint8
-from distill.sampling import Sampling
-from distill.train import BatchSplit
-from eval.features import Extractor
-from eval.generate import generate, initial_noise
-from eval.machine import clock, cores, default_device
-from eval.reference import extract
 from recipes.common import flags
 from recipes.common.accepted import BATCH, STEPS, Checked
-from recipes.common.checks import check_steps
-from recipes.common.cli import fail, flag, machine_flag, model_flag, one_line_errors, parse
-from recipes.data import sets
+from recipes.common.cli import fail, flag, flags_first, machine_flag, model_flag, one_line_errors, parse
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"repeats": 2, "batch_size": 64, "images": 512, "processes": 1}}
 
@@ -62,6 +46,26 @@ class Config(Checked):
     )
 
     TOPICS: ClassVar = {"teacher": flags.TOPICS["teacher"]}
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import teachers
+from distill import files
+from distill.images import to_uint8
+from distill.sampling import Sampling
+from distill.train import BatchSplit
+from eval.features import Extractor
+from eval.generate import generate, initial_noise
+from eval.machine import clock, cores, default_device
+from eval.reference import extract
+from recipes.common.checks import check_steps
+from recipes.data import sets
 
 
 def ratio(

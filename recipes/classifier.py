@@ -11,15 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from distill import files
-from eval.digits import DigitsClassifier
-from eval.progress import progress
 from recipes.common.accepted import LEARNING_RATE, SEED, Checked
-from recipes.common.cli import fail, flag, machine_flag, one_line_errors, parse, training_flag
-from teachers.digits import digits
+from recipes.common.cli import fail, flag, flags_first, machine_flag, one_line_errors, parse, training_flag
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"epochs": 2}}
 
@@ -34,6 +27,17 @@ class Config(Checked):
     batch_size: int = training_flag(64, "images per step", at_least=1, at_most=256)
     lr: float = training_flag(2e-3, "highest learning rate of the one-cycle schedule", **LEARNING_RATE)
     seed: int = machine_flag(0, "seed of all random numbers", **SEED)
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+from torch import Tensor, nn
+
+from distill import files
+from eval.digits import DigitsClassifier
+from eval.progress import progress
+from teachers.digits import digits
 
 
 def fit(images: Tensor, labels: Tensor, config: Config) -> DigitsClassifier:

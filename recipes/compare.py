@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval import compare, report
-from recipes.common.cli import REQUIRED, flag, machine_flag, one_line_errors, parse
+from recipes.common.cli import REQUIRED, flag, flags_first, machine_flag, one_line_errors, parse
 from recipes.common.flags import MachineFlags
-from recipes.common.run import Run
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
 
@@ -23,6 +21,12 @@ class Config(MachineFlags):
     preset: str = flag("default", "both are the same here", choices=PRESETS)
     runs: tuple[str, ...] = flag(REQUIRED, "directories of finished runs")
     output_dir: str = machine_flag("runs/compare", "a new directory, or one that holds the same comparison", path="folder")
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+from eval import compare, report
+from recipes.common.run import Run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,20 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import teachers
-from distill.sampling import Sampling
-from distill.train import Optimization
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
-from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of
-from recipes.common.cli import flag, measuring_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.interrupts import interruptible
-from recipes.common.methods import METHODS, MethodFlags, check_flags, method_of, teacher_weight
-from recipes.common.training import Experiment
-from recipes.data import sets
-from recipes.data.sets import Data
-from teachers import Teacher
-from teachers.students import on_table, untrained, with_two_times
+from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.methods import METHODS, MethodFlags, check_flags, teacher_weight
 
 PRESETS: dict[str, dict] = {
     "default": {},  # cd: FID / teacher's 1.75, 0.67, 0.64 at 1, 2, 4 steps (n = 10,000); 8 to 15 minutes on two CPU cores
@@ -55,6 +45,21 @@ class Config(MethodFlags, flags.DistillationFlags):
     sweep_steps: tuple[int, ...] = measuring_flag(
         (1, 2, 4), "step counts of the teacher's training-free samplers", short=False, **STEPS
     )
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import teachers
+from distill.sampling import Sampling
+from distill.train import Optimization
+from recipes.common.building import method_of
+from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of
+from recipes.common.interrupts import interruptible
+from recipes.common.training import Experiment
+from recipes.data import sets
+from recipes.data.sets import Data
+from teachers import Teacher
+from teachers.students import on_table, untrained, with_two_times
 
 
 @interruptible()

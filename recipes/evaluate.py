@@ -15,34 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
-import teachers
-from distill.grid_search import gits, step_costs
-from distill.regularize import RESIDUALS, residuals
-from distill.rng import Rng
-from distill.samplers import BASELINES
-from distill.sampling import ACCEPTED, SEARCHED, Sampling
-from distill.schedule import prior_std
-from eval import reference
-from eval.collect import COLLECTORS
-from eval.features import OWN, Extractor
-from eval.generate import initial_noise
-from eval.reference import decoder_floor
-from eval.sweep import Cell
-from eval.verify import verify
+from distill import names
+from eval.names import EXTRACTORS, METRICS, REFERENCES
 from recipes.common import flags
 from recipes.common.accepted import BATCH, GENERATED, GUIDANCE, STEPS
-from recipes.common.checks import check_match, check_sampler, check_steps, stages_of
-from recipes.common.cli import flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
-from recipes.common.interrupts import interruptible
-from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
-from recipes.common.run import Run
-from recipes.data import sets
-from recipes.data.sets import Data
-from teachers import Teacher
+from recipes.common.cli import flag, flags_first, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
 
-Models = list[tuple[str, list[tuple[str, Teacher]]]]  # spec, and the file and model of each student behind it
 ON_SEARCHED_GRIDS = ("ddim", "dpm++2m", "ipndm")  # samplers that --search-grid also measures on a searched grid
 FINE_STEPS, SEARCH_IMAGES = 60, 256
 
@@ -63,19 +41,19 @@ class Config(flags.RunFlags):
     baseline_steps: int = flag(
         64, "DDIM steps of the teacher that ratios are taken against; 0 for none", short=False, **(STEPS | {"at_least": 0})
     )
-    samplers: tuple[str, ...] = method_flag(BASELINES, f"for models that were not distilled: {ACCEPTED}")
+    samplers: tuple[str, ...] = method_flag(names.BASELINES, f"for models that were not distilled: {names.SAMPLER_TEXT}")
     guidance: float = method_flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none", **GUIDANCE)
     search_grid: bool = method_flag(
         False, f"also measure {', '.join(ON_SEARCHED_GRIDS)} on a time grid found by dynamic programming", short=False
     )
     images: int = measuring_flag(10_000, "generated images per cell", **GENERATED)
-    metrics: str = measuring_flag("all", "all, or fid alone in memory that does not grow with --images", choices=COLLECTORS)
-    features: str = measuring_flag("digits", "feature extractor: digits, any of torch-fidelity's, or " + OWN)
+    metrics: str = measuring_flag("all", "all, or fid alone in memory that does not grow with --images", choices=METRICS)
+    features: str = measuring_flag("digits", "feature extractor: digits, any of torch-fidelity's, or " + EXTRACTORS)
     features_weights: str | None = measuring_flag(
         None, "file with the extractor's weights, for use without a network", short=False, path="file"
     )
     reference: str | None = measuring_flag(
-        None, f"a stored reference instead of --data: {reference.ACCEPTED}", short=False, path="file"
+        None, f"a stored reference instead of --data: {REFERENCES}", short=False, path="file"
     )
     chunk: int = measuring_flag(256, "images generated at once; part of the protocol", short=False, **BATCH)
     verify: bool = measuring_flag(
@@ -89,6 +67,33 @@ class Config(flags.RunFlags):
     MAY_CHANGE: ClassVar = ("model", "steps", "samplers", "baseline_steps", "guidance", "search_grid", "verify")
     TOPICS: ClassVar = flags.TOPICS
     MOVED: ClassVar = {"--compare": "python recipes/compare.py --runs runs/a runs/b --output-dir runs/a-and-b"}
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+
+import teachers
+from distill.grid_search import gits, step_costs
+from distill.regularize import RESIDUALS, residuals
+from distill.rng import Rng
+from distill.sampling import SEARCHED, Sampling
+from distill.schedule import prior_std
+from eval import reference
+from eval.features import Extractor
+from eval.generate import initial_noise
+from eval.reference import decoder_floor
+from eval.sweep import Cell
+from eval.verify import verify
+from recipes.common.checks import check_match, check_sampler, check_steps, stages_of
+from recipes.common.interrupts import interruptible
+from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
+from recipes.common.run import Run
+from recipes.data import sets
+from recipes.data.sets import Data
+from teachers import Teacher
+
+Models = list[tuple[str, list[tuple[str, Teacher]]]]  # spec, and the file and model of each student behind it
 
 
 @interruptible()

@@ -13,19 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
-import teachers
-from distill.files import replacing_folder, write_text
-from eval.generate import images
-from eval.image_grid import contact_sheet
 from recipes.common import flags
 from recipes.common.accepted import Checked
-from recipes.common.cli import flag, machine_flag, model_flag, one_line_errors, parse
-from teachers import Teacher
-from teachers.export import deliver, one_step
-from teachers.export.card import card, measured
-from teachers.hub import first_line, nulls
+from recipes.common.cli import flag, flags_first, machine_flag, model_flag, one_line_errors, parse
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
 
@@ -36,7 +26,7 @@ class Config(Checked):
     model: str = model_flag("digits", "the model (accepted: --help teacher)")
     output_dir: str = machine_flag("runs/export", "a new directory", path="new")
     variants: tuple[str, ...] = flag(
-        (), "also weights in half precision, as variants of each pipeline", choices=deliver.VARIANTS
+        (), "also weights in half precision, as variants of each pipeline", choices=("fp16", "bf16")
     )
     torch_export: bool = flag(False, "also the one step of a student as a torch.export program, one-step.pt2")
     onnx: bool = flag(False, "also the one step of a student as ONNX, one-step.onnx, compared in onnxruntime")
@@ -45,6 +35,20 @@ class Config(Checked):
     private: bool = flag(False, "make a new repository on the hub private", short=False)
 
     TOPICS: ClassVar = {"teacher": flags.TOPICS["teacher"]}
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+
+import teachers
+from distill.files import replacing_folder, write_text
+from eval.generate import images
+from eval.image_grid import contact_sheet
+from teachers import Teacher
+from teachers.export import deliver, one_step
+from teachers.export.card import card, measured
+from teachers.hub import first_line, nulls
 
 
 def main(argv: list[str] | None = None) -> None:

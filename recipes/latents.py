@@ -22,25 +22,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import Tensor
-
-import teachers
-from distill import files
-from distill.images import from_uint8
-from eval.features import fingerprint
-from eval.progress import progress
 from recipes.common.accepted import BATCH, THREADS
-from recipes.common.checks import check_match
-from recipes.common.cli import REQUIRED, flag, machine_flag, model_flag, one_line_errors, parse
+from recipes.common.cli import REQUIRED, flag, flags_first, machine_flag, model_flag, one_line_errors, parse
 from recipes.common.flags import TOPICS, MachineFlags
-from recipes.common.interrupts import interruptible
-from recipes.common.run import agreed, finished_file, lock, unlock
-from recipes.data import sets as datasets
-from recipes.data.latent_shards import DTYPES, LATENTS, codec_sha256
-from teachers import Teacher
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"most": 64}}
 
@@ -54,11 +38,31 @@ class Config(MachineFlags):
     model: str = model_flag(REQUIRED, "the latent model (accepted: --help teacher)")
     data: str = model_flag("digits", "the images (accepted: --help data)")
     most: int = model_flag(0, "largest number of images; 0 for all", at_least=0, at_most=10**10)
-    dtype: str = model_flag("float16", "number format of the latents", choices=DTYPES)
+    dtype: str = model_flag("float16", "number format of the latents", choices=("float16", "float32"))
     output_dir: str = machine_flag("runs/latents", "a new directory", path="folder")
     shard_images: int = machine_flag(8192, "latents per file", at_least=1, at_most=1_000_000)
     batch_size: int = machine_flag(16, "images encoded per batch", **BATCH)
     threads: int = machine_flag(0, "CPU threads per process; 0 for torch's default", short=False, **THREADS)
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+import teachers
+from distill import files
+from distill.images import from_uint8
+from eval.features import fingerprint
+from eval.progress import progress
+from recipes.common.checks import check_match
+from recipes.common.interrupts import interruptible
+from recipes.common.run import agreed, finished_file, lock, unlock
+from recipes.data import sets as datasets
+from recipes.data.latent_shards import DTYPES, LATENTS, codec_sha256
+from teachers import Teacher
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-import teachers
-from distill.likelihood import bits, bound, flow
 from recipes.common.accepted import SEED, THREADS, Checked
-from recipes.common.checks import check_match, probed
-from recipes.common.cli import flag, machine_flag, model_flag, one_line_errors, parse
+from recipes.common.cli import flag, flags_first, machine_flag, model_flag, one_line_errors, parse
 from recipes.common.flags import TOPICS
-from recipes.data import sets as datasets
-from recipes.data.sets import Data
-from teachers import Teacher
 
 LEGEND = """error: E|D - x0|^2 per pixel. bound: of the best linear denoiser. allowed: the largest error that passes. bias, slope: best is 0.
 spread, reach: of D over those of the data. skill: 1 is the bound's. lost: part of the skill, best is 0. misfit: lower fits better."""
@@ -41,6 +33,18 @@ class Config(Checked):
     nll: bool = flag(False, "also measure the negative log-likelihood of the data")
     seed: int = machine_flag(0, "seed of all random numbers", **SEED)
     threads: int = machine_flag(0, "CPU threads; 0 for torch's default", short=False, **THREADS)
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+
+import teachers
+from distill.likelihood import bits, bound, flow
+from recipes.common.checks import check_match, probed
+from recipes.data import sets as datasets
+from recipes.data.sets import Data
+from teachers import Teacher
 
 
 def likelihood_lines(teacher: Teacher, data: Data, seed: int, images: int = 128) -> list[str]:

@@ -16,28 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
-import teachers
-from distill.denoiser import DenoiserLike, on_schedule
-from distill.distance import DISTANCES, WEIGHTS
-from distill.files import write_json
-from distill.grid import uniform
-from distill.progressive import Progressive
-from distill.regression import Regression
-from distill.rng import seed_of
-from distill.sampling import Sampling
-from distill.target import Mix
-from distill.train import Optimization
+from distill import names
 from recipes.common import flags
 from recipes.common.accepted import GUIDANCE, STEPS, TRAINED
-from recipes.common.checks import check_match, check_steps
-from recipes.common.cli import flag, method_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.interrupts import interruptible
-from recipes.common.training import Experiment
-from recipes.data import sets
-from recipes.data.sets import Data
-from teachers import Teacher
-from teachers.students import on_table
-from teachers.teacher import require_network
+from recipes.common.cli import flag, flags_first, method_flag, model_flag, one_line_errors, parse, training_flag
 
 PRESETS: dict[str, dict] = {
     "default": {},  # FID / teacher's 1.01, 1.07, 1.33, 1.72 at 8, 4, 2, 1 steps (n = 10,000); 7 to 18 minutes on two CPU cores
@@ -63,8 +45,8 @@ class Config(flags.DistillationFlags):
     images_per_stage: int = training_flag(
         32_000, "training images per stage; the stages to 2 and 1 steps take twice as many", **TRAINED
     )
-    weight: str = method_flag("truncated_snr", "weight of the x0 error", choices=WEIGHTS, short=False)
-    distance: str = method_flag("l2", "distance of student and target", choices=DISTANCES, short=False)
+    weight: str = method_flag("truncated_snr", "weight of the x0 error", choices=names.WEIGHTS, short=False)
+    distance: str = method_flag("l2", "distance of student and target", choices=names.DISTANCES, short=False)
     skip: tuple[int, ...] = flag(
         (), "step counts to leave out: the stage after one does four steps in one, or more", short=False, **STEPS
     )
@@ -84,6 +66,29 @@ class Config(flags.DistillationFlags):
     guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none", **GUIDANCE)
 
     MAY_CHANGE: ClassVar = (*flags.DistillationFlags.MAY_CHANGE, "rerun")
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import teachers
+from distill.denoiser import DenoiserLike, on_schedule
+from distill.distance import DISTANCES, WEIGHTS
+from distill.files import write_json
+from distill.grid import uniform
+from distill.progressive import Progressive
+from distill.regression import Regression
+from distill.rng import seed_of
+from distill.sampling import Sampling
+from distill.target import Mix
+from distill.train import Optimization
+from recipes.common.checks import check_match, check_steps
+from recipes.common.interrupts import interruptible
+from recipes.common.training import Experiment
+from recipes.data import sets
+from recipes.data.sets import Data
+from teachers import Teacher
+from teachers.students import on_table
+from teachers.teacher import require_network
 
 
 @interruptible()

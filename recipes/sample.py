@@ -12,21 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
-import teachers
-from distill.files import replacing_folder
-from distill.grid import GRIDS
-from distill.sampling import ACCEPTED, Sampling
-from eval.generate import chunks, images
-from eval.image_grid import contact_sheet, write_folder
-from eval.machine import default_device
-from eval.progress import progress
+from distill import names
 from recipes.common import flags
 from recipes.common.accepted import BATCH, GUIDANCE, SEED, STEPS, Checked
-from recipes.common.checks import check_sampler, check_steps, stage_of
-from recipes.common.cli import flag, machine_flag, method_flag, model_flag, one_line_errors, parse, plural
-from teachers import Teacher
+from recipes.common.cli import flag, flags_first, machine_flag, method_flag, model_flag, one_line_errors, parse, plural
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"images": 10}}
 
@@ -40,8 +29,8 @@ class Config(Checked):
     labels: tuple[int, ...] | None = flag(
         None, "classes, repeated in turn", own=lambda v: "drawn", at_least=0, at_most=1_000_000
     )
-    sampler: str | None = method_flag(None, f"{ACCEPTED}", own=lambda v: "the student's, else ddim")
-    grid: str | None = method_flag(None, "time grid", choices=GRIDS, own=lambda v: "the student's, else uniform")
+    sampler: str | None = method_flag(None, names.SAMPLER_TEXT, own=lambda v: "the student's, else ddim")
+    grid: str | None = method_flag(None, "time grid", choices=names.GRIDS, own=lambda v: "the student's, else uniform")
     guidance: float = method_flag(1.0, "classifier-free guidance; 1 is none", **GUIDANCE)
     columns: int = machine_flag(10, "columns of a PNG", at_least=1, at_most=1000)
     chunk: int = machine_flag(256, "images generated at once", **BATCH)
@@ -49,6 +38,21 @@ class Config(Checked):
     output: str = machine_flag("samples.png", "a .png file, or a folder for single images; neither may exist", path="new")
 
     TOPICS: ClassVar = {"teacher": flags.TOPICS["teacher"]}
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+
+import teachers
+from distill.files import replacing_folder
+from distill.sampling import Sampling
+from eval.generate import chunks, images
+from eval.image_grid import contact_sheet, write_folder
+from eval.machine import default_device
+from eval.progress import progress
+from recipes.common.checks import check_sampler, check_steps, stage_of
+from teachers import Teacher
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,27 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-import teachers
-from distill.grid import uniform
-from distill.grid_search import coordinate_descent
-from distill.sampling import SEARCHED, Sampling
-from eval import fidelity
-from eval.features import Extractor
-from eval.generate import chunks, images
-from eval.sweep import Cell
 from recipes.common import flags
 from recipes.common.accepted import BATCH, GENERATED, SEED, STEPS
-from recipes.common.checks import check_match, check_steps
-from recipes.common.cli import flag, machine_flag, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
-from recipes.common.interrupts import interruptible
-from recipes.common.measurement import Measurement
-from recipes.common.run import Run
-from recipes.common.training import export_pipelines
-from recipes.data import sets
-from teachers import Teacher
+from recipes.common.cli import (
+    flag,
+    flags_first,
+    machine_flag,
+    measuring_flag,
+    method_flag,
+    model_flag,
+    one_line_errors,
+    parse,
+    plural,
+)
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -56,6 +48,28 @@ class Config(flags.MachineFlags):
     seed: int = machine_flag(0, "seed of noise and labels; the search uses other seeds than the FID", **SEED)
 
     TOPICS: ClassVar = flags.TOPICS
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+from torch import Tensor
+
+import teachers
+from distill.grid import uniform
+from distill.grid_search import coordinate_descent
+from distill.sampling import SEARCHED, Sampling
+from eval import fidelity
+from eval.features import Extractor
+from eval.generate import chunks, images
+from eval.sweep import Cell
+from recipes.common.checks import check_match, check_steps
+from recipes.common.interrupts import interruptible
+from recipes.common.measurement import Measurement
+from recipes.common.run import Run
+from recipes.common.training import export_pipelines
+from recipes.data import sets
+from teachers import Teacher
 
 
 @interruptible()

@@ -14,31 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import teachers
-from distill.denoiser import PREDICTIONS, Denoiser
-from distill.distance import WEIGHTS
-from distill.regression import DRAWS, Regression
-from distill.resume import Resumable
-from distill.sampling import Sampling
-from distill.schedule import Schedule, schedule_from
-from distill.target import DataSample, Mix
-from distill.train import BatchSplit, Optimization, train
-from eval.generate import images
-from eval.image_grid import contact_sheet
-from eval.machine import peak_memory_gb
+from distill import names
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, TRAINED
-from recipes.common.checks import check_denoiser, check_finite_data, check_match, codec_of
-from recipes.common.cli import duration, flag, method_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
-from recipes.common.plan import measure_step_time
-from recipes.common.run import Run, finished_file, processes, settings_of
-from recipes.common.training import divergence_errors
-from recipes.data import sets
-from recipes.data.sets import Data
-from teachers import Teacher
-from teachers.students import untrained
-from teachers.teacher import frozen
+from recipes.common.cli import duration, flag, flags_first, method_flag, model_flag, one_line_errors, parse, training_flag
 
 PRESETS: dict[str, dict] = {
     "default": {},  # FID 0.066 with 64 DDIM steps (n = 10,000); 9 minutes on two CPU cores
@@ -63,17 +42,17 @@ class Config(flags.RunFlags, flags.TrainingFlags):
         50_000, "half-life of the average of the weights that is kept", short=False, **TRAINED
     )
     prediction: str = method_flag(
-        "v", "output of the network; eps and score need --schedule linear_vp or edm", choices=PREDICTIONS
+        "v", "output of the network; eps and score need --schedule linear_vp or edm", choices=names.PREDICTIONS
     )
     schedule: str = method_flag("table", "noise schedule; table: cosine, 1024 entries, zero terminal SNR", choices=SCHEDULES)
     sigma_data: float | None = method_flag(
         None, "standard deviation of the data, for prediction edm", short=False, own=lambda v: "measured", above=0, at_most=1000
     )
     times: str | None = method_flag(
-        None, "where training draws t", choices=DRAWS, short=False, own=lambda v: _draw_name(v["schedule"])
+        None, "where training draws t", choices=names.DRAWS, short=False, own=lambda v: _draw_name(v["schedule"])
     )
     weight: str | None = method_flag(
-        None, "weight of the x0 error", choices=WEIGHTS, short=False, own=lambda v: _weight_name(v["prediction"])
+        None, "weight of the x0 error", choices=names.WEIGHTS, short=False, own=lambda v: _weight_name(v["prediction"])
     )
     channels: tuple[int, ...] = model_flag((32, 48), "channels of the UNet, one per resolution", **CHANNELS)
     layers: int = model_flag(1, "residual blocks per resolution", short=False, **LAYERS)
@@ -95,6 +74,32 @@ def _draw_name(schedule: str) -> str:
 
 def _weight_name(prediction: str) -> str:
     return {"eps": "snr", "score": "snr", "x0": "min_snr"}.get(prediction, "snr_plus_one")
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import teachers
+from distill.denoiser import Denoiser
+from distill.distance import WEIGHTS
+from distill.regression import DRAWS, Regression
+from distill.resume import Resumable
+from distill.sampling import Sampling
+from distill.schedule import Schedule, schedule_from
+from distill.target import DataSample, Mix
+from distill.train import BatchSplit, Optimization, train
+from eval.generate import images
+from eval.image_grid import contact_sheet
+from eval.machine import peak_memory_gb
+from recipes.common.checks import check_denoiser, check_finite_data, check_match, codec_of
+from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
+from recipes.common.plan import measure_step_time
+from recipes.common.run import Run, finished_file, processes, settings_of
+from recipes.common.training import divergence_errors
+from recipes.data import sets
+from recipes.data.sets import Data
+from teachers import Teacher
+from teachers.students import untrained
+from teachers.teacher import frozen
 
 
 @interruptible()

@@ -13,32 +13,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-import teachers
-from distill.denoiser import Denoiser, on_schedule
-from distill.device import send
-from distill.distance import snr_plus_one
-from distill.files import write_json, write_text
-from distill.regression import Regression
-from distill.rng import Rng
-from distill.schedule import Schedule, add_noise
-from distill.target import DataSample, Mix, PosteriorMean, Target
-from distill.teacher_bias import NoisySample, TeacherBias
-from distill.train import BatchSplit, Optimization, train
-from eval.progress import progress
-from eval.variance_page import draw, page, verdict
 from recipes.common import flags
 from recipes.common.accepted import BATCH, SEED, TRAINED
-from recipes.common.checks import check_match
-from recipes.common.cli import TRACKERS, flag, machine_flag, measuring_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.methods import estimated_bias
-from recipes.common.run import Run, processes
-from recipes.data import sets
-from recipes.data.sets import Data
-from teachers import Teacher
-from teachers.students import untrained
+from recipes.common.cli import (
+    TRACKERS,
+    flag,
+    flags_first,
+    machine_flag,
+    measuring_flag,
+    model_flag,
+    one_line_errors,
+    parse,
+    training_flag,
+)
 
 PRESETS: dict[str, dict] = {
     "default": {},  # about 5 minutes on two CPU cores
@@ -62,6 +49,33 @@ class Config(flags.MachineFlags):
     log_with: str | None = machine_flag(None, "an Accelerate tracker", choices=TRACKERS)
 
     TOPICS: ClassVar = flags.TOPICS
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import torch
+from torch import Tensor
+
+import teachers
+from distill.denoiser import Denoiser, on_schedule
+from distill.device import send
+from distill.distance import snr_plus_one
+from distill.files import write_json, write_text
+from distill.regression import Regression
+from distill.rng import Rng
+from distill.schedule import Schedule, add_noise
+from distill.target import DataSample, Mix, PosteriorMean, Target
+from distill.teacher_bias import NoisySample, TeacherBias
+from distill.train import BatchSplit, Optimization, train
+from eval.progress import progress
+from eval.variance_page import draw, page, verdict
+from recipes.common.building import estimated_bias
+from recipes.common.checks import check_match
+from recipes.common.run import Run, processes
+from recipes.data import sets
+from recipes.data.sets import Data
+from teachers import Teacher
+from teachers.students import untrained
 
 
 def gradients(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill.reading import malformed
-from teachers import adm, custom, diffusers_pipeline, experts, oracle
-from teachers.hub import quiet
-from teachers.saved import load_file
-from teachers.teacher import Teacher
+
+if TYPE_CHECKING:
+    from teachers.teacher import Teacher
 
 FORMS = {
     "digits": "the embedded teacher, a class-conditional UNet on 8x8 digits",
@@ -33,6 +33,10 @@ def load(spec: str, trusted: bool = True) -> Teacher:
 
     Raises ValueError for a spec that is not among `FORMS`, and for a factory that is not trusted.
     """
+    from teachers import adm, custom, diffusers_pipeline, experts, oracle  # not above: --help shows `ACCEPTED` without torch
+    from teachers.hub import quiet
+    from teachers.saved import load_file
+
     prefixes = {
         "experts:": lambda text: experts.load(text, partial(load, trusted=trusted)),
         "oracle:": oracle.load,

@@ -34,7 +34,8 @@ from distill.teacher_bias import TeacherBias
 from distill.train import BatchSplit, Optimization, train
 from eval.generate import images, initial_noise
 from recipes import classifier, consistency, evaluate, export, latents, progressive, sample, search, teacher, variance
-from recipes.common.methods import METHODS, MethodFlags, method_of
+from recipes.common.building import method_of
+from recipes.common.methods import METHODS, MethodFlags
 from recipes.data import sets
 from teachers.probe import probe
 from teachers.students import with_two_times

@@ -17,7 +17,8 @@ from distill.target import Mix
 from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive
 from recipes import teacher as teacher_recipe
-from recipes.common.methods import METHODS, MethodFlags, method_of
+from recipes.common.building import method_of
+from recipes.common.methods import METHODS, MethodFlags
 from recipes.data import sets
 from teachers.students import untrained, with_two_times
 

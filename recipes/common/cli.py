@@ -77,6 +77,26 @@ def parse(config: type[C], doc: str, presets: dict[str, dict], argv: list[str] |
     return config(**values)
 
 
+class Completing(Exception):
+    """Hand the parser of a recipe to the completion of a shell, which needs no more of the recipe."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.parser = parser
+
+
+def flags_first(module: str, config: type, doc: str | None, presets: dict[str, dict]) -> None:
+    """End --help and wrong flags here, between a recipe's flags and the imports of its algorithm, which take seconds.
+
+    ``module``: the recipe's ``__name__``. Nothing happens where it is imported and not run.
+    """
+    if module != "__main__":
+        return
+    if "_ARGCOMPLETE" in os.environ:
+        raise Completing(parser_of(config, doc or ""))
+    with one_line_errors():
+        parse(config, doc or "", presets)
+
+
 def fail(message: str) -> NoReturn:
     """End the program with exit code 2 and one line on standard error, written by the main process and at most `LINE` long."""
     if os.environ.get("RANK", "0") == "0":

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import teachers
-from eval import reference
+from eval.names import REFERENCES
 from recipes.common.accepted import BATCH, GENERATED, LEARNING_RATE, SEED, STEPS, THREADS, TRAINED, Checked
 from recipes.common.cli import TRACKERS, machine_flag, measuring_flag, model_flag, training_flag
-from recipes.data import sets
+from recipes.data import spec
 
 TOPICS = {
     "teacher": f"Accepted as --teacher, --model and --student:\n{teachers.ACCEPTED}",
-    "data": f"Accepted as --data:\n{sets.ACCEPTED}",
+    "data": f"Accepted as --data:\n{spec.ACCEPTED}",
 }
 
 
@@ -71,7 +71,7 @@ class SweepFlags(Checked):
     features: str = measuring_flag("digits", "feature extractor of FID")
     reference: str | None = measuring_flag(
         None,
-        f"a stored reference instead of the images of --data; needed with latents: {reference.ACCEPTED}",
+        f"a stored reference instead of the images of --data; needed with latents: {REFERENCES}",
         short=False,
         path="file",
     )

@@ -1,33 +1,26 @@
-"""The methods of recipes/consistency.py, each with the settings that serve it best. EXPERIMENTS.md compares them with the papers'."""
+"""The methods of recipes/consistency.py, each with the settings that serve it best. EXPERIMENTS.md compares them with the papers'.
+
+Nothing here imports torch before a method is built, because --help shows the table. `recipes.common.building` builds.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from distill.consistency import GAP_WEIGHTS, Consistency, Gap, Neighbours, ct_steps, ict_steps
-from distill.distance import DISTANCES, Distance
-from distill.grid import GRIDS
-from distill.meanflow import MeanFlow
-from distill.regression import Regression
-from distill.regularize import RESIDUALS, Regularized
-from distill.scm import ContinuousConsistency
-from distill.target import DataSample, Mix, PosteriorMean, Target
-from distill.teacher_bias import TeacherBias
-from distill.train import Method
-from eval.perceptual import Lpips
-from eval.progress import progress
+from distill.names import DISTANCES, GAP_WEIGHTS, GRIDS, RESIDUALS
 from recipes.common.accepted import STEPS, Checked
 from recipes.common.cli import flag, method_flag, model_flag
-from recipes.data.sets import Data
-from teachers import Teacher
+
+if TYPE_CHECKING:
+    from distill.target import Target
+    from distill.train import Method
+
+    Build = Callable[["MethodFlags", Target, dict[str, Any]], Method]
 
 DISTANCE_NAMES = (*DISTANCES, "lpips")
-LEVELS = torch.linspace(-9, 13, 23)  # log-SNRs at which --target-mix auto estimates the teacher's bias
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,6 @@ class MethodFlags(Checked):
     )
 
 
-Build = Callable[[MethodFlags, Target, dict[str, Any]], Method]
 PAIRS = ("weight", "distance", "averaged_target")  # flags of every method of pairs
 
 
@@ -99,31 +91,45 @@ class MethodDefaults:
 
 
 def cd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.consistency import Consistency, Neighbours
+
     pairs = Neighbours(lambda _: flags.grid_steps, grid=flags.grid)
     return Consistency(target, pairs, order=flags.order, substeps=flags.substeps, **options)
 
 
 def ct(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.consistency import Consistency, Neighbours, ct_steps
+
     return Consistency(target, Neighbours(ct_steps(), grid=flags.grid), **options)
 
 
 def ict(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.consistency import Consistency, Neighbours, ict_steps
+
     return Consistency(target, Neighbours(ict_steps(), (-1.1, 2.0)), **options)
 
 
 def ect(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.consistency import Consistency, Gap
+
     return Consistency(target, Gap(), **options)
 
 
 def scm(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.scm import ContinuousConsistency
+
     return ContinuousConsistency(target, jvp=flags.jvp, step=flags.jvp_step)
 
 
 def meanflow(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.meanflow import MeanFlow
+
     return MeanFlow(target, power=0.0 if teacher_weight(flags) else 1.0, jvp=flags.jvp, step=flags.jvp_step)
 
 
 def denoise(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.regression import Regression
+
     return Regression(target)
 
 
@@ -187,49 +193,3 @@ def terms_of(flags: MethodFlags) -> tuple[tuple[str, float], ...]:
             raise ValueError(f"--regularize {term}: accepted is name=weight with a name of {', '.join(RESIDUALS)}")
         terms.append((name, float(weight)))
     return tuple(terms)
-
-
-def estimated_bias(teacher: Teacher, data: Data, most: int, seed: int, device: torch.device) -> TeacherBias:
-    """Return the estimator of the teacher's bias on at most ``most`` random samples of the data."""
-    some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:most]
-    labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
-    return TeacherBias(teacher.denoiser, data.x0(some, device), labels, teacher.condition)
-
-
-def target_of(
-    flags: MethodFlags, teacher: Teacher | None, student: Teacher, data: Data, seed: int, device: torch.device | None
-) -> Target:
-    """Return the target that --target and --target-mix name.
-
-    ``device``: where the teacher's bias is estimated for "auto"; with None, which is for a trial, auto is 1/2. Raises ValueError for a
-    posterior mean where the condition is a text.
-    """
-    weight = teacher_weight(flags)
-    if flags.target == "posterior-mean":
-        if student.embeddings is not None:
-            raise ValueError("--target posterior-mean needs labels, and this model is conditioned on text: choose --target mix")
-        return PosteriorMean()
-    if teacher is None or weight == 0:
-        return DataSample()
-    if weight != "auto" or device is None:
-        return Mix(teacher.denoiser, 0.5 if weight == "auto" else float(weight))
-    rng = torch.Generator().manual_seed(seed)
-    levels = progress(LEVELS, desc="estimating the teacher's bias", leave=False)
-    errors = estimated_bias(teacher, data, 4096, seed, device).errors(teacher.denoiser.schedule, levels, rng)
-    return Mix(teacher.denoiser, errors["best"], LEVELS)
-
-
-def method_of(
-    flags: MethodFlags, teacher: Teacher | None, student: Teacher, data: Data, seed: int, device: torch.device | None = None
-) -> Method:
-    """Return the method that the flags describe, with its regularizers. ``device``: as in `target_of`."""
-    defaults, terms = METHODS[flags.method], terms_of(flags)
-    options: dict[str, Any] = {"averaged": flags.averaged_target, "weight": GAP_WEIGHTS[flags.weight or defaults.weight]}
-    options["distance"] = distance_of(flags.distance or defaults.distance, data)
-    method = defaults.build(flags, target_of(flags, teacher, student, data, seed, device), options)
-    return Regularized(method, terms) if terms else method
-
-
-def distance_of(name: str, data: Data) -> Distance:
-    """Return the distance of this name. Raises ValueError where its package is missing or the images do not fit it."""
-    return Lpips(data.shape[0]) if name == "lpips" else DISTANCES[name]

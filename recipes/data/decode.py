@@ -23,6 +23,7 @@ from eval.progress import progress
 from recipes.data.image_file import GREY, header_of, pixels_of
 from recipes.data.image_file import ImageFormat as ImageFormat
 from recipes.data.image_file import Record as Record
+from recipes.data.spec import MAX_CLASSES
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_UNREADABLE = 0.01  # part of a set's images
@@ -31,7 +32,6 @@ PROCESSES_FROM = 4096  # images; fewer are decoded in threads, which start faste
 # a spawned interpreter would import the whole recipe again; a worker uses only Pillow and numpy, as DataLoader's workers do
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 BLOCK = 4096  # encoded images in memory at a time
-MAX_CLASSES = 1_000_000
 MAX_SIDE = 1024  # of images whose size the user does not name
 PEEKED = 200  # images whose headers decide the format of the set, in order and at random each
 

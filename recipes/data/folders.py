@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from recipes.data.decode import SUFFIXES, Record, Source
+from recipes.data.spec import TORCHVISION
 
-TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar10": "CIFAR10"}
 SHOWN = 20  # classes that are printed
 
 

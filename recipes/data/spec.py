@@ -6,10 +6,8 @@ import difflib
 import re
 from pathlib import Path
 
-from recipes.data.decode import MAX_CLASSES
-from recipes.data.folders import TORCHVISION
-from recipes.data.latent_shards import is_latents
-
+TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar10": "CIFAR10"}
+MAX_CLASSES = 1_000_000
 FORMS = {
     "digits": "the 1,797 handwritten digits of scikit-learn, 8x8",
     "FOLDER": "a folder of images; if all of them are in sub-folders, each sub-folder is a class; transparent images are put on white",
@@ -72,6 +70,8 @@ def _kind(where: str) -> tuple[str, str]:
     if place and (prefix in ("hf", "wds") or prefix in TORCHVISION):
         return prefix, place
     if where and path.is_dir():
+        from recipes.data.latent_shards import is_latents  # not above: --help shows `ACCEPTED` without torch
+
         return "latents" if is_latents(path) else "folder", where
     if path.suffix == ".npz" and path.is_file():
         return "npz", where
