@@ -80,7 +80,9 @@ def _instance(default: str, config: dict) -> Any:
     """Return a scheduler of the configuration's class, by default ``default``, with the defaults of that class."""
     import diffusers
 
-    return getattr(diffusers, config.get("_class_name", default)).from_config(config)
+    if "_class_name" not in config:  # one of this project; `from_config` would import all schedulers, and scipy with them
+        return getattr(diffusers, default)(**config)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def _discrete(config: dict, c: dict) -> Convention:

@@ -108,3 +108,75 @@ def test_help_takes_a_few_times_what_python_and_argparse_take():
     """torch alone takes thirty times as much."""
     bare = min(cpu_seconds("-c", "import argparse, dataclasses") for _ in range(3))
     assert min(cpu_seconds("recipes/evaluate.py", "--help", "all") for _ in range(3)) < 10 * max(bare, 0.02)
+
+
+def test_the_digits_are_those_of_scikit_learn():
+    """They are read from its file, because importing it takes longer than some training steps."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    from teachers.digits import digits
+
+    known, (images, labels) = load_digits(), digits()
+    assert torch.equal(images[:, 0], torch.tensor(known.images / 16 * 255).round().to(torch.uint8))
+    assert torch.equal(labels, torch.tensor(known.target)) and images.is_contiguous()
+
+
+def fresh(code):
+    """Run Python code in a process of its own and return what it prints, as JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_embedded_teacher_is_loaded_and_probed_without_libraries_that_it_does_not_use():
+    code = """
+import json, sys, teachers
+from recipes.common.checks import check_denoiser
+from recipes.data import sets
+check_denoiser(teachers.load("digits"), sets.load("digits"), 0, False)
+print(json.dumps([name for name in ("sklearn", "scipy.stats", "transformers.modeling_utils", "matplotlib", "pandas") if name in sys.modules]))
+"""
+    assert fresh(code) == []
+
+
+@pytest.mark.slow
+def test_packages_of_diffusers_whose_init_was_delayed_have_all_their_names_afterwards():
+    code = """
+import json, sys
+{first}
+import diffusers.models.unets as unets, diffusers.models.transformers as transformers
+from diffusers import DiTTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+assert transformers.DiTTransformer2DModel is DiTTransformer2DModel and unets.UNet2DModel is UNet2DModel
+assert sys.modules["diffusers.models"].transformers is transformers
+names = [sorted(n for n in vars(module) if not n.startswith("_")) for module in (unets, transformers)]
+print(json.dumps([names, [c.__name__ for c in StableDiffusionPipeline.__mro__], UNet2DConditionModel.__module__]))
+"""
+    late = """
+import teachers
+teachers.load("digits")
+assert "diffusers.models.unets.unet_2d_condition" not in sys.modules
+"""
+    assert fresh(code.format(first=late)) == fresh(code.format(first=""))
+
+
+def test_a_delayed_package_runs_when_a_name_is_taken_and_a_missing_one_is_ignored(tmp_path, monkeypatch):
+    from teachers.networks.late import delay
+
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    (tmp_path / "outer" / "__init__.py").touch()
+    (tmp_path / "outer" / "inner" / "part.py").write_text("value = 1")
+    (tmp_path / "outer" / "inner" / "__init__.py").write_text("from .part import value\nfrom . import part\nran = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    delay("outer.inner")
+    delay("outer.missing")
+    from outer.inner.part import value  # type: ignore[import-not-found]
+
+    inner = sys.modules["outer.inner"]
+    assert value == 1 and "ran" not in vars(inner) and not hasattr(inner, "__wrapped__") and "outer.missing" not in sys.modules
+    assert inner.ran and inner.value == 1 and inner is sys.modules["outer"].inner
+    delay("outer.inner")
+    assert inner is sys.modules["outer.inner"]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "outer"]:
+        monkeypatch.delitem(sys.modules, name)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from teachers.networks.late import delay
+
 
 class TwoTimes(nn.Module):
     """Replace a UNet's time projection P by P(t) + A (cos, sin)(k pi (t - s) / reach), k = 1..4, where ``length`` is t - s.
@@ -60,6 +62,8 @@ class UNet(nn.Module):
 
 def build(config: dict) -> UNet:
     """Build a network from its description's "config": the options of UNet2DModel, and perhaps "reach"."""
+    for package in ("diffusers.models.transformers", "diffusers.models.unets"):
+        delay(package)  # they import transformers and scipy, which a UNet2DModel does not use
     from diffusers import UNet2DModel
 
     config = dict(config)
