@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+
+BLOCK = 256  # samples of a batch that share a generator
 
 
 def seed_of(*parts: int | str) -> int:
@@ -27,8 +29,9 @@ class Rng:
     ``generator``: of noise, on its device. ``scalars``: of numbers per sample, such as times; None: the same generator. `seeded` takes
     them from the CPU, because a schedule is evaluated there, see `distill.device`.
 
-    Every draw is made for the whole batch and cut to the rows. One process with a batch of 2 B and two processes with B each
-    therefore see the same numbers.
+    The batch is cut into blocks of `BLOCK` samples. The first block is drawn from these generators, and each later one from generators
+    of its own seed, which is a function of theirs and of its number. Only blocks that the rows touch are drawn. One process with a
+    batch of 2 B and two processes with B each therefore see the same numbers, and no process draws a large batch for a few rows.
     """
 
     generator: torch.Generator
@@ -42,10 +45,25 @@ class Rng:
         generator = torch.Generator(device).manual_seed(seed)
         return cls(generator, total, rows, generator if device.type == "cpu" else torch.Generator().manual_seed(seed))
 
+    @cached_property
+    def _blocks(self) -> list[_Block]:
+        """The blocks that the rows touch."""
+        start, stop = (0, self.total) if self.rows is None else (self.rows.start, self.rows.stop)
+        blocks = []
+        for first in range(start - start % BLOCK, stop, BLOCK):
+            noise = _of_block(self.generator, first // BLOCK)
+            other = None if self.scalars is self.generator else self.scalars
+            scalars = noise if other is None else _of_block(other, first // BLOCK)
+            last = min(first + BLOCK, self.total)
+            blocks.append(_Block(noise, scalars, last - first, slice(max(start, first) - first, min(stop, last) - first)))
+        return blocks
+
     def _cut(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
-        generator = self.generator if shape else self.scalars or self.generator
-        draws = draw((self.total, *shape), generator=generator, device=generator.device)
-        return draws if self.rows is None else draws[self.rows]
+        parts = []
+        for block in self._blocks:
+            generator = block.noise if shape else block.scalars
+            parts.append(draw((block.size, *shape), generator=generator, device=generator.device)[block.rows])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def normal(self, like: Tensor | None = None) -> Tensor:
         """Return standard normal numbers: of the shape and dtype of ``like`` [B, ...], or one per sample, float32 [B]."""
@@ -58,3 +76,20 @@ class Rng:
     def integers(self, high: int) -> Tensor:
         """Return integers in 0..high-1, one per sample: int64 [B]."""
         return self._cut(partial(torch.randint, high))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Hold the generators of ``size`` samples of a batch, and those ``rows`` of them that are needed."""
+
+    noise: torch.Generator
+    scalars: torch.Generator
+    size: int
+    rows: slice
+
+
+def _of_block(first: torch.Generator, number: int) -> torch.Generator:
+    """Return the generator of a block: that of the first block, or one of its own."""
+    if number == 0:
+        return first
+    return torch.Generator(first.device).manual_seed(seed_of(first.initial_seed(), "block", number))
