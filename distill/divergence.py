@@ -227,7 +227,7 @@ class Guard:
             return text
         tensors |= {f"net.{name}": whole(value) for name, value in self.module.state_dict().items()}
         if extra and self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+            tensors |= {f"average.{name}": whole(value) for name, value in self.average.state_dict().items()}
         path = self.resumable.folder / f"diverged-{step.step:09d}.safetensors"
         if self.accelerator.is_main_process:
             SavedStep(path, tensors, step, text).save()

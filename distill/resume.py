@@ -88,6 +88,11 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def local(value: Tensor) -> Tensor:
+    """Return this process's shard of a sharded tensor, which shares its memory; any other tensor unchanged."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
 def _like(value: Tensor, reference: Tensor) -> Tensor:
     if hasattr(reference, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from distill.denoiser import Denoiser
 from distill.divergence import WINDOW, Guard, Recorder
 from distill.replay import Step
-from distill.resume import Resumable, Stopped, whole
+from distill.resume import Resumable, Stopped, local, whole
 from distill.rng import Rng, seed_of
 
 READS = 50  # how often a phase waits for a GPU to look for bad steps, beside checkpoints
@@ -164,7 +166,7 @@ def train(
     module = accelerator.unwrap_model(net)
     student = dataclasses.replace(student, net=net)
     if average is not None:
-        average = average.to(accelerator.device)  # unsharded in every process, even if FSDP2 shards the student
+        average = _placed(average, module, accelerator)
     ema = dataclasses.replace(student, net=average if average is not None else module)
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
@@ -240,8 +242,19 @@ def _on_any(accelerator: Accelerator, here: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)) > 0)
 
 
+def _placed(average: nn.Module, module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Return the average where the student's module is: on its device, and sharded in the same way if FSDP2 shards it."""
+    if isinstance(module, FSDPModule):
+        return fsdp2_prepare_model(accelerator, average)
+    return average.to(accelerator.device)
+
+
 @torch.no_grad()
 def _average(average: nn.Module, module: nn.Module, beta: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), [whole(p.detach()) for p in module.parameters()], 1 - beta)
+    """Move the average towards the weights: a = beta a + (1 - beta) w. Each process does so for its own shards."""
+    for part in average.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # a target network whose weights stay gathered after its forward pass
+    torch._foreach_lerp_([local(a) for a in average.parameters()], [local(p.detach()) for p in module.parameters()], 1 - beta)
     if buffers := list(average.buffers()):
-        torch._foreach_copy_(buffers, [whole(buffer) for buffer in module.buffers()])
+        torch._foreach_copy_(buffers, list(module.buffers()))

@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
+from collectives import counted
 from processes import together
 from test_consistency import LEARNED, Small
 
@@ -16,7 +18,7 @@ from distill.consistency import Consistency, Neighbours, truncated_snr
 from distill.denoiser import Denoiser
 from distill.regression import Regression
 from distill.regularize import Regularized
-from distill.resume import whole
+from distill.resume import Resumable, whole
 from distill.rng import Rng
 from distill.schedule import Cosine
 from distill.scm import ContinuousConsistency
@@ -60,15 +62,18 @@ def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch(tmp_path)
     assert codes == {0} and out.split().count("regularized") == 2, out
 
 
-def train_sharded(path):
-    """Train the digits teacher's copy a few steps, in several processes with shards, and write weights and average.
+def shard(accelerator, reshard=True):
+    """Make the next training use FSDP2. Accelerate shards on accelerators only: its state is set by hand, its code is the real one."""
+    blocks = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["ResnetBlock2D"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=reshard, **blocks)
+    type(accelerator.state)._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 
-    Accelerate shards on accelerators only; on CPUs its state is therefore set by hand; its FSDP2 code is the real one.
-    """
+
+def train_sharded(path):
+    """Train the digits teacher's copy a few steps, in several processes with shards, and write weights and average."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     world = accelerator.num_processes
-    blocks = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["ResnetBlock2D"]}
     teacher, data = teachers.load("digits"), sets.load("digits")
     pairs = Neighbours(lambda _: 4, grid="uniform")
     methods = {
@@ -78,12 +83,13 @@ def train_sharded(path):
     tensors = {}
     for name, method in methods.items():
         if world > 1:
-            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, **blocks)
-            type(accelerator.state)._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+            shard(accelerator)
         batches = data.batches(BatchSplit(32, world, accelerator.process_index), 0, name, accelerator.device, teacher.condition)
         how = Optimization(3 * 32, 32, ema_halflife_images=64)
         for state in train(method, teacher.student(), batches, accelerator, how, seed=0, phase=name):
-            assert hasattr(next(state.student.net.parameters()), "full_tensor") == (world > 1)
+            for net in (state.student.net, state.ema.net):
+                assert all(hasattr(weight, "full_tensor") == (world > 1) for weight in net.parameters())
+            assert state.ema(torch.zeros(2, 1, 8, 8), torch.tensor(0.5), **teacher.condition(torch.arange(2))).isfinite().all()
         for kind, net in (("student", state.student.net), ("average", state.ema.net)):
             tensors |= {f"{name} {kind} {key}": whole(value.detach()) for key, value in net.state_dict().items()}
     if accelerator.is_main_process:
@@ -98,6 +104,81 @@ def test_sharded_weights_train_like_whole_ones(tmp_path):
     codes, out = together(2, train_sharded, tmp_path / "two", log=tmp_path / "log")
     assert codes == {0}, out
     one, two = (files.load(tmp_path / name)[0] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.allclose(one[key], two[key], atol=2e-5), key
+
+
+def steps_of(accelerator, method, phase, halflife=64, images=96, **kwargs):
+    """The states of a training of the digits teacher's copy in batches of 32, with the data of this process."""
+    teacher, split = teachers.load("digits"), BatchSplit(32, accelerator.num_processes, accelerator.process_index)
+    batches = sets.load("digits").batches(split, 0, phase, accelerator.device, teacher.condition)
+    how = Optimization(images, 32, ema_halflife_images=halflife)
+    return train(method(teacher), teacher.student(), batches, accelerator, how, seed=0, phase=phase, **kwargs)
+
+
+def regression(teacher):
+    return Regression(Mix(teacher.denoiser))
+
+
+def averaged(teacher):
+    return Consistency(Mix(teacher.denoiser), Neighbours(lambda _: 4, grid="uniform"), truncated_snr, averaged=True)
+
+
+def count_collectives():
+    """In each of two processes: the collectives of the second step with and without an average, on shards that are kept or not."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+
+    def second(method, phase, halflife, reshard):
+        shard(accelerator, reshard)
+        states = steps_of(accelerator, method, phase, halflife)
+        next(states)
+        with counted() as found:
+            next(states)
+        return found.calls
+
+    for reshard in (True, False):
+        without = second(regression, f"none {reshard}", None, reshard)
+        assert without["allgather_base"] > 8 and without["reduce_scatter_base"] > 8
+        assert second(regression, f"average {reshard}", 64, reshard) == without
+        target = second(averaged, f"target {reshard}", 64, reshard)
+        assert (
+            target["allgather_base"] - without["allgather_base"] == without["reduce_scatter_base"]
+        )  # one more call of a network
+    print("counted")
+    accelerator.end_training()
+
+
+def test_the_average_of_sharded_weights_costs_no_collective_call(tmp_path):
+    """Without an average as many weights are gathered as with one; an averaged target gathers its own once per call."""
+    codes, out = together(2, count_collectives, log=tmp_path / "log")
+    assert codes == {0} and out.count("counted") == 2, out
+
+
+def continue_sharded(folder, stop):
+    """Train with shards where there are two processes, from the newest checkpoint. Leave after ``stop`` steps; None: to the end."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    if accelerator.num_processes > 1:
+        shard(accelerator)
+    kept = {"resumable": Resumable(folder), "save_every_images": 32}
+    states = steps_of(accelerator, averaged, "p", images=128, **kept)
+    first, *_, last = islice(states, stop)
+    states.close()
+    if accelerator.is_main_process and stop is None:
+        files.save(folder / f"end-{first.step}", dict(last.ema.net.state_dict()), {})
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def test_a_sharded_run_continues_on_one_process(tmp_path):
+    """The checkpoint of two processes holds whole weights, Adam's state and the average."""
+    continue_sharded(tmp_path / "one", None)
+    codes, out = together(2, continue_sharded, tmp_path / "two", 3, log=tmp_path / "log")
+    assert codes == {0}, out
+    continue_sharded(tmp_path / "two", None)  # from the checkpoint after step 2
+    one, two = files.load(tmp_path / "one" / "end-1")[0], files.load(tmp_path / "two" / "end-3")[0]
     assert one.keys() == two.keys()
     for key in one:
         assert torch.allclose(one[key], two[key], atol=2e-5), key
