@@ -163,6 +163,7 @@ class FakeCuda:
             "get_device_name": lambda *_: "a pretended GPU",
             "get_device_capability": lambda *_: (9, 0),
             "max_memory_allocated": lambda *_: 0,
+            "mem_get_info": lambda *_: (2**30, 2**30),
             "empty_cache": lambda: None,
             "manual_seed": lambda seed: None,
             "manual_seed_all": lambda seed: None,
@@ -202,6 +203,8 @@ class FakeCuda:
         if name == "pin_memory":
             copy = torch.empty_strided(first.size(), first.stride(), dtype=first.dtype).copy_(first)  # type: ignore[union-attr]
             return self._register(copy, self._pinned)  # raises for rows that share memory, as the real one does
+        if kwargs.pop("pin_memory", False):
+            return self._register(func(*args, **kwargs), self._pinned)
         if name == "get_device" and on_device:
             return 0
         if name in ("numpy", "__array__") and on_device:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from distill.device import send
 from distill.images import from_uint8, to_uint8
-from distill.rng import Rng, seed_of
-from distill.schedule import per_sample
 from distill.train import Batches, BatchSplit
 from eval.features import fingerprint
 from recipes.data import folders, huggingface, latent_shards, webdataset
+from recipes.data.batches import batches as make_batches
 from recipes.data.decode import Source, check_label, decode_blocks, format_of, read_all
 from recipes.data.npz import read_npz
 from recipes.data.spec import ACCEPTED as ACCEPTED
@@ -87,9 +86,10 @@ class Data:
 
     def x0(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
         """Return samples as float32 [B, ...]: images in [-1, 1], latents unchanged."""
-        return self._scaled(self.images[index], device)
+        return self.scaled(self.images[index], device)
 
-    def _scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
+    def scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
+        """Return images or latents of this set, as it stores them, as float32 [B, ...] on ``device``."""
         return from_uint8(images, device) if self.latents is None else send(images.contiguous(), device).float()
 
     def captioned(self, prompts: list[str]) -> Data:
@@ -143,34 +143,13 @@ class Data:
     ) -> Batches:
         """Return the function step -> iterator of microbatches (x0, cond) from that step on.
 
-        Samples are drawn with replacement, as a function of (seed, phase, step); for a stream see `Stream.microbatches`.
+        Samples are drawn with replacement, as a function of (seed, phase, step); for a stream see `Stream.microbatches`. How they get
+        to a GPU is told in `recipes.data.batches`.
         ``condition``: labels [B] or None -> the conditions of the network, such as `Teacher.condition`. Labels are replaced by ``null``
         with ``null_probability``, the label dropout of classifier-free guidance.
         """
 
-        def microbatches(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-            generator = torch.Generator()
-            streamed = None if self.stream is None else self.stream.microbatches(split, seed, phase, step)
-            while True:
-                for turn in range(split.accumulate):
-                    rng = Rng(generator.manual_seed(seed_of(seed, phase, step, "data")), split.batch_size, split.rows(turn))
-                    index = rng.integers(
-                        len(self.images)
-                    )  # a stream draws it too, which keeps its dropout and flips reproducible
-                    images, labels = self._at(index) if streamed is None else next(streamed)
-                    x0 = self._scaled(images, device)
-                    if labels is not None and null is not None and null_probability:
-                        labels = torch.where(rng.uniform() < null_probability, null, labels)
-                    if self.flip:
-                        mirrored = rng.uniform() < 0.5
-                        x0 = torch.where(per_sample(mirrored, x0), x0.flip(-1), x0)
-                    yield x0, condition(None if labels is None else send(labels, device))
-                step += 1
-
-        return microbatches
-
-    def _at(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.images[index], None if self.labels is None else self.labels[index]
+        return make_batches(self, split, seed, phase, device, condition, null, null_probability)
 
 
 def load(spec: str) -> Data:

@@ -1,0 +1,94 @@
+"""Training batches of a set: drawn on the CPU as a function of (seed, phase, step), and made there or on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distill.device import send
+from distill.rng import Rng, seed_of
+from distill.schedule import per_sample
+from distill.train import Batches, BatchSplit
+from recipes.data.ahead import Batch, ahead
+
+if TYPE_CHECKING:
+    from recipes.data.sets import Data
+
+Made = Generator[Batch, None, None]
+RESIDENT = 0.1  # sets up to this part of a GPU's free memory are kept there
+
+
+def batches(
+    data: Data,
+    split: BatchSplit,
+    seed: int,
+    phase: str,
+    device: torch.device,
+    condition: Callable[[Tensor | None], dict[str, Tensor]],
+    null: int | None = None,
+    null_probability: float = 0.0,
+) -> Batches:
+    """Return the function of `Data.batches`.
+
+    A small set is copied to the GPU once, and batches are indexed there. Those of other sets are gathered and mirrored by a thread, up to
+    three ahead, and sent as uint8. For a training on the CPU they are made when they are due: there a thread would only take the
+    cores of the step.
+    """
+    resident = data.images.contiguous().to(device) if data.stream is None and _is_small(data.images, device) else None
+
+    def draws(step: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+        """Yield index [b], labels [b], images [b, ...] of a stream, and which images are mirrored [b], of each microbatch."""
+        generator = torch.Generator()
+        streamed = None if data.stream is None else data.stream.microbatches(split, seed, phase, step)
+        while True:
+            for turn in range(split.accumulate):
+                rng = Rng(generator.manual_seed(seed_of(seed, phase, step, "data")), split.batch_size, split.rows(turn))
+                index = rng.integers(len(data.images))  # a stream draws it too, which keeps its dropout and flips reproducible
+                images, labels = (
+                    (None, None if data.labels is None else data.labels[index]) if streamed is None else next(streamed)
+                )
+                if labels is not None and null is not None and null_probability:
+                    labels = torch.where(rng.uniform() < null_probability, null, labels)
+                yield index, labels, images, rng.uniform() < 0.5 if data.flip else None
+            step += 1
+
+    def on_cpu(step: int) -> Made:
+        for index, labels, images, mirrored in draws(step):
+            images = take(data.images, index) if images is None else images
+            if mirrored is not None:
+                rows = mirrored.nonzero()[:, 0]
+                images.index_copy_(0, rows, images.index_select(0, rows).flip(-1))
+            yield images, labels
+
+    def on_gpu(step: int, kept: Tensor) -> Made:
+        for index, labels, _, mirrored in draws(step):
+            images = kept.index_select(0, send(index, device))
+            if mirrored is not None:
+                images = torch.where(per_sample(send(mirrored, device), images), images.flip(-1), images)
+            yield images, labels
+
+    def microbatches(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        if resident is not None:
+            made = on_gpu(step, resident)
+        else:
+            made = on_cpu(step) if device.type == "cpu" else ahead(on_cpu(step))
+        with closing(made):  # ends the thread
+            for images, labels in made:
+                yield data.scaled(images, device), condition(None if labels is None else send(labels, device))
+
+    return microbatches
+
+
+def take(images: Tensor, index: Tensor) -> Tensor:
+    """Return the rows ``index`` [b] of images [N, ...], contiguous. Each row is copied in the order in which it is in memory."""
+    if images.ndim == 4 and (stored := images.permute(0, 2, 3, 1)).is_contiguous():  # of an .npz file
+        return stored.index_select(0, index).permute(0, 3, 1, 2).contiguous()
+    return images.index_select(0, index)
+
+
+def _is_small(images: Tensor, device: torch.device) -> bool:
+    return device.type == "cuda" and images.nbytes <= RESIDENT * torch.cuda.mem_get_info(device)[0]
