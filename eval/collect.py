@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
+from eval.gathering import gather_rows
 from eval.metrics import Features, Moments, Reference, measure, measure_moments
 
 INCOMPLETE = "an index is missing or occurs twice"
@@ -36,20 +36,19 @@ class AllFeatures:
         self.parts.append((index, labels, features))
 
     def numbers(self, accelerator: Accelerator, reference: Reference, images: int, classes: int | None) -> dict:
-        parts = gather_object(self.parts)
+        def gathered(pick: Callable) -> Tensor | None:
+            rows = [pick(part) for part in self.parts]
+            return gather_rows([part for part in rows if part is not None])
+
+        index, labels = gathered(lambda part: part[0]), gathered(lambda part: part[1])
+        fid, logits = gathered(lambda part: part[2].fid), gathered(lambda part: part[2].logits)
         if not accelerator.is_main_process:
             return {}
-        index = torch.cat([index for index, _, _ in parts])
+        assert index is not None and fid is not None
         order = index.argsort()
         assert torch.equal(index[order], torch.arange(images)), INCOMPLETE
-
-        def ordered(pick: Callable) -> Tensor | None:
-            rows = [pick(part) for part in parts]
-            return None if rows[0] is None else torch.cat(rows)[order]
-
-        fid, labels = ordered(lambda part: part[2].fid), ordered(lambda part: part[1])
-        assert fid is not None
-        features = Features(fid, ordered(lambda part: part[2].logits))
+        labels, logits = (None if rows is None else rows[order] for rows in (labels, logits))
+        features = Features(fid[order], logits)
         return measure(features, reference) | _class_counts(features.logits, labels, classes)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from distill.images import from_uint8, to_uint8
 from eval import fidelity, npz_statistics
 from eval.columns import plural
 from eval.features import Extractor, fingerprint
+from eval.gathering import gather_rows
 from eval.generate import chunks
 from eval.metrics import Reference
 from eval.names import REFERENCES as ACCEPTED
@@ -47,15 +47,19 @@ class Identity:
 def extract(images: Tensor, extractor: Extractor, chunk: int, accelerator: Accelerator) -> Tensor:
     """Return features [N, D] of uint8 images [N, C, H, W]. The processes share the work, and each returns all features."""
     mine = chunks(len(images), chunk, accelerator.process_index, accelerator.num_processes)
-    parts = []
+    parts: list[Tensor] = []
+    index: list[Tensor] = []
     for indices in progress(
         mine, desc=f"{extractor.name} features of the real images", leave=False, show=accelerator.is_main_process
     ):
         part = images[indices.start : indices.stop]
         if short := chunk - len(part):
             part = torch.cat([part, part[-1:].expand(short, *part.shape[1:])])
-        parts.append((indices.start, extractor(part.to(accelerator.device)).fid[: chunk - short]))
-    return torch.cat([features for _, features in sorted(gather_object(parts), key=lambda part: part[0])])
+        parts.append(extractor(part.to(accelerator.device)).fid[: chunk - short])
+        index.append(torch.arange(indices.start, indices.start + len(parts[-1])))
+    features, order = gather_rows(parts), gather_rows(index)
+    assert features is not None and order is not None
+    return features[order.argsort()]
 
 
 def of_images(
