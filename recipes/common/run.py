@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from tqdm import tqdm
 
 from distill import files, reading
@@ -73,6 +73,7 @@ class Run:
             mixed_precision=getattr(config, "mixed_precision", "no"),
             log_with=log_with,
             project_dir=str(folder / "trackers"),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
         )
         agreed(lambda: _claim(folder, config))
         if log_with:
