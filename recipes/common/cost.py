@@ -1,0 +1,79 @@
+"""What training costs each of many processes: bytes of memory, and bytes of collective calls per step. docs/many-gpus.md explains it.
+
+P is the number of trained weights, W the number of processes. A ring sends the part (W - 1) / W of what it gathers or scatters, and twice
+that of what it reduces to all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FULL = 4  # bytes of a float32, in which weights, gradients, Adam's state and averages are kept
+SHARDING = ("none", "gradients", "weights")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hold bytes per process. ``reduced`` and ``gathered``: of whole tensors, per step. ``sent``: by one process, per step."""
+
+    weights: int
+    gradients: int
+    adam: int
+    average: int
+    teacher: int
+    activations: int
+    reduced: int
+    gathered: int
+    sent: float
+
+    @property
+    def memory(self) -> int:
+        """The bytes of memory together."""
+        return self.weights + self.gradients + self.adam + self.average + self.teacher + self.activations
+
+
+def cost(
+    trained: int,
+    world: int,
+    sharding: str = "none",
+    *,
+    block: int = 0,
+    root: int = 0,
+    teacher: int = 0,
+    teacher_bytes: int = FULL,
+    activations: int = 0,
+    averaged: bool = True,
+    calls: int = 1,
+    target_calls: int = 0,
+    gathered_bytes: int = FULL,
+) -> Cost:
+    """Return the cost of a step of one microbatch.
+
+    ``trained``: weights P of the student. ``sharding``: "none" is DDP; "weights" is FSDP2, "gradients" is FSDP2 with
+    reshard_after_forward false, which keeps the gathered weights until the backward pass. ``block``: weights of the largest
+    sharded module; two of them are gathered at a time, and one gradient. ``root``: weights outside of all blocks, which stay
+    gathered between the passes. ``teacher``: its weights, whole in each process. ``activations``: bytes of one microbatch.
+    ``calls``: student calls with a gradient. ``target_calls``: calls of student or average without one. ``gathered_bytes``: of a
+    gathered weight, 2 in bf16.
+
+    Raises ValueError for another ``sharding``.
+    """
+    if sharding not in SHARDING:
+        raise ValueError(f"sharding {sharding!r}: accepted are {', '.join(SHARDING)}")
+    shards = 1 if sharding == "none" else world
+    own, ring = FULL * trained // shards, (world - 1) / world
+    held = {"none": 0, "gradients": trained, "weights": 2 * block + root}[sharding] if world > 1 else 0
+    passes = {"none": 0, "gradients": trained, "weights": 2 * trained - root}[sharding]  # forward; backward without the root
+    gathered = gathered_bytes * (calls * passes + (target_calls * trained if sharding != "none" else 0))
+    reduced = FULL * trained
+    return Cost(
+        weights=own + gathered_bytes * held,
+        gradients=own + (FULL * block if shards > 1 else 0),
+        adam=2 * own,
+        average=own if averaged else 0,
+        teacher=teacher_bytes * teacher,
+        activations=activations,
+        reduced=reduced,
+        gathered=gathered if world > 1 else 0,
+        sent=ring * ((2 if sharding == "none" else 1) * reduced + gathered),
+    )
