@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,16 +14,28 @@ from distill.rng import Rng, seed_of
 from distill.schedule import per_sample
 from distill.train import Batches, BatchSplit
 from recipes.data.ahead import Batch, ahead
-
-if TYPE_CHECKING:
-    from recipes.data.sets import Data
+from recipes.data.stream import Stream
 
 Made = Generator[Batch, None, None]
 RESIDENT = 0.1  # sets up to this part of a GPU's free memory are kept there
 
 
+class Samples(Protocol):
+    """What batches are drawn from: `recipes.data.sets.Data`."""
+
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def flip(self) -> bool: ...
+    @property
+    def stream(self) -> Stream | None: ...
+    def scaled(self, images: Tensor, device: torch.device | str) -> Tensor: ...
+
+
 def batches(
-    data: Data,
+    data: Samples,
     split: BatchSplit,
     seed: int,
     phase: str,
