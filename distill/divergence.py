@@ -21,6 +21,7 @@ from distill.denoiser import Denoiser
 from distill.replay import Part, SavedStep, Step
 from distill.resume import Resumable, gather_state, restore_state, whole
 from distill.rng import seed_of
+from distill.speed import uncompiled
 
 SPIKE = 1000.0
 WINDOW = 64  # steps whose gradient norms are kept
@@ -115,6 +116,7 @@ class Recorder:
             self.limit = self._limit()
 
 
+@uncompiled()  # samples are taken by themselves, in any number
 def find(
     recorder: Recorder, step: Step, method: Any, student: Denoiser, parts: list[Part], rank: int, **extra: Any
 ) -> tuple[str, dict[str, Tensor]]:

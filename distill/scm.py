@@ -25,6 +25,7 @@ from distill.consistency import same_dropout
 from distill.denoiser import Denoiser, DenoiserLike, on_schedule, to_output
 from distill.rng import Rng
 from distill.schedule import Trig, add_noise, expand, expand_all
+from distill.speed import uncompiled
 from distill.target import Target
 
 TRIG = Trig(sigma_data=1.0)
@@ -101,12 +102,14 @@ def _without_autocast(net: nn.Module) -> Any:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Use only kernels with a forward-mode rule: math attention, and before torch 2.14 GroupNorm of contiguous inputs."""
+    """Use only kernels with a forward-mode rule: no compiled ones, math attention, and before torch 2.14 GroupNorm of contiguous
+    inputs."""
 
     def contiguous(module: nn.Module, inputs: tuple) -> tuple | None:
         return tuple(x.contiguous() for x in inputs) if isinstance(module, nn.GroupNorm) else None
 
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if torch.__version__ < (2, 14):  # type: ignore[operator]
             stack.callback(nn.modules.module.register_module_forward_pre_hook(contiguous).remove)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ Writes teacher.safetensors, which every --teacher accepts, samples.png, metrics.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -60,7 +61,7 @@ class Config(flags.RunFlags, flags.TrainingFlags):
         0.1, "part of the labels replaced by the null class, for guidance", short=False, at_least=0, at_most=1
     )
 
-    MAY_CHANGE: ClassVar = ("force", "rollbacks")
+    MAY_CHANGE: ClassVar = ("force", "rollbacks", "compile", "checkpoint_activations")
     TOPICS: ClassVar = flags.TOPICS
     MOVED: ClassVar = {
         "--probe": "python recipes/probe.py --model SPEC --data DATA",
@@ -85,6 +86,7 @@ from distill.regression import DRAWS, Regression
 from distill.resume import Resumable
 from distill.sampling import Sampling
 from distill.schedule import Schedule, schedule_from
+from distill.speed import checkpoint_activations, compiled
 from distill.target import DataSample, Mix
 from distill.train import BatchSplit, Optimization, train
 from eval.generate import images
@@ -126,6 +128,8 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
     split = BatchSplit(config.batch_size, run.accelerator.num_processes, run.accelerator.process_index, config.microbatch)
     batches = data.batches(split, config.seed, "teacher", run.device, model.condition, model.null, config.label_dropout)
     student = model.parametric
+    if config.checkpoint_activations:
+        checkpoint_activations(student.net)
     seconds, _ = measure_step_time(method, student, *next(iter(batches(0))))
     budget = Optimization(
         config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
@@ -134,7 +138,7 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
     announce(budget, run, student, data, seconds)
     file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume", run.say)
     if not file.exists():
-        with finishing_steps(), divergence_errors():
+        with finishing_steps(), divergence_errors(), compiled(student, method) if config.compile else nullcontext():
             states = train(
                 method, student, batches, run.accelerator, budget, seed=config.seed, phase="teacher", resumable=resumable,
                 save_every_images=max(1, config.training_images // 16), rollbacks=config.rollbacks, stop=stop_requested,

@@ -58,6 +58,12 @@ class TrainingFlags(Checked):
         2, "how often a stage that diverges goes back to its last checkpoint, with other random numbers", short=False,
         at_least=0, at_most=100,
     )  # fmt: skip
+    compile: bool = training_flag(
+        False, "torch.compile the networks for training: faster steps after minutes of compiling", short=False
+    )
+    checkpoint_activations: bool = training_flag(
+        False, "keep fewer activations for the backward pass, and compute the others once more", short=False
+    )
 
 
 @dataclass(frozen=True)
@@ -94,5 +100,5 @@ class DistillationFlags(RunFlags, TrainingFlags, SweepFlags):
 
     dry_run: bool = machine_flag(False, "print the plan with time, memory and disk from a measured step, and write nothing")
 
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("force", "rollbacks", "replay", "dry_run")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("force", "rollbacks", "compile", "checkpoint_activations", "replay", "dry_run")
     TOPICS: ClassVar = TOPICS

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from distill import files, reading
 from distill.resume import Stopped
+from distill.speed import check_compiler
 from distill.train import State
 from eval.machine import cores
 from eval.progress import progress
@@ -66,6 +67,8 @@ class Run:
         folder, log_with = Path(config.output_dir), getattr(config, "log_with", None)
         if getattr(config, "mixed_precision", "no") == "fp16" and not torch.cuda.is_available():
             raise ValueError("--mixed-precision fp16 needs a GPU: accepted on a CPU are no and bf16")
+        if getattr(config, "compile", False):
+            check_compiler(torch.cuda.is_available())
         log_with = None if getattr(config, "dry_run", False) else log_with
         _share_cores(config.threads)
         accelerator = Accelerator(

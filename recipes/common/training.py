@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from distill.resume import Resumable, whole
 from distill.rng import Rng
 from distill.samplers import BASELINES
 from distill.sampling import Sampling
+from distill.speed import NotCompiled, checkpoint_activations, compiled
 from distill.train import BatchSplit, Method, Optimization, train
 from eval.features import Extractor
 from eval.machine import peak_memory_gb
@@ -94,6 +95,8 @@ class Experiment:
         """
         require_network(student)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
+        if config.checkpoint_activations:
+            checkpoint_activations(student.parametric.net)  # the copies that are trained keep it
         replay = None if config.replay is None else SavedStep.load(config.replay)
         if teacher is not None:
             check_steps(teacher, config.sweep_steps)
@@ -232,7 +235,7 @@ class Experiment:
             resumable=Resumable(folder, run.say), save_every_images=max(1, budget.images // 8),
             rollbacks=self.config.rollbacks, stop=stop_requested,
         )  # fmt: skip
-        with divergence_errors():
+        with divergence_errors(), compiled(trained, method) if self.config.compile else nullcontext():
             for state in run.watch(states, name, budget.trained_images, f"stage {name}"):
                 trained = state.ema
         weights = {k: whole(v) for k, v in run.accelerator.unwrap_model(trained.net).state_dict().items()}
@@ -286,10 +289,10 @@ def export_pipelines(run: Run, model: Teacher) -> None:
 
 @contextmanager
 def divergence_errors() -> Iterator[None]:
-    """Turn `Diverged` into one line and exit code 2."""
+    """Turn `Diverged` and `NotCompiled` into one line and exit code 2."""
     try:
         yield
-    except Diverged as error:
+    except (Diverged, NotCompiled) as error:
         fail(str(error))
 
 
