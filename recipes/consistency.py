@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.methods import METHODS, MethodFlags, check_flags, teacher_weight
+from recipes.common.methods import METHODS, MethodFlags, check_flags, teacher_weight, terms_of
 
 PRESETS: dict[str, dict] = {
     "default": {},  # cd: FID / teacher's 1.75, 0.67, 0.64 at 1, 2, 4 steps (n = 10,000); 8 to 15 minutes on two CPU cores
@@ -88,6 +88,11 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
     Raises ValueError in one line, before anything is written, where they do not.
     """
     check_flags(config, config.student)
+    if config.checkpoint_activations and any(name == "fokker-planck" for name, _ in terms_of(config)):
+        raise ValueError(
+            "--regularize fokker-planck differentiates through the network twice, which checkpoints do not allow:"
+            " leave --checkpoint-activations out"
+        )
     if teacher is not None:
         data = check_match(teacher, data, training=True)
     student = initial_student(config, teacher, data)
