@@ -94,4 +94,4 @@ def checkpoint_activations(net: nn.Module) -> None:
             f"--checkpoint-activations: {type(net).__name__} has no checkpoints: accepted are diffusers models that support them"
         )
     for part in parts:
-        part.enable_gradient_checkpointing()
+        part.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import here, refuses
@@ -20,7 +20,7 @@ from distill.files import load
 from distill.grid import uniform
 from distill.progressive import Progressive
 from distill.regression import Regression
-from distill.resume import Resumable, whole
+from distill.resume import Resumable
 from distill.schedule import Cosine
 from distill.speed import NotCompiled, check_compiler, checkpoint_activations, compiled, networks, uncompiled
 from distill.target import Mix
@@ -81,7 +81,7 @@ def training(name, steps=10, precision="no", backend=None, accelerator=None):
 
 
 def weights(state):
-    return torch.cat([whole(p.detach()).flatten() for p in (*state.student.net.parameters(), *state.ema.net.parameters())])
+    return torch.cat([p.detach().flatten() for p in (*state.student.net.parameters(), *state.ema.net.parameters())])
 
 
 def graphs():
@@ -201,14 +201,10 @@ def test_a_missing_compiler_is_named_before_anything_is_written(refused, monkeyp
     refuses("gcc or clang is not installed", check_compiler, True)
 
 
-def train_together(sharded):
-    """In each of two processes: some steps of compiled networks under DDP, or with weights that FSDP2 shards, and of plain ones."""
+def train_together():
+    """In each of two processes: some steps of compiled networks under DDP, and of plain ones."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    if sharded:
-        blocks = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["ResnetBlock2D"]}
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, **blocks)
-        type(accelerator.state)._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     *_, last = training("cd", 3, accelerator=accelerator, backend="eager")
     *_, plain = training("cd", 3, accelerator=accelerator)
     assert graphs() >= 2 and torch.allclose(weights(last), weights(plain), atol=1e-6)
@@ -217,10 +213,15 @@ def train_together(sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True])
-def test_compiled_networks_train_in_several_processes(sharded, tmp_path):
-    codes, out = together(2, train_together, sharded, log=tmp_path / "log")
+def test_compiled_networks_train_in_several_processes(tmp_path):
+    codes, out = together(2, train_together, log=tmp_path / "log")
     assert codes == {0} and out.split().count("equal") == 2, out
+
+
+def test_compiling_is_refused_with_sharded_weights(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    line = refused(teacher.main, "--preset smoke --compile --output-dir", tmp_path / "run")
+    assert "FSDP" in line and not (tmp_path / "run").exists()
 
 
 # -- checkpointed activations ------------------------------------------------------------------------------------------------------

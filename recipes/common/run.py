@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from tqdm import tqdm
 
 from distill import files, reading
@@ -78,6 +78,8 @@ class Run:
             project_dir=str(folder / "trackers"),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
         )
+        if getattr(config, "compile", False) and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("--compile does not reach through the hooks of FSDP: use DDP, or leave --compile out")
         agreed(lambda: _claim(folder, config))
         if log_with:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
