@@ -31,7 +31,12 @@ FILE = "timings.json"
 
 def batch_size(protocol: Protocol) -> int:
     """Return the images of a timed batch."""
-    return min(protocol.chunk, max(SMALLEST, protocol.images // (12 * ROUNDS)))
+    return batch_of(protocol.images, protocol.chunk)
+
+
+def batch_of(images: int, chunk: int) -> int:
+    """Return the images of a timed batch, of a sweep of ``images`` in chunks."""
+    return min(chunk, max(SMALLEST, images // (12 * ROUNDS)))
 
 
 def timed(cells: list[Cell], rows: list[dict], protocol: Protocol, accelerator: Accelerator, folder: Path) -> list[dict]:

@@ -78,7 +78,7 @@ def distil(config: Config, e: Experiment) -> None:
             e.add_baselines(64)
         device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
         method = method_of(config, e.teacher, e.student, e.data, config.seed, device)
-        e.plan(method, [budget(config)], sum(config.steps))
+        e.plan(method, [budget(config)], config.steps)
         e.stage(config.method, e.student, method, budget(config), sampling(config), label=config.method)
 
 

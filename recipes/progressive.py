@@ -108,7 +108,8 @@ def distil(config: Config, e: Experiment) -> None:
         e.add_baselines(config.start_steps, config.guidance)
         first = stage_loss(config, on_schedule(target, student.denoiser.schedule), *pairs[0])
         more = sum(budget(config, n).trained_images * (m // n - pairs[0][0] // pairs[0][1]) for m, n in pairs)
-        e.plan(first, [budget(config, n) for n in steps], evaluations=sum(steps), more=more)
+        warm = [config.start_steps] if needs_warm_start(config, student) else []
+        e.plan(first, [budget(config, n) for n in (*warm, *steps)], steps, more=more)
         restart(config, e, steps)
         if needs_warm_start(config, student):
             student = e.stage("v", as_v(student), Regression(Mix(target)), budget(config, config.start_steps))

@@ -93,6 +93,7 @@ from eval.generate import images
 from eval.image_grid import contact_sheet
 from eval.machine import peak_memory_gb
 from recipes.common.checks import check_denoiser, check_finite_data, check_match, codec_of
+from recipes.common.forecast import Forecast
 from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
 from recipes.common.plan import measure_step_time
 from recipes.common.run import Run, finished_file, processes, settings_of
@@ -130,20 +131,23 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
     student = model.parametric
     if config.checkpoint_activations:
         checkpoint_activations(student.net)
-    seconds, _ = measure_step_time(method, student, *next(iter(batches(0))))
     budget = Optimization(
         config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
         warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images,
     )  # fmt: skip
+    seconds, call = measure_step_time(method, student, *next(iter(batches(0))), budget.steps)
     announce(budget, run, student, data, seconds)
     file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume", run.say)
+    training = budget.trained_images * seconds / run.accelerator.num_processes
+    whole = not (file.exists() or resumable.folder.exists())
+    forecast = Forecast(training, 0.0, budget.trained_images, run.device, whole, ending=100 * 64 * call)  # samples.png
     if not file.exists():
         with finishing_steps(), divergence_errors(), compiled(student, method) if config.compile else nullcontext():
             states = train(
                 method, student, batches, run.accelerator, budget, seed=config.seed, phase="teacher", resumable=resumable,
                 save_every_images=max(1, config.training_images // 16), rollbacks=config.rollbacks, stop=stop_requested,
             )  # fmt: skip
-            for state in run.watch(states, "teacher", budget.trained_images, "teacher"):
+            for state in run.watch(states, "teacher", budget.trained_images, "teacher", left=forecast.left):
                 average = state.ema
             if run.main:
                 frozen(average.net)
@@ -157,6 +161,8 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
             made = teachers.load_file(file).to(run.device)
         resumable.clear()
         draw_samples(made, run, config.seed)
+    if forecast.whole:
+        run.say(forecast.outcome())
     run.say(f"teacher: {file}\nsamples: {run.folder / 'samples.png'}")
 
 

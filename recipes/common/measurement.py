@@ -70,11 +70,6 @@ def training_seconds(student: Path) -> float | None:
         return None
 
 
-def cost_in_calls(cells: list[Cell]) -> int:
-    """Return the network evaluations per image, summed over the cells."""
-    return sum(cell.cost for cell in cells)
-
-
 @dataclass(frozen=True)
 class Measurement:
     """Hold the extractor, the reference and the protocol of a run's numbers."""

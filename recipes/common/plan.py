@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,16 +16,21 @@ from distill.denoiser import Denoiser
 from distill.rng import Rng
 from distill.train import Method, waits
 from eval.features import Extractor
-from eval.machine import clock
 from eval.sweep import KEPT, KEPT_BYTES
+from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
 from teachers import Teacher
 
 PAGE = 8_000_000  # bytes of report, pictures, metrics and configuration
 
 
-def measure_step_time(method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> tuple[float, float]:
-    """Return the seconds per image of a training step with its update, and of a network call, measured on a copy of the student."""
+def measure_step_time(
+    method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor], steps: float = math.inf
+) -> tuple[float, float]:
+    """Return the seconds per image of a training step with its update, and of a network call, measured on a copy of the student.
+
+    ``steps``: how many the run takes.
+    """
     student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
     rng = Rng.seeded(0, x0.device, len(x0))
     adam = torch.optim.AdamW(student.net.parameters(), lr=0.0, fused=waits(x0.device) or None)
@@ -38,16 +44,8 @@ def measure_step_time(method: Method, student: Denoiser, x0: Tensor, cond: dict[
         with torch.inference_mode():
             student(x0, torch.tensor(student.schedule.t_max), **cond)
 
-    seconds = []
-    for work in (training, calling):
-        work()
-        times = []
-        for _ in range(3):
-            began = clock(x0.device)
-            work()
-            times.append(clock(x0.device) - began)
-        seconds.append(sorted(times)[1] / len(x0))
-    return seconds[0], seconds[1]
+    seconds = [seconds_of(training, x0.device, steps), seconds_of(calling, x0.device, 0)]
+    return seconds[0] / len(x0), seconds[1] / len(x0)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

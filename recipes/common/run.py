@@ -134,8 +134,19 @@ class Run:
                 kept.append(line)
         files.write_text(path, "".join(line + "\n" for line in kept))
 
-    def watch(self, states: Iterable[State], phase: str, images: int, title: str, lines: int = 50) -> Iterator[State]:
-        """Pass training states on. Show progress, and log about ``lines`` lines of metrics with the mean loss between them."""
+    def watch(
+        self,
+        states: Iterable[State],
+        phase: str,
+        images: int,
+        title: str,
+        lines: int = 50,
+        left: Callable[[int, float], float] | None = None,
+    ) -> Iterator[State]:
+        """Pass training states on. Show progress, and log about ``lines`` lines of metrics with the mean loss between them.
+
+        ``left``: (images, images per second) -> seconds to the end of the run, which are shown.
+        """
         losses: list[torch.Tensor] = []
         began, first, last = time.perf_counter(), None, float("nan")
         options: dict[str, Any] = {"unit": "img", "unit_scale": True, "smoothing": 0.05}
@@ -158,7 +169,8 @@ class Run:
                         rate = (state.images - first.images) / max(1e-9, time.perf_counter() - began)
                         values = {"images": state.images, "loss": last, "grad_norm": float(state.grad_norm), "lr": state.lr}
                         self.log(phase, values | {"images_per_second": rate}, state.step)
-                        bar.set_postfix(loss=f"{last:.3g}", refresh=False)
+                        ends = {} if left is None else {"run": f"{duration(left(state.images, max(rate, 1e-9)))} left"}
+                        bar.set_postfix(loss=f"{last:.3g}", **ends, refresh=False)
                         losses = []
                     yield state
             except Stopped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,8 +32,9 @@ from eval.sweep import Cell
 from recipes.common.checks import check_denoiser, check_steps
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.flags import DistillationFlags
+from recipes.common.forecast import Forecast, sweep_seconds
 from recipes.common.interrupts import finishing_steps, stop_requested
-from recipes.common.measurement import Measurement, baselines, cost_in_calls, measured_against, student_cells, training_seconds
+from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
 from recipes.common.plan import check_disk, disk_bytes, gigabytes, measure_step_time, size_of
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
@@ -49,7 +50,7 @@ class Experiment:
 
         with Experiment.open(config, teacher, student, data, title=..., record=...) as e:
             e.add_baselines(64)
-            e.plan(method, [budget], evaluations=4)
+            e.plan(method, [budget], steps=[4])
             student = e.stage("4", e.student, method, budget, Sampling(steps=(4,)))
 
     The end of the block writes the last student, measures all cells, writes the report and exports the pipelines. An error in the
@@ -70,6 +71,7 @@ class Experiment:
     students: dict[int, Stored] = field(default_factory=dict)  # by step count
     seconds: float = 0.0  # of training so far
     replay: SavedStep | None = None  # of --replay
+    forecast: Forecast | None = None  # of the plan
     seeds: dict[str, int] = field(default_factory=dict)  # of stages that are trained again
     verdict: str = ""
 
@@ -131,28 +133,32 @@ class Experiment:
         self.cells += baselines(self.teacher, "teacher", self.config.sweep_steps, BASELINES, guidance)
         self.cells += baselines(self.teacher, "teacher", (steps,), ("ddim",), guidance)
 
-    def plan(self, method: Method, budgets: list[Optimization], evaluations: int, more: int = 0) -> None:
-        """Say what will be done, and the time, memory and disk it should take, measured on a few training steps.
+    def plan(self, method: Method, budgets: list[Optimization], steps: Sequence[int], more: int = 0) -> None:
+        """Say what will be done, and the time, memory and disk it should take, measured on a few training steps and calls.
 
-        ``evaluations``: network evaluations per image of the students' cells, together. ``more``: those of the stages' teachers that
+        ``steps``: of the students' cells. ``more``: those of the stages' teachers that
         ``method``, of the first stage, does not have. With --dry-run the program ends here.
         """
         student, world = self.student, self.run.accelerator.num_processes
         images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
         batches = self.data.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
-        training, call = measure_step_time(method, student.student(), *next(iter(batches(0))))
+        training, call = measure_step_time(method, student.student(), *next(iter(batches(0))), images / budgets[0].batch_size)
         net, peak = student.parametric.net, peak_memory_gb(self.run.device)
         weights, copies = sum(p.numel() for p in net.parameters()), (len(budgets) > 1) + bool(budgets[0].ema_halflife_images)
         memory = 1.2 * (peak + copies * size_of(net.state_dict().values()) / 1e9)  # the average, and the stage's own teacher
-        sweep = 1.15 * (cost_in_calls(self.cells) + evaluations) * self.config.images * call / world
+        c, real = self.config, len(self.data.images) if isinstance(self.real, Data) else self.real[1].images
+        sweep = sweep_seconds(self.cells, student, steps, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
+        whole = not (self.run.folder / "stages").exists()
+        self.forecast = Forecast((images * training + more * call) / world, sweep, images, self.run.device, whole)
         for line in (
             self.title,
             f"  network   {weights / 1e6:.2f} M weights",
             f"  data      {self.data.name}: {len(self.data.images):,} images of {'x'.join(map(str, self.data.shape))}",
             f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
             f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
-            f" about {duration((images * training + more * call) / world)}",
+            f" about {duration(self.forecast.training)}",
             f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
+            f"  together  about {duration(self.forecast.total)}, report and pipelines included",
             f"  memory    about {memory:.1f} GB in each of {plural(world, 'process')}",
             f"  disk      about {gigabytes(self.disk)}",
             f"  output    {self.run.folder}\n",
@@ -182,6 +188,8 @@ class Experiment:
             self._refuse_replay()
             with finishing_steps():
                 self._train(name, model, method, budget, replace(model, sampling=sampling or Sampling()))
+        if self.forecast is not None:
+            self.forecast.done += budget.trained_images
         with finished_file():
             student = load_student(file, model).to(self.run.device)
         if self.run.main:
@@ -235,8 +243,9 @@ class Experiment:
             resumable=Resumable(folder, run.say), save_every_images=max(1, budget.images // 8),
             rollbacks=self.config.rollbacks, stop=stop_requested,
         )  # fmt: skip
+        left = None if self.forecast is None else self.forecast.left
         with divergence_errors(), compiled(trained, method) if self.config.compile else nullcontext():
-            for state in run.watch(states, name, budget.trained_images, f"stage {name}"):
+            for state in run.watch(states, name, budget.trained_images, f"stage {name}", left=left):
                 trained = state.ema
         weights = {k: whole(v) for k, v in run.accelerator.unwrap_model(trained.net).state_dict().items()}
         if run.main:
@@ -270,6 +279,8 @@ class Experiment:
         report = self.measurement.report(self.run, self.title, self.cells, facts)
         export_pipelines(self.run, last.load().to(self.run.device))
         self.verdict = report["verdict"]
+        if self.forecast is not None and self.forecast.whole:
+            self.run.say(self.forecast.outcome())
         self.run.say(f"\n{self.verdict}\nreport: {self.run.folder / 'report.html'}")
         self.run.close()
 
