@@ -20,7 +20,8 @@ from distill.grid import uniform
 from distill.progressive import Progressive
 from distill.scm import forward_mode
 from distill.train import BatchSplit, Method, Optimization, train
-from recipes.common.methods import METHODS, MethodFlags, method_of
+from recipes.common.building import method_of
+from recipes.common.methods import METHODS, MethodFlags
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.students import with_two_times

@@ -26,7 +26,8 @@ from distill.speed import NotCompiled, check_compiler, checkpoint_activations, c
 from distill.target import Mix
 from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive, teacher
-from recipes.common.methods import METHODS, MethodFlags, method_of
+from recipes.common.building import method_of
+from recipes.common.methods import METHODS, MethodFlags
 from recipes.data import sets
 from teachers.experts import Experts
 from teachers.students import untrained, with_two_times
