@@ -37,7 +37,7 @@ def distil(
     ``images``: uint8 [N, C, H, W], or floats in [-1, 1]; ``labels``: integers [N]. ``method``: "progressive", whose ``steps`` are each half
     of the one before, or a method of recipes/consistency.py such as "cd", which makes one student for all ``steps``. ``out``: the run's
     directory; a run that was killed continues when it is called again. ``settings``: flags of the recipe, such as
-    ``images_per_stage=32_000``, ``training_images=256_000``, ``guidance=2.0``, ``features="inception-v3-compat"``.
+    ``images_per_stage=24_000``, ``training_images=256_000``, ``guidance=2.0``, ``features="inception-v3-compat"``.
 
     The probe runs first. Raises ValueError in one line where the parts do not fit or the teacher is not a denoiser as declared.
     """
@@ -49,7 +49,9 @@ def distil(
         "features": _features(data.shape),
     } | settings
     if method == "progressive":
-        ladder = _configured(progressive.Config, common | {"start_steps": 2 * max(steps), "end_steps": min(steps)})
+        ladder = _configured(
+            progressive.Config, {"skip": ()} | common | {"start_steps": 2 * max(steps), "end_steps": min(steps)}
+        )
         if sorted(progressive.ladder(ladder)) != sorted(steps):
             raise ValueError(f"steps {list(steps)}: accepted are step counts that halve each time, such as 8, 4, 2, 1")
         e = progressive.prepare(ladder, teacher.inner, data)

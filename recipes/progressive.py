@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from distill import names
 from recipes.common import flags
-from recipes.common.accepted import GUIDANCE, STEPS, TRAINED
+from recipes.common.accepted import GUIDANCE, LEARNING_RATE, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, method_flag, model_flag, one_line_errors, parse, training_flag
 
 PRESETS: dict[str, dict] = {
@@ -43,12 +43,20 @@ class Config(flags.DistillationFlags):
     start_steps: int = flag(64, "steps of the teacher's DDIM sampler", at_least=2, at_most=STEPS["at_most"])
     end_steps: int = flag(1, "steps of the last student: start-steps divided by a power of two", **STEPS)
     images_per_stage: int = training_flag(
-        32_000, "training images per stage; the stages to 2 and 1 steps take twice as many", **TRAINED
+        24_000, "training images per stage; stages to 2 and 1 steps take twice as many, those to more than 8 half", **TRAINED
+    )
+    lr: float = training_flag(1.5e-3, "learning rate; it falls linearly to 0 over each stage", **LEARNING_RATE)
+    warmup_images: int = training_flag(
+        1_300, "images over which the learning rate rises at the start of a stage", short=False, **(TRAINED | {"at_least": 0})
     )
     weight: str = method_flag("truncated_snr", "weight of the x0 error", choices=names.WEIGHTS, short=False)
     distance: str = method_flag("l2", "distance of student and target", choices=names.DISTANCES, short=False)
-    skip: tuple[int, ...] = flag(
-        (), "step counts to leave out: the stage after one does four steps in one, or more", short=False, **STEPS
+    skip: tuple[int, ...] | None = flag(
+        None,
+        "step counts to leave out: the stage after one does four steps in one, or more; 0 leaves out none",
+        own=lambda v: "half of start-steps, if these are 64 or more",
+        short=False,
+        **(STEPS | {"at_least": 0}),
     )
     max_fid_ratio: float | None = flag(
         None,
@@ -202,9 +210,10 @@ def ladder(config: Config) -> list[int]:
         raise ValueError(
             f"--end-steps {end} is not --start-steps {start} halved some times: accepted are {accepted or 'none: start is odd'}"
         )
-    if wrong := [n for n in config.skip if n not in steps[1:-1]]:
+    skip = (start // 2,) if config.skip is None and start >= 64 and len(steps) > 2 else config.skip or ()
+    if wrong := [n for n in skip if n and n not in steps[1:-1]]:
         raise ValueError(f"--skip {wrong[0]}: accepted are the stages before the last one, {steps[1:-1] or 'none here'}")
-    left = [n for n in steps[1:] if n not in config.skip]
+    left = [n for n in steps[1:] if n not in skip]
     if config.rerun is not None and config.rerun not in left:
         raise ValueError(f"--rerun {config.rerun}: accepted are the stages of this ladder, {left}")
     if config.max_fid_ratio is not None and not 0 < config.max_fid_ratio < math.inf:
@@ -219,9 +228,14 @@ def stage_loss(config: Config, target: DenoiserLike, before: int, steps: int) ->
 
 
 def budget(config: Config, steps: int) -> Optimization:
-    """Return the training of the stage to so many steps. The stages to 2 and to 1 steps take twice as many images."""
+    """Return the training of the stage to so many steps: twice the images to 2 and 1 steps, where the map is hard, and half to more
+    than 8. A stage lasts a few hundred steps, so that Adam's second moment is taken over a hundred of them."""
     images = config.images_per_stage * (2 if steps <= 2 else 1)
-    return Optimization(images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images)
+    if 8 < steps < config.start_steps:
+        images = math.ceil(images / 2)
+    return Optimization(
+        images, config.batch_size, config.microbatch, config.lr, betas=(0.9, 0.99), warmup_images=config.warmup_images
+    )
 
 
 def needs_warm_start(config: Config, student: Teacher) -> bool:

@@ -77,14 +77,26 @@ def config(**settings):
 
 def test_stages_are_left_out_by_name():
     assert progressive.ladder(config(start_steps=64, skip=(32, 4))) == [16, 8, 2, 1]
+    assert progressive.ladder(config(start_steps=64, skip=(0,))) == [32, 16, 8, 4, 2, 1]
     loss = progressive.stage_loss(config(), ORACLE, 64, 16)
     assert (loss.substeps, len(loss.times)) == (4, 65)
+
+
+def test_a_long_ladder_leaves_out_its_first_stage_by_default_and_a_short_one_none():
+    assert progressive.ladder(config()) == [16, 8, 4, 2, 1]
+    assert progressive.ladder(config(start_steps=32)) == [16, 8, 4, 2, 1]
+    assert progressive.ladder(config(start_steps=128, end_steps=64)) == [64]
+
+
+def test_the_budget_of_a_stage_follows_its_difficulty():
+    images = {n: progressive.budget(config(images_per_stage=1000), n).images for n in (64, 32, 16, 8, 4, 2, 1)}
+    assert images == {64: 1000, 32: 500, 16: 500, 8: 1000, 4: 1000, 2: 2000, 1: 2000}
 
 
 @pytest.mark.parametrize(("settings", "line"), [
     ({"skip": (1,)}, "--skip 1: accepted are the stages before the last one, [32, 16, 8, 4, 2]"),
     ({"skip": (3,)}, "--skip 3: accepted"), ({"start_steps": 2, "skip": (1,)}, "none here"),
-    ({"rerun": 64}, "--rerun 64: accepted are the stages of this ladder, [32, 16, 8, 4, 2, 1]"),
+    ({"rerun": 64}, "--rerun 64: accepted are the stages of this ladder, [16, 8, 4, 2, 1]"),
     ({"skip": (4,), "rerun": 4}, "--rerun 4: accepted are the stages of this ladder, [32, 16, 8, 2, 1]"),
     ({"max_fid_ratio": 0.0}, "--max-fid-ratio 0.0: accepted are finite numbers, above 0"),
     ({"max_fid_ratio": float("nan")}, "--max-fid-ratio nan"),
