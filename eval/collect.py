@@ -23,19 +23,20 @@ class Collector(Protocol):
 
     def add(self, index: Tensor, labels: Tensor | None, features: Features) -> None: ...
 
-    def numbers(self, accelerator: Accelerator, reference: Reference, images: int, classes: int | None) -> dict: ...
+    def numbers(self, accelerator: Accelerator, images: int, classes: int | None) -> dict: ...
 
 
 class AllFeatures:
     """Keep every feature, for FID, KID, IS, precision and recall. The numbers do not depend on the number of processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
         self.parts: list[tuple[Tensor, Tensor | None, Features]] = []
 
     def add(self, index: Tensor, labels: Tensor | None, features: Features) -> None:
         self.parts.append((index, labels, features))
 
-    def numbers(self, accelerator: Accelerator, reference: Reference, images: int, classes: int | None) -> dict:
+    def numbers(self, accelerator: Accelerator, images: int, classes: int | None) -> dict:
         def gathered(pick: Callable) -> Tensor | None:
             rows = [pick(part) for part in self.parts]
             return gather_rows([part for part in rows if part is not None])
@@ -49,31 +50,32 @@ class AllFeatures:
         assert torch.equal(index[order], torch.arange(images)), INCOMPLETE
         labels, logits = (None if rows is None else rows[order] for rows in (labels, logits))
         features = Features(fid[order], logits)
-        return measure(features, reference) | _class_counts(features.logits, labels, classes)
+        return measure(features, self.reference) | _class_counts(features.logits, labels, classes)
 
 
 class MomentsOnly:
     """Keep float64 moments of 20 groups, for FID and its interval. Memory does not grow with the number of images."""
 
-    def __init__(self) -> None:
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
         self.moments: Moments | None = None
 
     def add(self, index: Tensor, labels: Tensor | None, features: Features) -> None:
-        new = Moments.of(features.fid, index)
+        new = Moments.of(features.fid, self.reference, index)
         if self.moments is None:
             self.moments = new
         else:
             self.moments += new
 
-    def numbers(self, accelerator: Accelerator, reference: Reference, images: int, classes: int | None) -> dict:
-        own = self.moments or Moments.of(torch.zeros(0, reference.dimension))
-        flat = [torch.from_numpy(part).to(accelerator.device, torch.float64) for part in (own.n, own.total, own.outer)]
-        n, total, outer = (accelerator.reduce(part).cpu().numpy() for part in flat)
-        assert n.sum() == images, INCOMPLETE
-        return measure_moments(Moments(n, total, outer), reference) if accelerator.is_main_process else {}
+    def numbers(self, accelerator: Accelerator, images: int, classes: int | None) -> dict:
+        own = self.moments or Moments.of(torch.zeros(0, self.reference.dimension), self.reference)
+        flat = [torch.from_numpy(part).to(accelerator.device, torch.float64) for part in own.sums]
+        moments = Moments(*(accelerator.reduce(part).cpu().numpy() for part in flat))
+        assert moments.n.sum() == images, INCOMPLETE
+        return measure_moments(moments, self.reference) if accelerator.is_main_process else {}
 
 
-COLLECTORS: dict[str, Callable[[], Collector]] = {"all": AllFeatures, "fid": MomentsOnly}
+COLLECTORS: dict[str, Callable[[Reference], Collector]] = {"all": AllFeatures, "fid": MomentsOnly}
 
 
 def _class_counts(logits: Tensor | None, labels: Tensor | None, classes: int | None) -> dict:

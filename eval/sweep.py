@@ -70,11 +70,11 @@ def _measure_cell(
     bar: tqdm,
 ) -> dict:
     row = head(cell, protocol)
-    collector = COLLECTORS[protocol.metrics]()
+    collector = COLLECTORS[protocol.metrics](reference)
     first, facts = _generate_cell(cell, protocol, extractor, accelerator, collector, bar)
     if "error" in facts:
         return row | facts
-    numbers = [collector.numbers(accelerator, reference, protocol.images, cell.model.classes)]
+    numbers = [collector.numbers(accelerator, protocol.images, cell.model.classes)]
     row |= facts | broadcast_object_list(numbers)[0]
     if accelerator.is_main_process:
         save(folder, row, first)
