@@ -8,7 +8,7 @@ The table of prediction types is in this file and in no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.device import send
-from distill.schedule import Schedule, Table, expand, expand_all
+from distill.schedule import Schedule, Table, coefficients, expand, expand_all
 
 
 class DenoiserLike(Protocol):
@@ -46,8 +46,8 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, T
 
 def to_output(prediction: str, schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     """Return the network output F that means x0 at x_t: (x0 - c_skip x_t) / c_out, with a row of `PREDICTIONS`."""
-    _, *coefficients = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
-    c_skip, c_out = expand_all(coefficients, x_t)
+    _, *skip_and_out = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
+    c_skip, c_out = expand_all(skip_and_out, x_t)
     return (x0 - c_skip * x_t) / c_out
 
 
@@ -65,6 +65,21 @@ TIMES: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "log_sigma": lambda schedule, t: -schedule.logsnr(t) / 8,  # ln(sigma / alpha) / 4 (2206.00364)
     "thousand_log_sigma": lambda schedule, t: -schedule.logsnr(t) * 125,  # 1000 ln(sigma / alpha) / 4
 }
+
+
+def _coefficients(
+    schedule: Schedule, prediction: str, sigma_data: float, time: str, t: Tensor, *to: Tensor
+) -> Iterable[Tensor]:
+    """Return c_in, c_skip, c_out and c_noise at t, and c_noise at the end of the jump."""
+    scales = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
+    return *scales, *(TIMES[time](schedule, z) for z in (t, *to))
+
+
+def _per_sample(c_noise: Tensor | float, x_t: Tensor) -> Tensor:
+    """Return c_noise as [B] in the dtype of x_t [B, ...], on its device."""
+    if isinstance(c_noise, Tensor):
+        return send(c_noise.flatten().expand(x_t.shape[0]), x_t.device)
+    return torch.full(x_t.shape[:1], c_noise, dtype=x_t.dtype, device=x_t.device)
 
 
 @dataclass(frozen=True)
@@ -99,10 +114,10 @@ class Denoiser:
             raise ValueError("time convention 'index' needs a schedule of kind 'table'")
 
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
-        coefficients = PREDICTIONS[self.prediction](self.schedule.alpha(t), self.schedule.sigma(t), self.sigma_data)
-        times = [TIMES[self.time](self.schedule, z) for z in (t, to) if z is not None]
-        c_in, c_skip, c_out, *c_noise = expand_all((*coefficients, *times), x_t)
-        at, *end = (send(c.flatten().expand(x_t.shape[0]), x_t.device) for c in c_noise)
+        times = (t,) if to is None else (t, to)
+        row = self.prediction, self.sigma_data, self.time
+        c_in, c_skip, c_out, *c_noise = coefficients(_coefficients, self.schedule, x_t, *row, *times)
+        at, *end = (_per_sample(c, x_t) for c in c_noise)
         output = self.net(c_in * x_t, at, **({"to": end[0]} if end else {}), **cond)
         return c_skip * x_t + c_out * output
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
-from distill.schedule import Schedule, move
+from distill.schedule import Schedule, move, numbers
 
 Points = list[tuple[Tensor, Tensor]]  # (time, value at that time), newest first
 
@@ -47,7 +47,11 @@ def _integrated_x0(schedule: Schedule, points: Points, t: Tensor, s: Tensor) -> 
 
 def half_logsnr_step(schedule: Schedule, t: Tensor, s: Tensor) -> float:
     """Return (logsnr(s) - logsnr(t)) / 2, the step length of the exponential integrators."""
-    return float(schedule.logsnr(s) - schedule.logsnr(t)) / 2
+    return numbers(_half_logsnr_step, schedule, t, s)[0]
+
+
+def _half_logsnr_step(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor]:
+    return ((schedule.logsnr(s) - schedule.logsnr(t)) / 2,)
 
 
 def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -59,7 +63,7 @@ def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def adams_weights(schedule: Schedule, times: list[Tensor], t: Tensor, s: Tensor, on_eps: bool) -> list[float]:
+def adams_weights(schedule: Schedule, times: list[Tensor], t: Tensor, s: Tensor, on_eps: bool) -> tuple[float, ...]:
     """Return weights for the values at ``times`` (t's first) whose polynomial in log-SNR is integrated exactly from t to s.
 
     Let h be the length of the step in half log-SNR, and u in [0, 1] the part of it that is done. The exact solution weighs x0(u) by
@@ -69,6 +73,10 @@ def adams_weights(schedule: Schedule, times: list[Tensor], t: Tensor, s: Tensor,
     For two points on x0 the papers use 1/2 for m_1 / m_0, its value at small h. Nodes at infinite log-SNR (pure noise, the data)
     get weight 0; an infinite step is an Euler step.
     """
+    return numbers(_adams_weights, schedule, on_eps, t, s, *times)
+
+
+def _adams_weights(schedule: Schedule, on_eps: bool, t: Tensor, s: Tensor, *times: Tensor) -> list[float]:
     h = half_logsnr_step(schedule, t, s)
     if math.isinf(h):
         return [1.0] + [0.0] * (len(times) - 1)

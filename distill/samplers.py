@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.multistep import adams_weights, combine, exponential_adams, half_logsnr_step
-from distill.schedule import Schedule, heun_x0, move, posterior, to_eps, to_x0
+from distill.schedule import Schedule, alpha_sigma, heun_x0, move, numbers, posterior, to_eps, to_x0
 
 
 def ddim(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
@@ -104,10 +104,11 @@ def ancestral(
     schedule = denoiser.schedule
     for t, s in pairwise(times):
         x0 = denoiser(x, t, **cond)
-        if float(schedule.sigma(s)) == 0:
+        alpha, sigma = numbers(alpha_sigma, schedule, s)
+        if sigma == 0:
             return move(schedule, x, x0, t, s)
-        kept, fresh = map(float, posterior(schedule, t, s))
-        x = float(schedule.alpha(s)) * x0 + kept * to_eps(schedule, x, x0, t) + fresh * noise(x)
+        kept, fresh = numbers(posterior, schedule, t, s)
+        x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + fresh * noise(x)
     return x
 
 
@@ -129,11 +130,11 @@ def consistency(
     schedule = denoiser.schedule
     for t, s in pairwise(times):
         x0 = denoiser(x, t, **cond)
-        if float(schedule.sigma(s)) == 0:
+        alpha, sigma = numbers(alpha_sigma, schedule, s)
+        if sigma == 0:
             return move(schedule, x, x0, t, s)
-        below = partial_noise_time(schedule, s, gamma)
-        alpha, sigma = float(schedule.alpha(s)), float(schedule.sigma(s))
-        kept = alpha * float(schedule.level(below))
+        below, below_sigma = numbers(alpha_sigma, schedule, partial_noise_time(schedule, s, gamma))
+        kept = alpha * below_sigma / below
         x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + math.sqrt(max(0.0, sigma**2 - kept**2)) * noise(x)
     return x
 

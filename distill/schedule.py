@@ -6,17 +6,18 @@ evaluated. At ``t_clean`` sigma is exactly 0; every deterministic sampler ends t
 
 Times are tensors of any floating type, ``[]`` or ``[B]``. Coefficients are computed in the dtype of t (float64 in sampler grids,
 float32 in losses), on the device of t, which is the CPU in samplers and losses. `expand` casts them to the dtype of x; no other
-function but `expand_all` does.
+function but `expand_all` does. Samplers meet the same few times in every batch: `numbers` keeps the coefficients of single times.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ class Schedule:
     def time_of(self, level: Tensor) -> Tensor:
         """Return the time of a noise level sigma / alpha, the inverse of `level`. Accepts 0 and inf."""
         return self.time(-2 * level.log())
+
+    @cached_property
+    def _numbers(self) -> dict[tuple, tuple[float, ...]]:
+        """What `numbers` has computed."""
+        return {}
 
     def ends(self) -> Tensor:
         """Return (t_max, t_min) as float64 [2]: the noisiest and the cleanest time at which a network is evaluated."""
@@ -289,32 +295,70 @@ def expand_all(coefficients: Iterable[Tensor], x: Tensor) -> list[Tensor]:
     return [expand(c, x) for c in send(torch.stack([c.to(x.dtype) for c in coefficients]), x.device)]
 
 
+KEPT_NUMBERS = 10_000  # of one schedule, before all are dropped
+
+
+def numbers(formula: Callable[..., Iterable[Any]], schedule: Schedule, *arguments: Any) -> tuple[float, ...]:
+    """Return formula(schedule, *arguments) as floats, computed once for equal arguments: times [] and hashable options."""
+    key = (formula, *((float(a), a.dtype) if isinstance(a, Tensor) else a for a in arguments))
+    known = schedule._numbers
+    if key not in known:
+        if len(known) >= KEPT_NUMBERS:
+            known.clear()
+        known[key] = tuple(map(float, formula(schedule, *arguments)))
+    return known[key]
+
+
+def coefficients(
+    formula: Callable[..., Iterable[Tensor]], schedule: Schedule, x: Tensor, *arguments: Any
+) -> Sequence[Tensor | float]:
+    """Return formula(schedule, *arguments), each of a form to multiply x: the floats of `numbers` for single times, else `expand_all`."""
+    if all(_is_number(a) for a in arguments if isinstance(a, Tensor)):
+        return numbers(formula, schedule, *arguments)
+    return expand_all(formula(schedule, *arguments), x)
+
+
+def _is_number(t: Tensor) -> bool:
+    """Return whether t is a single time on the CPU through which nothing is differentiated or traced."""
+    plain = type(t) is Tensor and t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t) and not torch.compiler.is_compiling()
+
+
 def per_sample(mask: Tensor, x: Tensor) -> Tensor:
     """Shape a mask [B] to select samples of x [B, ...], for `torch.where`."""
     return send(mask, x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
+def alpha_sigma(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (alpha(t), sigma(t))."""
+    return schedule.alpha(t), schedule.sigma(t)
+
+
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return x_t = alpha(t) x0 + sigma(t) eps. x0 and eps are [B, ...]; t is [] or [B]."""
-    alpha, sigma = expand_all((schedule.alpha(t), schedule.sigma(t)), x0)
+    alpha, sigma = coefficients(alpha_sigma, schedule, x0, t)
     return alpha * x0 + sigma * eps
 
 
 def to_eps(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """Return the noise implied by x0 at x_t: (x_t - alpha x0) / sigma."""
-    alpha, sigma = expand_all((schedule.alpha(t), schedule.sigma(t)), x_t)
+    alpha, sigma = coefficients(alpha_sigma, schedule, x_t, t)
     return (x_t - alpha * x0) / sigma
 
 
 def to_x0(schedule: Schedule, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return the x0 implied by eps at x_t: (x_t - sigma eps) / alpha. Requires alpha > 0."""
-    alpha, sigma = expand_all((schedule.alpha(t), schedule.sigma(t)), x_t)
+    alpha, sigma = coefficients(alpha_sigma, schedule, x_t, t)
     return (x_t - sigma * eps) / alpha
+
+
+def _move(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return schedule.sigma(s) / schedule.sigma(t), schedule.alpha(s), schedule.alpha(t)
 
 
 def move(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Take one DDIM step from t to s with x0 fixed: alpha_s x0 + (sigma_s / sigma_t) (x_t - alpha_t x0) (2010.02502, eq. 12)."""
-    ratio, a_s, a_t = expand_all((schedule.sigma(s) / schedule.sigma(t), schedule.alpha(s), schedule.alpha(t)), x_t)
+    ratio, a_s, a_t = coefficients(_move, schedule, x_t, t, s)
     return a_s * x0 + ratio * (x_t - a_t * x0)
 
 
