@@ -52,7 +52,7 @@ def arithmetic(clock: Clock, dimension: int) -> Iterator[Figure]:
     torch.set_num_threads(1)
     with threadpool_limits(1):
         reference = Reference(real)
-        seconds = seconds_of(lambda: found.update(ours=fid_of(Moments.of(made), reference)["fid"]), clock)
+        seconds = seconds_of(lambda: found.update(ours=fid_of(Moments.of(made, reference), reference)["fid"]), clock)
         theirs = (fidelity.statistics(made), fidelity.statistics(real))
         alone = seconds_of(lambda: found.update(theirs=fidelity.frechet(*theirs)), clock)
     torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ The table of prediction types is in this file and in no other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -127,7 +127,8 @@ class Guided:
     """Apply classifier-free guidance (2207.12598): D(x, null) + scale (D(x, cond) - D(x, null)).
 
     ``null``: the conditions of an unconditional call, tensors of one row that are repeated over the batch. ``scale``: 1 means no
-    guidance and costs one call instead of two.
+    guidance. Otherwise both halves are one batch of 2 B, and the memory that such a batch needs. Conditions whose shapes differ, or
+    that one half lacks, take two calls.
     """
 
     denoiser: DenoiserLike
@@ -139,12 +140,23 @@ class Guided:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
-        conditional = self.denoiser(x_t, t, to=to, **cond)
         if self.scale == 1:
-            return conditional
+            return self.denoiser(x_t, t, to=to, **cond)
         null = {k: send(v, x_t.device).expand(x_t.shape[0], *v.shape[1:]) for k, v in self.null.items()}
-        unconditional = self.denoiser(x_t, t, to=to, **cond | null)
+        if all(isinstance(cond.get(k), Tensor) and cond[k].shape == v.shape for k, v in null.items()):
+            batch = len(x_t)
+            both = {k: _joined(v, null.get(k, v), batch) for k, v in cond.items()}
+            ends = _joined(t, t, batch), _joined(to, to, batch)
+            conditional, unconditional = self.denoiser(torch.cat([x_t, x_t]), *ends, **both).chunk(2)
+        else:
+            conditional, unconditional = (self.denoiser(x_t, t, to=to, **c) for c in (cond, cond | null))
         return unconditional + self.scale * (conditional - unconditional)
+
+
+def _joined(one: Any, two: Any, batch: int) -> Any:
+    """Return the rows of both, [2 B, ...]; ``one`` itself where it has no row per sample."""
+    rows = isinstance(one, Tensor) and one.dim() > 0 and len(one) == batch
+    return torch.cat([one, two]) if rows else one
 
 
 @dataclass(frozen=True)
@@ -172,3 +184,34 @@ class Rescheduled:
 def on_schedule(denoiser: DenoiserLike, schedule: Schedule) -> DenoiserLike:
     """Return the denoiser as a function of the x_t and t of ``schedule``; unchanged if it has this schedule already."""
     return denoiser if denoiser.schedule == schedule else Rescheduled(denoiser, schedule)
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Autocast(nn.Module):
+    """Call a network under autocast, and return its output in the dtype of x."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype):
+            return self.net(x, t, **cond).to(x.dtype)
+
+
+def under_autocast(denoiser: DenoiserLike, precision: str) -> DenoiserLike:
+    """Return the denoiser with its networks, wrapped ones too, under autocast; coefficients stay in float32.
+
+    ``precision``: "bf16" or "fp16"; any other name leaves the denoiser unchanged. So do oracles, which have no network.
+    """
+    if precision not in AUTOCAST:
+        return denoiser
+    if isinstance(denoiser, Denoiser):
+        return replace(denoiser, net=_Autocast(denoiser.net, AUTOCAST[precision]))
+    if hasattr(denoiser, "denoiser"):
+        return replace(denoiser, denoiser=under_autocast(denoiser.denoiser, precision))  # type: ignore[type-var]
+    if hasattr(denoiser, "experts"):
+        return replace(denoiser, experts=tuple(under_autocast(one, precision) for one in denoiser.experts))  # type: ignore[type-var]
+    return denoiser

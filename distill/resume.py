@@ -80,7 +80,7 @@ def restore_state(tensors: dict[str, Tensor], net: nn.Module, optimizer: torch.o
             parameter = parameters[name]
             shaped = value.shape == parameter.shape
             counted_on = parameter.device if optimizer.defaults.get("fused") else value.device
-            optimizer.state[parameter][slot] = _like(value, parameter).clone() if shaped else value.clone().to(counted_on)
+            optimizer.state[parameter][slot] = _of_the_layout(value, parameter) if shaped else value.clone().to(counted_on)
 
 
 def whole(value: Tensor) -> Tensor:
@@ -91,6 +91,11 @@ def whole(value: Tensor) -> Tensor:
 def local(value: Tensor) -> Tensor:
     """Return this process's shard of a sharded tensor, which shares its memory; any other tensor unchanged."""
     return value.to_local() if hasattr(value, "to_local") else value
+
+
+def _of_the_layout(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy of the value with the strides of the parameter, which a fused optimizer takes for granted."""
+    return torch.empty_like(parameter.detach()).copy_(_like(value, parameter))
 
 
 def _like(value: Tensor, reference: Tensor) -> Tensor:

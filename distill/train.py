@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from distill.denoiser import Denoiser
+from distill.device import lay_out
 from distill.divergence import WINDOW, Guard, Recorder
 from distill.replay import Step
 from distill.resume import Resumable, Stopped, local, whole
@@ -158,9 +159,8 @@ def train(
     o = optimization
     split = BatchSplit(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
     waiting = waits(accelerator.device)  # where the host reads from the device at some steps only
-    adam = torch.optim.AdamW(
-        student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=waiting or None
-    )
+    lay_out(student.net, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
+    adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
     average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
     net, optimizer = accelerator.prepare(student.net, adam)
     module = accelerator.unwrap_model(net)

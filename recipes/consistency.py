@@ -50,6 +50,7 @@ class Config(MethodFlags, flags.DistillationFlags):
 flags_first(__name__, Config, __doc__, PRESETS)
 
 import teachers
+from distill.denoiser import under_autocast
 from distill.sampling import Sampling
 from distill.train import Optimization
 from recipes.common.building import method_of
@@ -74,10 +75,12 @@ def main(argv: list[str] | None = None) -> None:
 def distil(config: Config, e: Experiment) -> None:
     """Train f(x_t, t) ~ sg f(x_s, s) along the target's path (2303.01469, Alg. 2 and 3), or by another method of `METHODS`."""
     with e:
-        if e.teacher is not None:
+        teacher = e.teacher
+        if teacher is not None:
             e.add_baselines(64)
+            teacher = replace(teacher, denoiser=under_autocast(teacher.denoiser, config.autocast_of_teacher))
         device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
-        method = method_of(config, e.teacher, e.student, e.data, config.seed, device)
+        method = method_of(config, teacher, e.student, e.data, config.seed, device)
         e.plan(method, [budget(config)], config.steps)
         e.stage(config.method, e.student, method, budget(config), sampling(config), label=config.method)
 
@@ -93,6 +96,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
             "--regularize fokker-planck differentiates through the network twice, which checkpoints do not allow:"
             " leave --checkpoint-activations out"
         )
+    config.check_precision(teacher)
     if teacher is not None:
         data = check_match(teacher, data, training=True)
     student = initial_student(config, teacher, data)

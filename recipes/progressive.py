@@ -79,7 +79,7 @@ class Config(flags.DistillationFlags):
 flags_first(__name__, Config, __doc__, PRESETS)
 
 import teachers
-from distill.denoiser import DenoiserLike, on_schedule
+from distill.denoiser import DenoiserLike, on_schedule, under_autocast
 from distill.distance import DISTANCES, WEIGHTS
 from distill.files import write_json
 from distill.grid import uniform
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
 def distil(config: Config, e: Experiment) -> None:
     """Salimans & Ho 2202.00512, Alg. 2."""
     assert e.teacher is not None
-    steps, student, target = ladder(config), e.student, e.teacher.guided(config.guidance)
+    steps, student, precision = ladder(config), e.student, config.autocast_of_teacher
+    target = under_autocast(e.teacher.guided(config.guidance), precision)
     pairs = list(pairwise([config.start_steps, *steps]))
     with e:
         e.add_baselines(config.start_steps, config.guidance)
@@ -121,10 +122,10 @@ def distil(config: Config, e: Experiment) -> None:
         restart(config, e, steps)
         if needs_warm_start(config, student):
             student = e.stage("v", as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
-            target = student.denoiser
+            target = under_autocast(student.denoiser, precision)
         for before, n in pairs:  # N <- N / 2
             student, go_on = climb(config, e, student, stage_loss(config, target, before, n), n)
-            target = student.denoiser  # the student is the next teacher
+            target = under_autocast(student.denoiser, precision)  # the student is the next teacher
             if not go_on:
                 break
 

@@ -80,14 +80,14 @@ def _weight_name(prediction: str) -> str:
 flags_first(__name__, Config, __doc__, PRESETS)
 
 import teachers
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, under_autocast
 from distill.distance import WEIGHTS
 from distill.regression import DRAWS, Regression
 from distill.resume import Resumable
 from distill.sampling import Sampling
 from distill.schedule import Schedule, schedule_from
 from distill.speed import checkpoint_activations, compiled
-from distill.target import DataSample, Mix
+from distill.target import DataSample, Mix, Target
 from distill.train import BatchSplit, Optimization, train
 from eval.generate import images
 from eval.image_grid import contact_sheet
@@ -109,6 +109,7 @@ from teachers.teacher import frozen
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
+        config.check_precision(config.teacher)
         data = check_finite_data(sets.load(config.data))
         teacher = None if config.teacher is None else _checked(config, teachers.load(config.teacher), data)
         model = initial_model(config, data, data.classes if teacher is None or teacher.classes is not None else None)
@@ -123,7 +124,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data: Data) -> None:
     """Minimise E w(t) |D(x_t, t) - x0_hat|^2, where x0_hat is the data sample or a teacher's E[x0 | x_t]."""
-    target = DataSample() if teacher is None else Mix(teacher.to(run.device).denoiser)
+    target: Target = DataSample()
+    if teacher is not None:
+        target = Mix(under_autocast(teacher.to(run.device).denoiser, config.autocast_of_teacher))
     weight, draw = config.weight or _weight_name(config.prediction), config.times or _draw_name(config.schedule)
     method = Regression(target, WEIGHTS[weight], draw=DRAWS[draw])
     split = BatchSplit(config.batch_size, run.accelerator.num_processes, run.accelerator.process_index, config.microbatch)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill import files
 from distill.denoiser import Denoiser, DenoiserLike, Guided
+from distill.device import lay_out
 from distill.sampling import Sampling
 from distill.schedule import describe
 from teachers.codec import Codec
@@ -121,7 +122,7 @@ class Teacher:
     def to(self, device: torch.device) -> Teacher:
         """Move the model in place, and return self."""
         if isinstance(self.denoiser, Denoiser):
-            self.denoiser.net.to(device)
+            lay_out(self.denoiser.net.to(device), device)
         if self.codec is not None:
             self.codec.to(device)
         if self.embeddings is not None:

@@ -54,6 +54,12 @@ class TrainingFlags(Checked):
     mixed_precision: str = training_flag(
         "no", "autocast of the networks during training", choices=("no", "bf16", "fp16"), short=False
     )
+    teacher_precision: str = training_flag(
+        "same",
+        "autocast of the teacher during training: that of --mixed-precision, or its own",
+        choices=("same", "bf16", "fp32"),
+        short=False,
+    )
     rollbacks: int = training_flag(
         2, "how often a stage that diverges goes back to its last checkpoint, with other random numbers", short=False,
         at_least=0, at_most=100,
@@ -64,6 +70,16 @@ class TrainingFlags(Checked):
     checkpoint_activations: bool = training_flag(
         False, "keep fewer activations for the backward pass, and compute the others once more", short=False
     )
+
+    @property
+    def autocast_of_teacher(self) -> str:
+        """The precision of the teacher in training: that of the student, or its own."""
+        return self.mixed_precision if self.teacher_precision == "same" else self.teacher_precision
+
+    def check_precision(self, teacher: object | None) -> None:
+        """Raise ValueError for a precision of a teacher that there is not."""
+        if teacher is None and self.teacher_precision != "same":
+            raise ValueError(f"--teacher-precision {self.teacher_precision}: this run has no teacher; accepted is same")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.denoiser import Denoiser
 from distill.rng import Rng
-from distill.train import Method, waits
+from distill.train import Method
 from eval.features import Extractor
 from eval.sweep import KEPT, KEPT_BYTES
 from recipes.common.forecast import seconds_of
@@ -33,7 +33,7 @@ def measure_step_time(
     """
     student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
     rng = Rng.seeded(0, x0.device, len(x0))
-    adam = torch.optim.AdamW(student.net.parameters(), lr=0.0, fused=waits(x0.device) or None)
+    adam = torch.optim.AdamW(student.net.parameters(), lr=0.0, fused=True)
 
     def training() -> None:
         method(student, x0, rng=rng, progress=0.0, **cond).mean().backward()
