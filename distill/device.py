@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+WIDE = 128  # input channels from which channels last pays (figures in EXPERIMENTS.md)
+
 
 def send(values: Tensor, device: torch.device | str) -> Tensor:
     """Return ``values`` on ``device``. A copy from the CPU to a GPU goes through pinned memory and does not block.
@@ -24,13 +26,14 @@ def send(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 def lay_out(net: nn.Module, device: torch.device, sharded: bool = False) -> nn.Module:
-    """Store the weights of 2-d convolutions channels last on a CPU, where this is faster, else contiguous. In place; return the network.
+    """Store the weights of 2-d convolutions channels last where this is faster, else contiguous. In place; return the network.
 
-    Values and names stay, and files hold contiguous tensors. ``sharded``: the network will be sharded by FSDP2, which accepts contiguous
-    weights alone.
+    It is faster for wide networks on a CPU: those with a convolution of at least `WIDE` input channels. Values stay, and files hold
+    contiguous tensors. ``sharded``: FSDP2 will shard the network; it accepts contiguous weights alone.
     """
-    form = torch.channels_last if device.type == "cpu" and not sharded else torch.contiguous_format
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.to(memory_format=form)  # `contiguous` keeps the strides of 1x1 kernels
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    wide = any(convolution.weight.shape[1] >= WIDE for convolution in convolutions)
+    form = torch.channels_last if wide and device.type == "cpu" and not sharded else torch.contiguous_format
+    for convolution in convolutions:  # `contiguous` would keep the strides of 1x1 kernels, which then ask for contiguous images
+        convolution.weight.data = convolution.weight.data.to(memory_format=form)
     return net

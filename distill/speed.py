@@ -51,12 +51,14 @@ def compiled(*parts: Any, backend: str = "inductor") -> Iterator[None]:
     Raises NotCompiled, a ValueError, from the first call of a network that torch.compile does not support.
     """
     import torch._dynamo as dynamo
+    import torch._inductor.config as inductor
 
     before = {net: net._compiled_call_impl for part in parts for net in networks(part)}
     for net in before:
         net.compile(backend=backend, dynamic=False, fullgraph=True)
     try:
-        with dynamo.config.patch(recompile_limit=GRAPHS):
+        # random numbers are those of eager networks, so that a student and its target share their dropout masks
+        with dynamo.config.patch(recompile_limit=GRAPHS), inductor.patch(fallback_random=True):
             yield
     except dynamo.exc.TorchDynamoException as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What makes a training step cheap leaves its result: fused Adam, weights with channels last, guidance in one call, bf16 teachers."""
+"""What makes a step cheap leaves its result: the fused optimizer, channels last, guidance in one call, bf16 teachers."""
 
 import itertools
 from dataclasses import replace
@@ -22,6 +22,7 @@ from recipes import consistency, progressive
 from recipes import teacher as teacher_recipe
 from teachers.experts import Experts
 from teachers.oracle import Gaussian
+from teachers.students import untrained
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ class Convolutions(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 3)
+            nn.Conv2d(3, 128, 3, padding=1), nn.GroupNorm(2, 128), nn.SiLU(), nn.Conv2d(128, 8, 1), nn.Conv2d(8, 3, 3)
         )
         self.time = nn.Linear(1, 3)
 
@@ -66,7 +67,7 @@ def test_training_is_adamw_of_contiguous_weights_one_by_one():
         adam.zero_grad()
     expected = torch.cat([p.detach().flatten() for p in model.net.parameters()])
     assert torch.allclose(trained(HOW), expected, atol=2e-5)
-    assert not torch.allclose(Convolutions().body[0].weight.flatten(), expected[: 8 * 27], atol=1e-2)
+    assert not torch.allclose(Convolutions().body[0].weight.flatten(), expected[: 128 * 27], atol=1e-2)
 
 
 def test_convolutions_continue_from_a_checkpoint_to_the_same_bits(tmp_path):
@@ -79,10 +80,10 @@ def test_convolutions_continue_from_a_checkpoint_to_the_same_bits(tmp_path):
 
 def test_the_state_of_an_optimizer_that_is_not_fused_continues_in_a_fused_one():
     """So do checkpoints of older versions."""
-    saved: dict = {}
-    nets, grads = [], [torch.randn(3, 8, 3, 3, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+    nets, saved = [], {}
+    grads = [torch.randn(3, 128, 3, 3, generator=torch.Generator().manual_seed(k)) for k in range(4)]
     for fused in (False, True):
-        net = lay_out(nn.Conv2d(8, 3, 3, bias=False), CPU) if fused else nn.Conv2d(8, 3, 3, bias=False)
+        net = lay_out(nn.Conv2d(128, 3, 3, bias=False), CPU) if fused else nn.Conv2d(128, 3, 3, bias=False)
         adam = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
         if fused:
             restore_state(saved, net, adam, None)
@@ -99,7 +100,7 @@ def test_the_state_of_an_optimizer_that_is_not_fused_continues_in_a_fused_one():
 
 # -- channels last -----------------------------------------------------------------------------------------------------------------
 def test_a_network_with_channels_last_gives_the_same_images_gradients_and_files(tmp_path):
-    model = teachers.load("digits")
+    model = untrained((1, 8, 8), 10, (8, 128), 1, seed=0)
     laid = replace(model, denoiser=model.student())
     plain = replace(model, denoiser=model.student())
     assert laid.to(CPU) is laid
@@ -121,8 +122,14 @@ def test_a_network_with_channels_last_gives_the_same_images_gradients_and_files(
 
 @pytest.mark.parametrize("device, sharded", [("cuda", False), ("cpu", True)])
 def test_weights_are_contiguous_on_gpus_and_where_they_are_sharded(device, sharded):
-    net = lay_out(lay_out(Convolutions(), CPU), torch.device(device), sharded)
+    net = lay_out(Convolutions(), CPU)
+    assert not net.body[0].weight.is_contiguous()
+    lay_out(net, torch.device(device), sharded)
     assert [p.stride() for p in net.parameters()] == [p.stride() for p in Convolutions().parameters()]
+
+
+def test_weights_of_narrow_networks_stay_contiguous():
+    assert all(p.is_contiguous() for p in lay_out(teachers.load("digits").denoiser.net, CPU).parameters())
 
 
 # -- guidance ----------------------------------------------------------------------------------------------------------------------
@@ -197,6 +204,8 @@ def test_a_teacher_in_bf16_is_within_its_rounding_and_keeps_float32_outside_of_i
     one, two = full(x, t, labels=labels), half(x, t, labels=labels)
     size = 1 + x.abs().amax() * Linear().body.weight.abs().sum(1).amax()  # |F| is at most this
     assert 0 < (one - two).abs().amax() < 2 * 2**-8 * size * 1.5 and two.dtype == torch.float32
+    again = half(x, t[3], labels=labels)[3]
+    assert torch.allclose(again, two[3], atol=1e-5)  # a time alone multiplies as a time per sample does
     near = torch.full((8,), 1e-4)  # where x0 is x, up to 1e-4 of the network
     if kind == "network":
         assert (half(x, near) - full(x, near)).abs().amax() < 1e-4 * 2**-7 * size
@@ -226,12 +235,37 @@ TINY = {
 }
 
 
+class Trained(Exception):
+    """Ends a recipe after what a test needs."""
+
+
+def without_checks(monkeypatch):
+    for module in ("recipes.common.training", "recipes.teacher"):
+        monkeypatch.setattr(f"{module}.measure_step_time", lambda *args: (0.0, 0.0))
+        monkeypatch.setattr(f"{module}.check_denoiser", lambda *args: None)
+    monkeypatch.setattr("recipes.common.training.Experiment.measurement", None)  # the features of the data
+
+
+def test_every_stage_of_a_ladder_has_a_teacher_of_the_precision_of_the_flag(tmp_path, monkeypatch):
+    outputs, x = [], torch.randn(4, 1, 8, 8)
+
+    def climb(config, e, student, loss, n):
+        cond = {"t": torch.tensor(0.5), "labels": torch.arange(4)}
+        outputs.append(torch.equal(loss.teacher(x, **cond), under_autocast(student.denoiser, "bf16")(x, **cond)))
+        if n == 1:
+            raise Trained
+        return student, True
+
+    without_checks(monkeypatch)
+    monkeypatch.setattr(progressive, "climb", climb)
+    with pytest.raises(Trained):
+        progressive.main(f"--preset smoke --teacher-precision bf16 --output-dir {tmp_path / 'run'}".split())
+    assert outputs == [True, True, True]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.__name__)
 def test_a_recipe_evaluates_its_teacher_in_the_precision_of_the_flag_and_nothing_else(recipe, tmp_path, monkeypatch):
-    class Trained(Exception):
-        pass
-
     losses = {}
 
     def first_loss(method, student, batches, accelerator, optimization, **kwargs):
@@ -241,6 +275,7 @@ def test_a_recipe_evaluates_its_teacher_in_the_precision_of_the_flag_and_nothing
 
     for module in ("recipes.common.training", "recipes.teacher"):
         monkeypatch.setattr(f"{module}.train", first_loss)
+    without_checks(monkeypatch)
     for name in ("same", "fp32", "bf16"):
         with pytest.raises(Trained):
             recipe.main(["--preset", "smoke", *TINY[recipe], "--teacher-precision", name, "--output-dir", str(tmp_path / name)])
