@@ -6,8 +6,11 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
+
+STATUS = Path("/proc/self/status")  # of Linux
 
 
 def default_device() -> torch.device:
@@ -26,6 +29,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """Return this process's peak memory in GB: allocated GPU memory on CUDA, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if STATUS.exists():  # getrusage would also count the process that this one was forked from
+        return int(STATUS.read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
