@@ -22,8 +22,8 @@ from recipes.common.accepted import GUIDANCE, LEARNING_RATE, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, method_flag, model_flag, one_line_errors, parse, training_flag
 
 PRESETS: dict[str, dict] = {
-    "default": {},  # FID / teacher's 1.01, 1.07, 1.33, 1.72 at 8, 4, 2, 1 steps (n = 10,000); 7 to 18 minutes on two CPU cores
-    "full": {"images_per_stage": 240_000, "images": 10_000},  # 0.99, 1.04, 1.16, 1.33; about 45 minutes
+    "default": {},  # FID / teacher's 1.02, 1.08, 1.30, 1.64 at 8, 4, 2, 1 steps (n = 10,000); about 6 minutes on two CPU cores
+    "full": {"images_per_stage": 240_000, "images": 10_000},  # about 40 minutes
     "smoke": {"start_steps": 8, "images_per_stage": 1024, "images": 200, "sweep_steps": (1, 2)},  # about a minute, no quality
 }
 
