@@ -133,8 +133,8 @@ def consistency(
         alpha, sigma = numbers(alpha_sigma, schedule, s)
         if sigma == 0:
             return move(schedule, x, x0, t, s)
-        below, below_sigma = numbers(alpha_sigma, schedule, partial_noise_time(schedule, s, gamma))
-        kept = alpha * below_sigma / below
+        alpha_below, sigma_below = numbers(alpha_sigma, schedule, partial_noise_time(schedule, s, gamma))
+        kept = alpha * sigma_below / alpha_below
         x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + math.sqrt(max(0.0, sigma**2 - kept**2)) * noise(x)
     return x
 

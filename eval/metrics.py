@@ -4,8 +4,8 @@ The metrics are torch-fidelity's own functions, on float32 features in the order
 delete-a-group jackknife over 20 groups. Each group is a sum of float64 moments, so that leaving one out is a subtraction. A
 bootstrap would be wrong: its duplicates add to the bias of FID. The sums alone suffice for FID, and their size does not grow
 with the number of images. Features are multiplied by the root of the reference's covariance before they are summed. Leaving a group
-out then costs eigenvalues alone. At 2,048 features the sums take 671 MB. 10,000 images cost 18 seconds of one core: 4 for the sums,
-9 for the jackknife, 1.6 for the root of the reference, and 4 for torch-fidelity's own FID.
+out then costs eigenvalues alone. At 2,048 features the sums take 671 MB. 10,000 images cost 19 to 20 seconds of one core: 4 for the
+sums, 9 for the jackknife, 1.6 for the root of the reference, and 4 for torch-fidelity's own FID.
 
 The intervals are fid +- t error, with Student's t of 19 degrees of freedom. In simulations of 500 images with 8 features
 (tests/test_fid_interval.py) the interval of FID covered its mean in 0.95 of the runs for Gaussian features, 0.93 for Student's t with 5

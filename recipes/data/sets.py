@@ -143,8 +143,8 @@ class Data:
     ) -> Batches:
         """Return the function step -> iterator of microbatches (x0, cond) from that step on.
 
-        Samples are drawn with replacement, as a function of (seed, phase, step); for a stream see `Stream.microbatches`. How they get
-        to a GPU is told in `recipes.data.batches`.
+        Samples are drawn with replacement, as a function of (seed, phase, step); for a stream see `Stream.microbatches`.
+        `recipes.data.batches` describes how they reach a GPU.
         ``condition``: labels [B] or None -> the conditions of the network, such as `Teacher.condition`. Labels are replaced by ``null``
         with ``null_probability``, the label dropout of classifier-free guidance.
         """
