@@ -1,11 +1,12 @@
 """Images by index: image i of a seed is the same in every recipe, and for every number of processes.
 
-Indices 0..n-1 are cut into fixed chunks; process r of W takes chunks r, r + W, ... Each index has a CPU generator. It draws
-the initial noise, then the label, then the noise of each stochastic step.
+Indices 0..n-1 are cut into fixed chunks; process r of W takes chunks r, r + W, ... Labels, initial noise and the noise of stochastic
+steps are functions of (seed, index, draw), see `eval.philox`. They are computed on the device of the network.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,13 @@ from distill.images import to_uint8
 from distill.rng import seed_of
 from distill.sampling import Sampling
 from distill.schedule import Schedule, prior_std
+from eval import philox
 from eval.machine import clock
 from teachers import Teacher
 
 # part of the protocol's digest: another text makes finished cells of old runs unusable
-LABEL_RULE = "uniform over the classes, drawn from the generator of the index after its noise"
+LABEL_RULE = "uniform over the classes; noise and label by Philox4x32-10 of (seed, index, draw)"
+LABEL_DRAW, NOISE_DRAW = 0, 1  # draws of an index; those above are the noise of stochastic steps
 
 
 def chunks(images: int, size: int, rank: int = 0, world: int = 1) -> list[range]:
@@ -37,26 +40,38 @@ def chunks(images: int, size: int, rank: int = 0, world: int = 1) -> list[range]
 
 @dataclass
 class Noise:
-    """Hold the random inputs of some indices: noise [n, ...] of unit variance, labels [n] or None, and a generator per index."""
+    """Hold the random inputs of some indices: noise [n, ...] of unit variance, and labels [n] or None.
+
+    ``index`` [n], ``key`` and ``draw``: the arguments of the last draw, see `eval.philox`.
+    """
 
     noise: Tensor
     labels: Tensor | None
-    generators: list[torch.Generator]
+    index: Tensor
+    key: int
+    draw: int = NOISE_DRAW
 
     def fresh(self, x: Tensor) -> Tensor:
-        """Return new standard normal noise of the shape of x. Each row comes from the generator of its index."""
-        rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
-        return send(torch.stack(rows).to(x.dtype), x.device)
+        """Return new standard normal noise of the shape, type and device of x. Each row is the next draw of its index."""
+        self.draw += 1
+        return _normal(send(self.index, x.device), x.shape[1:], self.draw, self.key).to(x.dtype)
 
 
-def initial_noise(indices: range | list[int], shape: tuple[int, ...], classes: int | None, seed: int) -> Noise:
-    """Draw the initial noise [n, *shape] and the labels of ``indices``. ``classes`` None draws no labels."""
-    generators = [torch.Generator().manual_seed(seed_of("image", seed, index)) for index in indices]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    if classes is None:
-        return Noise(noise, None, generators)
-    labels = torch.cat([torch.randint(classes, (1,), generator=generator) for generator in generators])
-    return Noise(noise, labels, generators)
+def initial_noise(
+    indices: range | list[int], shape: tuple[int, ...], classes: int | None, seed: int, device: torch.device | str = "cpu"
+) -> Noise:
+    """Draw the initial noise [n, *shape] and the labels of ``indices``, on ``device``. ``classes`` None draws no labels."""
+    if isinstance(indices, range):
+        index = torch.arange(indices.start, indices.stop, indices.step, device=device)
+    else:
+        index = send(torch.tensor(indices), device)
+    key = seed_of("image", seed)
+    labels = None if classes is None else philox.integers(index, classes, LABEL_DRAW, key)
+    return Noise(_normal(index, shape, NOISE_DRAW, key), labels, index, key)
+
+
+def _normal(index: Tensor, shape: tuple[int, ...], draw: int, key: int) -> Tensor:
+    return philox.normal(index, math.prod(shape), draw, key).view(-1, *shape)
 
 
 def generate(
@@ -71,15 +86,15 @@ def generate(
 
     ``condition``: labels [n] or None -> keyword arguments of the denoiser.
     """
-    x = prior_std(denoiser.schedule, times[0]) * noise.noise.to(device)
-    cond = condition(None if noise.labels is None else noise.labels.to(device))
+    x = prior_std(denoiser.schedule, times[0]) * send(noise.noise, device)
+    cond = condition(None if noise.labels is None else send(noise.labels, device))
     with torch.inference_mode():
         return sampling.run(denoiser, x, times, noise.fresh, **cond)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold generated images: index [n], labels [n] or None, images [n, C, H, W] in [-1, 1] on the device.
+    """Hold generated images: index [n], and on the device labels [n] or None and images [n, C, H, W] in [-1, 1].
 
     ``seconds``: time of the sampler. ``decode_seconds``: time of the decoder of a latent model.
     """
@@ -114,9 +129,9 @@ def images(
     denoiser = model.denoiser if denoiser is None else denoiser
     times = sampling.times_for(denoiser.schedule, steps)
     for part in indices:
-        noise = initial_noise(part, model.shape, model.classes, seed)
+        noise = initial_noise(part, model.shape, model.classes, seed, device)
         if label_of is not None:
-            noise.labels = torch.tensor([label_of(i) for i in part])
+            noise.labels = send(torch.tensor([label_of(i) for i in part]), device)
         began = clock(device)
         x0 = generate(denoiser, sampling, times, noise, model.condition, device)
         sampled = clock(device)

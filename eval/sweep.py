@@ -103,7 +103,7 @@ def _generate_cell(
         pixels = batch.pixels
         if index[0] == 0:
             first = pixels[: max(16, min(KEPT, KEPT_BYTES // pixels[0].numel()))].cpu()
-        features, labels = extractor(pixels), None if batch.labels is None else batch.labels[: len(index)]
+        features, labels = extractor(pixels), None if batch.labels is None else batch.labels[: len(index)].cpu()
         logits = None if features.logits is None else features.logits[: len(index)]
         collector.add(index, labels, Features(features.fid[: len(index)], logits))
         bar.update(len(index) * world * cell.cost)

@@ -67,7 +67,7 @@ def rounds(cells: list[Cell], protocol: Protocol, accelerator: Accelerator) -> T
         accelerator.wait_for_everyone()
         forwards = range(len(cells))
         for i, cell, fresh in _in_memory(cells, forwards if turn % 2 == 0 else reversed(forwards), device):
-            noise = initial_noise(range(batch), cell.model.shape, cell.model.classes, protocol.seed)
+            noise = initial_noise(range(batch), cell.model.shape, cell.model.classes, protocol.seed, device)
             denoiser, times = cell.denoiser, cell.times
             if turn == 0 or fresh:
                 warm_up(cell, range(batch), protocol.seed, device)
@@ -90,10 +90,9 @@ def _in_memory(cells: list[Cell], order: Iterable[int], device: torch.device) ->
 
 def warm_up(cell: Cell, indices: range, seed: int, device: torch.device) -> None:
     """Make one network call of the size to come, which is neither timed nor counted."""
-    noise = initial_noise(indices, cell.model.shape, cell.model.classes, seed)
-    labels = None if noise.labels is None else noise.labels.to(device)
+    noise = initial_noise(indices, cell.model.shape, cell.model.classes, seed, device)
     with torch.inference_mode():
-        cell.denoiser(noise.noise.to(device), cell.times[0], **cell.model.condition(labels))
+        cell.denoiser(noise.noise, cell.times[0], **cell.model.condition(noise.labels))
 
 
 def _summary(seconds: list[float], timing: str) -> dict:

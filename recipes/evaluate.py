@@ -199,9 +199,10 @@ def searched_cells(config: Config, cells: list[Cell], run: Run) -> list[Cell]:
     for label, model in {cell.label: cell.model for cell in cells if cell.role == "teacher"}.items():
         denoiser = model.guided(config.guidance)
         fine = Sampling().on_best_grid(denoiser.schedule, FINE_STEPS).times_for(denoiser.schedule, FINE_STEPS)
-        begin = initial_noise(range(config.images, config.images + SEARCH_IMAGES), model.shape, model.classes, config.seed)
-        cond = model.condition(None if begin.labels is None else begin.labels.to(run.device))
-        x = (prior_std(denoiser.schedule, fine[0]) * begin.noise).float().to(run.device)
+        indices = range(config.images, config.images + SEARCH_IMAGES)
+        begin = initial_noise(indices, model.shape, model.classes, config.seed, run.device)
+        cond = model.condition(begin.labels)
+        x = (prior_std(denoiser.schedule, fine[0]) * begin.noise).float()
         costs = step_costs(denoiser, x, fine, **cond)
         # on GPUs the last digits of the costs may differ between processes
         times = run.from_main(partial(_cheapest, costs, fine, steps))

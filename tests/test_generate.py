@@ -1,15 +1,19 @@
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cuda import CUDA, FakeCuda
 
 from distill import grid
 from distill.denoiser import Guided
 from distill.images import to_uint8
+from distill.rng import seed_of
 from distill.samplers import SAMPLERS
 from distill.sampling import Sampling
 from distill.schedule import EDM, Table
+from eval import philox
 from eval.generate import chunks, counted, generate, images, initial_noise
 from teachers.codec import Codec
 from teachers.oracle import Gaussian
@@ -30,6 +34,32 @@ def test_an_index_has_the_same_noise_and_label_in_any_chunk():
     assert torch.equal(whole.noise[[7, 2]], part.noise) and torch.equal(whole.labels[[7, 2]], part.labels)
     assert torch.equal(whole.noise, initial_noise(range(10), (1, 8, 8), None, seed=3).noise)
     assert not torch.equal(whole.noise, initial_noise(range(10), (1, 8, 8), 10, seed=4).noise)
+
+
+def test_each_fresh_noise_is_the_next_draw_of_its_index_whatever_its_neighbours():
+    whole, part, x = (
+        initial_noise(range(10), (1, 8, 8), 10, seed=3),
+        initial_noise([7, 2], (1, 8, 8), None, 3),
+        torch.zeros(2, 1, 8, 8),
+    )
+    seen = [part.noise, part.fresh(x), part.fresh(x)]
+    for a, b in zip(seen, [whole.noise, whole.fresh(x), whole.fresh(x)], strict=True):
+        assert torch.equal(a, b[[7, 2]])
+    assert all(not torch.equal(a, b) for a, b in combinations([*seen, *(noise.flip(0) for noise in seen)], 2))
+    assert torch.equal(seen[2].flatten(1), philox.normal(torch.tensor([7, 2]), 64, 3, seed_of("image", 3)))
+    assert part.fresh(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("indices", [range(3, 40), [8, 2**33]])
+def test_a_device_makes_the_same_noise_and_labels_as_the_cpu_without_waiting(indices):
+    here = initial_noise(indices, (1, 8, 8), 10, 0)
+    drawn = [here.noise, here.labels, here.fresh(here.noise)]
+    with FakeCuda() as gpu:
+        there = initial_noise(indices, (1, 8, 8), 10, 0, CUDA)
+        found = [there.noise, there.labels, there.fresh(there.noise)]
+        assert all(x.is_cuda for x in found) and not gpu.syncs and not gpu.pageable
+        assert not any(operator == "copy" for _, operator, _ in gpu.launches) or isinstance(indices, list)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(drawn, found, strict=True))
 
 
 def test_noise_is_standard_and_labels_are_uniform():

@@ -112,8 +112,8 @@ def sweep_seconds(
 
     def around() -> Features:
         """Make all of a chunk but its network calls."""
-        noise = initial_noise(range(chunk), student.shape, student.classes, 0).noise
-        return extractor(to_uint8(student.decode(noise.to(device))))
+        noise = initial_noise(range(chunk), student.shape, student.classes, 0, device).noise
+        return extractor(to_uint8(student.decode(noise)))
 
     every_chunk = seconds_of(around, device, number * chunks)
     return seconds + number * (chunks * every_chunk + metric_seconds(around(), images, real, run))
