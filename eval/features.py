@@ -22,7 +22,7 @@ from teachers.hub import first_line
 
 @dataclass(frozen=True)
 class Extractor:
-    """Extract `Features` on the CPU from uint8 images [B, C, H, W], in float32 with autocast and TF32 off."""
+    """Extract `Features` from uint8 images [B, C, H, W], in float32 with autocast and TF32 off."""
 
     name: str
     module: nn.Module  # uint8 [B, 3, H, W] -> features [B, D] or (features, logits [B, C] or None)
@@ -57,7 +57,15 @@ class Extractor:
         return self
 
     def __call__(self, images: Tensor) -> Features:
-        """Return the features. Raises ValueError if they are not [B, D], with logits [B, C] or without."""
+        """Return the features on the CPU. Raises the errors of `on_device`."""
+        found = self.on_device(images)
+        return Features(found.fid.cpu(), None if found.logits is None else found.logits.cpu())
+
+    def on_device(self, images: Tensor) -> Features:
+        """Return the features on the device of the images, without waiting for it.
+
+        Raises ValueError if they are not [B, D], with logits [B, C] or without.
+        """
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         with fidelity.float32_exactly(), torch.inference_mode():
@@ -66,7 +74,7 @@ class Extractor:
         if len(out) != 2 or any(o is not None and (o.ndim != 2 or len(o) != len(images)) for o in out):
             shapes = [tuple(o.shape) for o in out if o is not None]
             raise ValueError(f"features {self.name!r} gave {shapes} for {len(images)} images: accepted are {OWN}")
-        fid, logits = (None if o is None else o.float().cpu() for o in out)
+        fid, logits = (None if o is None else o.float() for o in out)
         assert fid is not None
         return Features(fid, logits)
 

@@ -21,7 +21,6 @@ from distill.rng import seed_of
 from distill.sampling import Sampling
 from distill.schedule import Schedule, prior_std
 from eval import philox
-from eval.machine import clock
 from teachers import Teacher
 
 # part of the protocol's digest: another text makes finished cells of old runs unusable
@@ -94,16 +93,11 @@ def generate(
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold generated images: index [n], and on the device labels [n] or None and images [n, C, H, W] in [-1, 1].
-
-    ``seconds``: time of the sampler. ``decode_seconds``: time of the decoder of a latent model.
-    """
+    """Hold generated images: index [n] on the CPU; labels [n] or None and images [n, C, H, W] in [-1, 1] on the device."""
 
     index: Tensor
     labels: Tensor | None
     images: Tensor
-    seconds: float
-    decode_seconds: float
 
     @property
     def pixels(self) -> Tensor:
@@ -122,7 +116,7 @@ def images(
     denoiser: DenoiserLike | None = None,
     label_of: Callable[[int], int] | None = None,
 ) -> Iterator[Batch]:
-    """Generate the images of ``indices``, one `Batch` per range or list.
+    """Generate the images of ``indices``, one `Batch` per range or list, without waiting for the device.
 
     ``denoiser`` replaces the model's own, such as one with guidance. ``label_of``: index -> label, instead of the drawn labels.
     """
@@ -132,11 +126,8 @@ def images(
         noise = initial_noise(part, model.shape, model.classes, seed, device)
         if label_of is not None:
             noise.labels = send(torch.tensor([label_of(i) for i in part]), device)
-        began = clock(device)
         x0 = generate(denoiser, sampling, times, noise, model.condition, device)
-        sampled = clock(device)
-        decoded = model.decode(x0)
-        yield Batch(torch.tensor(list(part)), noise.labels, decoded, sampled - began, clock(device) - sampled)
+        yield Batch(torch.tensor(list(part)), noise.labels, model.decode(x0))
 
 
 @dataclass(frozen=True)

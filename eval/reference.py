@@ -18,8 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill import files
+from distill.device import send
 from distill.images import from_uint8, to_uint8
 from eval import fidelity, npz_statistics
+from eval.behind import one_behind
 from eval.columns import plural
 from eval.features import Extractor, fingerprint
 from eval.gathering import gather_rows
@@ -47,19 +49,20 @@ class Identity:
 def extract(images: Tensor, extractor: Extractor, chunk: int, accelerator: Accelerator) -> Tensor:
     """Return features [N, D] of uint8 images [N, C, H, W]. The processes share the work, and each returns all features."""
     mine = chunks(len(images), chunk, accelerator.process_index, accelerator.num_processes)
-    parts: list[Tensor] = []
-    index: list[Tensor] = []
-    for indices in progress(
-        mine, desc=f"{extractor.name} features of the real images", leave=False, show=accelerator.is_main_process
-    ):
-        part = images[indices.start : indices.stop]
-        if short := chunk - len(part):
-            part = torch.cat([part, part[-1:].expand(short, *part.shape[1:])])
-        parts.append(extractor(part.to(accelerator.device)).fid[: chunk - short])
-        index.append(torch.arange(indices.start, indices.start + len(parts[-1])))
+    shown = progress(mine, desc=f"{extractor.name} features of the real images", leave=False, show=accelerator.is_main_process)
+    found = one_behind(extractor.on_device(send(_whole(images, part), accelerator.device)) for part in shown)
+    parts = [features.fid[: len(images) - part.start] for features, part in zip(found, mine, strict=True)]
+    index = [torch.arange(part.start, part.start + len(rows)) for rows, part in zip(parts, mine, strict=True)]
     features, order = gather_rows(parts), gather_rows(index)
     assert features is not None and order is not None
     return features[order.argsort()]
+
+
+def _whole(images: Tensor, part: range) -> Tensor:
+    """Return the images of a chunk. Copies of the last one fill a chunk that goes beyond them."""
+    rows = images[part.start : part.stop]
+    short = len(part) - len(rows)
+    return torch.cat([rows, rows[-1:].expand(short, *rows.shape[1:])]) if short else rows
 
 
 def of_images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.arithmetic import arithmetic
+from eval.behind import one_behind
 from eval.cells import Cell, Protocol, finished, head, save
 from eval.collect import COLLECTORS, Collector
 from eval.features import Extractor
-from eval.generate import chunks, counted, images
+from eval.generate import Batch, chunks, counted, images
 from eval.machine import clock, peak_memory_gb
 from eval.metrics import Features, Reference
 from eval.progress import note, progress
-from eval.timing import timed, warm_up
+from eval.timing import timed
 
 KEPT = 256  # images kept per cell for sample grids and drift; fewer, but at least 16, if they exceed KEPT_BYTES
 KEPT_BYTES = 8_000_000
@@ -87,33 +89,50 @@ def _generate_cell(
     """Give the features of this process's chunks to ``collector``. Return the first images, and costs or "error"."""
     device, world, calls = accelerator.device, accelerator.num_processes, [0]
     mine = chunks(protocol.images, protocol.chunk, accelerator.process_index, world)
-    first, bad, entered = torch.empty(0), protocol.images, clock(device)
-    made, seconds, decoding, saturated = 0, 0.0, 0.0, 0.0
-    if mine:
-        warm_up(cell, mine[0], protocol.seed, device)
+    first, bad, entered, made, saturated = torch.empty(0), protocol.images, clock(device), 0, 0.0
     denoiser = counted(cell.denoiser, calls)
-    for batch in images(cell.model, cell.sampling, cell.steps, mine, protocol.seed, device, denoiser=denoiser):
-        seconds, decoding = seconds + batch.seconds, decoding + batch.decode_seconds
-        index = batch.index[batch.index < protocol.images]  # the excess of the last chunk is dropped
-        if not (finite := batch.images.flatten(1).isfinite().all(1).cpu()[: len(index)]).all():
+    batches = images(cell.model, cell.sampling, cell.steps, mine, protocol.seed, device, denoiser=denoiser)
+    for chunk in one_behind(_Chunk.of(batch, extractor) for batch in batches):
+        made, saturated = made + len(chunk.index), saturated + int(chunk.saturated) / chunk.values
+        index = chunk.index[chunk.index < protocol.images]  # the excess of the last chunk is dropped
+        if not (finite := chunk.finite[: len(index)]).all():
             bad = int(index[~finite][0])
             break
-        made += len(batch.images)
-        saturated += int((batch.images.abs() > 1.1).sum()) / batch.images[0].numel()  # a slight overshoot does not count
-        pixels = batch.pixels
-        if index[0] == 0:
-            first = pixels[: max(16, min(KEPT, KEPT_BYTES // pixels[0].numel()))].cpu()
-        features, labels = extractor(pixels), None if batch.labels is None else batch.labels[: len(index)].cpu()
-        logits = None if features.logits is None else features.logits[: len(index)]
-        collector.add(index, labels, Features(features.fid[: len(index)], logits))
+        first = first if chunk.shown is None else chunk.shown
+        labels, logits = (None if rows is None else rows[: len(index)] for rows in (chunk.labels, chunk.logits))
+        collector.add(index, labels, Features(chunk.features[: len(index)], logits))
         bar.update(len(index) * world * cell.cost)
     if (worst := min(gather_object([bad]))) < protocol.images:
         return first, {"error": f"image {worst} of cell {cell.name!r} is not finite"}
-    totals = torch.tensor([made, calls[0], seconds, decoding, saturated], dtype=torch.float64)
+    totals = torch.tensor([made, calls[0], saturated], dtype=torch.float64)
     made, *totals = accelerator.reduce(totals.to(device)).tolist()
-    names = ("nfe", "seconds_per_image", "decode_seconds_per_image", "saturated_pixels")
-    facts = dict(zip(names, (total / made for total in totals), strict=True))
-    if cell.model.codec is None:
-        del facts["decode_seconds_per_image"]
+    facts = dict(zip(("nfe", "saturated_pixels"), (total / made for total in totals), strict=True))
     walls, peaks = zip(*gather_object([(clock(device) - entered, peak_memory_gb(device))]), strict=True)
     return first, facts | {"wall_seconds": max(walls), "peak_memory_gb": max(peaks)}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Hold what a sweep wants of n images: all but the index is on the device.
+
+    ``values``: of one image. ``finite`` [n]. ``saturated``: number of values beyond [-1, 1]. ``shown``: images of the first chunk to keep,
+    uint8. ``features`` [n, D] and ``logits`` [n, C].
+    """
+
+    index: Tensor
+    labels: Tensor | None
+    values: int
+    finite: Tensor
+    saturated: Tensor
+    shown: Tensor | None
+    features: Tensor
+    logits: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, extractor: Extractor) -> _Chunk:
+        """Return the measurement of a batch, without waiting for the device."""
+        x, pixels, values = batch.images, batch.pixels, batch.images[0].numel()
+        shown = pixels[: max(16, min(KEPT, KEPT_BYTES // values))] if batch.index[0] == 0 else None
+        finite, saturated = x.flatten(1).isfinite().all(1), (x.abs() > 1.1).sum()  # a slight overshoot does not count
+        features = extractor.on_device(pixels)
+        return cls(batch.index, batch.labels, values, finite, saturated, shown, features.fid, features.logits)

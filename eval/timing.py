@@ -43,25 +43,34 @@ def timed(cells: list[Cell], rows: list[dict], protocol: Protocol, accelerator: 
     """Return the rows with their times; those with "error" unchanged. Every process must call this.
 
     Adds ``seconds_rounds`` [`ROUNDS`], their median ``seconds_per_image``, their range ``seconds_interval``, and ``timing``: only rows
-    with the same value were timed side by side. A row with ``same_as`` shares the times of the cell that it names. Times of these very
-    cells that ``folder`` holds are read, not measured again.
+    with the same value were timed side by side. Rows of latent models get the median of decoding, ``decode_seconds_per_image``. A row
+    with ``same_as`` shares the times of the cell that it names. Times of these very cells that ``folder`` holds are read, not measured
+    again.
     """
     own = [cell for cell, row in zip(cells, rows, strict=True) if not row.keys() & {"error", "same_as"}]
     of = digest({"cells": [head(cell, protocol) for cell in own]})
-    seconds = broadcast_object_list([_read(folder / FILE, of) if accelerator.is_main_process else None])[0]
-    if seconds is None:
-        measured = rounds(own, protocol, accelerator).tolist()
-        seconds = {cell.name: times for cell, times in zip(own, measured, strict=True)}
+    times = broadcast_object_list([_read(folder / FILE, of) if accelerator.is_main_process else None])[0]
+    if times is None:
+        sampling, decoding = rounds(own, protocol, accelerator).tolist()
+        names = [cell.name for cell in own]
+        times = {
+            "of": of,
+            "seconds": dict(zip(names, sampling, strict=True)),
+            "decoding": dict(zip(names, decoding, strict=True)),
+        }
         if accelerator.is_main_process and own:
-            write_sealed(folder / FILE, {"of": of, "seconds": seconds})
-    timing = digest(seconds)[:16]
-    return [row if "error" in row else row | _summary(seconds[row.get("same_as", row["name"])], timing) for row in rows]
+            write_sealed(folder / FILE, times)
+    timing = digest(times["seconds"])[:16]
+    return [row if "error" in row else row | _summary(times, row.get("same_as", row["name"]), timing) for row in rows]
 
 
 def rounds(cells: list[Cell], protocol: Protocol, accelerator: Accelerator) -> Tensor:
-    """Return the seconds per image of each cell in each round, float64 [cells, `ROUNDS`], as the mean over the processes."""
+    """Return the seconds per image of sampling and of decoding, float64 [2, cells, `ROUNDS`], as the mean over the processes.
+
+    Decoding takes 0 seconds where a model is not latent.
+    """
     device, batch = accelerator.device, batch_size(protocol)
-    seconds = torch.zeros(len(cells), ROUNDS, dtype=torch.float64)
+    seconds = torch.zeros(2, len(cells), ROUNDS, dtype=torch.float64)
     bar = progress(range(ROUNDS), desc="timing", unit="round", show=accelerator.is_main_process, leave=False)
     for turn in bar:
         accelerator.wait_for_everyone()
@@ -72,8 +81,12 @@ def rounds(cells: list[Cell], protocol: Protocol, accelerator: Accelerator) -> T
             if turn == 0 or fresh:
                 warm_up(cell, range(batch), protocol.seed, device)
             began = clock(device)
-            generate(denoiser, cell.sampling, times, noise, cell.model.condition, device)
-            seconds[i, turn] = (clock(device) - began) / batch
+            x0 = generate(denoiser, cell.sampling, times, noise, cell.model.condition, device)
+            sampled = clock(device)
+            seconds[0, i, turn] = (sampled - began) / batch
+            if cell.model.codec is not None:
+                cell.model.decode(x0)
+                seconds[1, i, turn] = (clock(device) - sampled) / batch
     return accelerator.reduce(seconds.to(device), "mean").cpu()
 
 
@@ -95,14 +108,16 @@ def warm_up(cell: Cell, indices: range, seed: int, device: torch.device) -> None
         cell.denoiser(noise.noise, cell.times[0], **cell.model.condition(noise.labels))
 
 
-def _summary(seconds: list[float], timing: str) -> dict:
+def _summary(times: dict[str, Any], name: str, timing: str) -> dict:
+    seconds, decoding = times["seconds"][name], times["decoding"][name]
     spread = {"seconds_per_image": median(seconds), "seconds_interval": [min(seconds), max(seconds)]}
-    return spread | {"seconds_rounds": seconds, "timing": timing}
+    decode = {"decode_seconds_per_image": median(decoding)} if max(decoding) else {}
+    return spread | {"seconds_rounds": seconds, "timing": timing} | decode
 
 
-def _read(path: Path, of: str) -> dict[str, list[float]] | None:
+def _read(path: Path, of: str) -> dict[str, Any] | None:
     try:
         data, _ = read_sealed(path)
     except (OSError, ValueError):
         return None
-    return data["seconds"] if data.get("of") == of else None
+    return data if data.get("of") == of else None

@@ -127,7 +127,7 @@ def kid_of_times(
         n, times = len(path) - 1, tuple(fine[list(path)].tolist())
         sampling = replace(model.sampling, grid=SEARCHED, times={n: times})
         drawn = images(model, sampling, n, seeds, config.seed, device)
-        features = torch.cat([measurement.extractor(batch.pixels).fid for batch in drawn])
+        features = torch.cat([measurement.extractor.on_device(batch.pixels).fid for batch in drawn]).cpu()
         kid, _ = fidelity.kid(features[: config.proxy_images], real, subsets=1)
         return kid if kid == kid else float("inf")
 

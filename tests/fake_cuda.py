@@ -4,7 +4,8 @@ Values are real; what CUDA would do with the same calls is checked and counted, 
 
     mixed devices   an operator on tensors of both devices raises; CUDA's exceptions are let through: 0-dim CPU tensors in pointwise
                     operators, and CPU indices of a device tensor, which are copied
-    syncs           the host waits for the device: item, nonzero, masks as indices, copies to the host, copies from it that block
+    syncs           the host waits for the device: item, nonzero, masks as indices, copies to the host, copies from it that block, events
+    late copies     copies to the host that do not block hold garbage until the host has waited for them
     pageable        copies to the device from memory that is not pinned
     launches        operators on the device that are neither views nor allocations: "network" in the forward and backward passes of
                     watched networks, "outside" elsewhere
@@ -21,9 +22,11 @@ therefore runs in the calling thread, and autocast is the CPU's.
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -108,6 +111,8 @@ class FakeCuda:
         self._started = 0  # number of the first autograd node of the forward pass that is running
         self._nodes: list[range] = []  # numbers of the autograd nodes of watched networks
         self._creating = False
+        self._arriving: deque[tuple[Tensor, Tensor]] = deque()  # host tensors of copies that do not block, and their values
+        self._arrived = 0
         self._crossing: tuple[str, bool] | None = None  # the device that a copy goes to, and whether the host waits for it
         self._stack = ExitStack()
 
@@ -169,8 +174,21 @@ class FakeCuda:
             "manual_seed_all": lambda seed: None,
             "get_rng_state": lambda *_: torch.get_rng_state(),
             "set_rng_state": lambda state, *_: torch.set_rng_state(state),
-            "synchronize": lambda *_: self._count(self.syncs, "synchronize"),
+            "synchronize": lambda *_: self._wait("synchronize"),
+            "current_stream": lambda *_: SimpleNamespace(record_event=self._record_event),
         }
+
+    def _wait(self, what: str, copies: int | None = None) -> None:
+        """Count a wait for all that is queued, or for the first ``copies`` of all to the host, which then arrive."""
+        self._count(self.syncs, what)
+        with torch.utils._python_dispatch._disable_current_modes():
+            while self._arriving and (copies is None or self._arrived < copies):
+                tensor, values = self._arriving.popleft()
+                tensor.copy_(values)
+                self._arrived += 1
+
+    def _record_event(self) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=partial(self._wait, "event", self._arrived + len(self._arriving)))
 
     # -- where a tensor is ---------------------------------------------------------------------------------------------------------
     def holds(self, x: Tensor) -> bool:
@@ -210,7 +228,7 @@ class FakeCuda:
         if name in ("numpy", "__array__") and on_device:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if name == "tolist" and on_device:
-            self._count(self.syncs, "tolist")
+            self._wait("tolist")
             with torch.utils._python_dispatch._disable_current_modes():
                 return func(*args, **kwargs)
         wanted = kwargs.get("device")
@@ -256,14 +274,18 @@ class FakeCuda:
         if there == "cuda":
             self._copied(source, waits)
             return self._register(out, self._device)
-        self._count(self.syncs, "copy to the host")
-        return out
+        if waits:
+            self._wait("copy to the host")
+            return out
+        with torch.utils._python_dispatch._disable_current_modes():
+            self._arriving.append((out, out.clone()))
+            return out.fill_(torch.nan if out.is_floating_point() else 99)
 
     def _copied(self, source: Tensor, waits: bool) -> None:
         """Count a copy to the device."""
         self.launches[self._place(), "copy", _line()] += 1
         if waits:
-            self._count(self.syncs, "copy that blocks")
+            self._wait("copy that blocks")
         if _storage(source)._cdata not in self._pinned:
             self._count(self.pageable, "copy")
 
@@ -279,7 +301,7 @@ class FakeCuda:
         elif device and hosts:
             self._check_mixed(func, name, args, hosts)
         if device and (name.startswith(WAITING) or (name in INDEXING and _has_mask(args[1]))):
-            self._count(self.syncs, name)
+            self._wait(name)
         before = {_storage(x)._cdata for x in tensors}
         out = func(*args, **kwargs)
         if device or (self._creating and not tensors):
@@ -301,7 +323,7 @@ class FakeCuda:
         into, source = map(self.holds, args[:2])
         waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if source and not into:
-            self._count(self.syncs, "copy to the host")
+            self._wait("copy to the host")
         elif into and not source:
             self._copied(args[1], waits)
 

@@ -111,6 +111,19 @@ def test_the_fake_counts_copies_from_memory_that_is_not_pinned(gpu):
         assert sum(gpu.pageable.values()) == pageable
 
 
+def test_a_copy_to_the_host_that_does_not_block_arrives_when_the_host_has_waited_for_it(gpu):
+    there, stream = torch.ones(3, device="cuda"), torch.cuda.current_stream()
+    early = there.to("cpu", non_blocking=True)
+    event = stream.record_event()
+    there.add_(1)
+    late, whole = there.to("cpu", non_blocking=True), (3 * there).long().to("cpu", non_blocking=True)
+    assert not early.is_cuda and not gpu.syncs and early.isnan().all() and late.isnan().all()
+    event.synchronize()
+    assert early.tolist() == [1, 1, 1] and late.isnan().all() and sum(gpu.syncs.values()) == 1
+    there.sum().item()
+    assert late.tolist() == [2, 2, 2] and whole.tolist() == [6, 6, 6] and sum(gpu.syncs.values()) == 2
+
+
 def test_the_fake_tells_the_launches_of_a_network_from_those_outside_in_both_passes(gpu):
     net = torch.nn.Linear(3, 3).to("cuda")
     gpu.watch(net)
