@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from distill.device import send
-from distill.schedule import Schedule, Table, coefficients, expand, expand_all
+from distill.schedule import Schedule, Table, coefficients, expand, expand_all, is_number, numbers, scaled, weighted
 
 
 class DenoiserLike(Protocol):
@@ -118,8 +119,8 @@ class Denoiser:
         row = self.prediction, self.sigma_data, self.time
         c_in, c_skip, c_out, *c_noise = coefficients(_coefficients, self.schedule, x_t, *row, *times)
         at, *end = (_per_sample(c, x_t) for c in c_noise)
-        output = self.net(c_in * x_t, at, **({"to": end[0]} if end else {}), **cond)
-        return c_skip * x_t + c_out * output
+        output = self.net(scaled(c_in, x_t), at, **({"to": end[0]} if end else {}), **cond)
+        return weighted(c_skip, x_t, c_out, output)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Guided:
             conditional, unconditional = self.denoiser(torch.cat([x_t, x_t]), *ends, **both).chunk(2)
         else:
             conditional, unconditional = (self.denoiser(x_t, t, to=to, **c) for c in (cond, cond | null))
-        return unconditional + self.scale * (conditional - unconditional)
+        return torch.lerp(unconditional, conditional, self.scale)
 
 
 def _joined(one: Any, two: Any, batch: int) -> Any:
@@ -172,13 +173,27 @@ class Rescheduled:
     schedule: Schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
-        inner, u = self.denoiser.schedule, self._time(t)
-        scale = torch.hypot(inner.alpha(u), inner.sigma(u)) / torch.hypot(self.schedule.alpha(t), self.schedule.sigma(t))
-        return self.denoiser(expand(scale, x_t) * x_t, u, to=None if to is None else self._time(to), **cond)
+        times = (t,) if to is None else (t, to)
+        if all(map(is_number, times)):
+            scale, *found = numbers(_rescheduled, self, *times)
+            u, *end = (torch.full_like(t, number) for number in found)
+            x = scale * x_t
+        else:
+            factor, u, *end = _rescheduled(self, *times)
+            x = expand(factor, x_t) * x_t
+        return self.denoiser(x, u, to=end[0] if end else None, **cond)
 
-    def _time(self, t: Tensor) -> Tensor:
-        inner = self.denoiser.schedule
-        return inner.time(self.schedule.logsnr(t)).clamp(max=inner.t_max)
+    @cached_property
+    def _numbers(self) -> dict[tuple, tuple[float, ...]]:
+        """What `numbers` has computed."""
+        return {}
+
+
+def _rescheduled(wrapped: Rescheduled, t: Tensor, *to: Tensor) -> Iterable[Tensor]:
+    """Return the factor of x_t, and the times of the wrapped denoiser at t and at the end of the jump."""
+    inner, outer = wrapped.denoiser.schedule, wrapped.schedule
+    u, *end = (inner.time(outer.logsnr(z)).clamp(max=inner.t_max) for z in (t, *to))
+    return torch.hypot(inner.alpha(u), inner.sigma(u)) / torch.hypot(outer.alpha(t), outer.sigma(t)), u, *end
 
 
 def on_schedule(denoiser: DenoiserLike, schedule: Schedule) -> DenoiserLike:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
-from distill.schedule import Schedule, move, numbers
+from distill.schedule import Schedule, move_weights, numbers
 
 Points = list[tuple[Tensor, Tensor]]  # (time, value at that time), newest first
 
@@ -31,18 +31,24 @@ def exponential_adams(
         x0 = denoiser(x, t, **cond)
         if correct and last is not None:
             x_start, start, points = last
-            x = move(schedule, x_start, _integrated_x0(schedule, [*points, (t, x0)], start, t), start, t)
+            x = _advance(schedule, x_start, [*points, (t, x0)], start, t)
         behind = [(t, x0), *behind[: order - 1]]
         points = behind[:left]
         last = x, t, points
-        x = move(schedule, x, _integrated_x0(schedule, points, t, s), t, s)
+        x = _advance(schedule, x, points, t, s)
     return x
 
 
-def _integrated_x0(schedule: Schedule, points: Points, t: Tensor, s: Tensor) -> Tensor:
-    """Return the constant x0 whose `move` from t to s equals that of the polynomial through ``points``, t's first."""
-    weights = adams_weights(schedule, [time for time, _ in points], t, s, on_eps=False)
-    return combine(weights, [x0 for _, x0 in points])
+def _advance(schedule: Schedule, x: Tensor, points: Points, t: Tensor, s: Tensor) -> Tensor:
+    """Return x_s, where x0 along the way from x at t is the polynomial through ``points``, t's first."""
+    weights = numbers(_advance_weights, schedule, t, s, *(time for time, _ in points))
+    return combine(weights, [x, *(x0 for _, x0 in points)])
+
+
+def _advance_weights(schedule: Schedule, t: Tensor, s: Tensor, *times: Tensor) -> list[float]:
+    """Return the weights of x and of x0 at each of ``times``: those of `move`, x0 being the mean with `adams_weights`."""
+    on_x, on_x0 = map(float, move_weights(schedule, t, s))
+    return [on_x, *(on_x0 * weight for weight in _adams_weights(schedule, False, t, s, *times))]
 
 
 def half_logsnr_step(schedule: Schedule, t: Tensor, s: Tensor) -> float:
@@ -55,11 +61,11 @@ def _half_logsnr_step(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor]
 
 
 def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Return the weighted sum of tensors of equal shape; zero weights after the first are skipped."""
-    total = weights[0] * tensors[0]
-    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        if weight:
-            total = total + weight * tensor
+    """Return the weighted sum of tensors of equal shape. Tensors of weight 0 are skipped; one weight at least is not 0."""
+    (first, start), *others = [(w, tensor) for w, tensor in zip(weights, tensors, strict=True) if w]
+    total = first * start
+    for weight, tensor in others:
+        total = torch.add(total, tensor, alpha=weight)
     return total
 
 

@@ -10,7 +10,7 @@ zero terminal SNR, or onto the data) every method takes its limit there, the DDI
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.multistep import adams_weights, combine, exponential_adams, half_logsnr_step
-from distill.schedule import Schedule, alpha_sigma, heun_x0, move, numbers, posterior, to_eps, to_x0
+from distill.schedule import Schedule, heun_x0, move, move_weights, numbers, posterior, to_eps, to_x0
 
 
 def ddim(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
@@ -103,13 +103,13 @@ def ancestral(
     """
     schedule = denoiser.schedule
     for t, s in pairwise(times):
-        x0 = denoiser(x, t, **cond)
-        alpha, sigma = numbers(alpha_sigma, schedule, s)
-        if sigma == 0:
-            return move(schedule, x, x0, t, s)
-        kept, fresh = numbers(posterior, schedule, t, s)
-        x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + fresh * noise(x)
+        x = _noisy_move(numbers(_posterior_sample, schedule, t, s), x, denoiser(x, t, **cond), noise)
     return x
+
+
+def _posterior_sample(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kept, fresh = posterior(schedule, t, s)
+    return *move_weights(schedule, t, s, kept), fresh
 
 
 def consistency(
@@ -129,14 +129,21 @@ def consistency(
     """
     schedule = denoiser.schedule
     for t, s in pairwise(times):
-        x0 = denoiser(x, t, **cond)
-        alpha, sigma = numbers(alpha_sigma, schedule, s)
-        if sigma == 0:
-            return move(schedule, x, x0, t, s)
-        alpha_below, sigma_below = numbers(alpha_sigma, schedule, partial_noise_time(schedule, s, gamma))
-        kept = alpha * sigma_below / alpha_below
-        x = alpha * x0 + kept * to_eps(schedule, x, x0, t) + math.sqrt(max(0.0, sigma**2 - kept**2)) * noise(x)
+        x = _noisy_move(numbers(_renoised, schedule, gamma, t, s), x, denoiser(x, t, **cond), noise)
     return x
+
+
+def _renoised(schedule: Schedule, gamma: float, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    below = partial_noise_time(schedule, s, gamma)
+    kept = schedule.alpha(s) * schedule.sigma(below) / schedule.alpha(below)
+    return *move_weights(schedule, t, s, kept), (schedule.sigma(s).square() - kept.square()).clamp(min=0).sqrt()
+
+
+def _noisy_move(weights: Sequence[float], x: Tensor, x0: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sum of x, x0 and new noise with these weights. No noise is drawn for weight 0."""
+    *kept, fresh = weights
+    moved = combine(kept, (x, x0))
+    return torch.add(moved, noise(x), alpha=fresh) if fresh else moved
 
 
 def jump(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -298,7 +298,14 @@ def expand_all(coefficients: Iterable[Tensor], x: Tensor) -> list[Tensor]:
 KEPT_NUMBERS = 10_000  # of one schedule, before all are dropped
 
 
-def numbers(formula: Callable[..., Iterable[Any]], schedule: Schedule, *arguments: Any) -> tuple[float, ...]:
+class Keeps(Protocol):
+    """A schedule, or a denoiser between two schedules, that keeps what `numbers` computes."""
+
+    @property
+    def _numbers(self) -> dict[tuple, tuple[float, ...]]: ...
+
+
+def numbers(formula: Callable[..., Iterable[Any]], schedule: Keeps, *arguments: Any) -> tuple[float, ...]:
     """Return formula(schedule, *arguments) as floats, computed once for equal arguments: times [] and hashable options."""
     key = (formula, *((float(a), a.dtype) if isinstance(a, Tensor) else a for a in arguments))
     known = schedule._numbers
@@ -313,15 +320,27 @@ def coefficients(
     formula: Callable[..., Iterable[Tensor]], schedule: Schedule, x: Tensor, *arguments: Any
 ) -> Sequence[Tensor | float]:
     """Return formula(schedule, *arguments), each of a form to multiply x: the floats of `numbers` for single times, else `expand_all`."""
-    if all(_is_number(a) for a in arguments if isinstance(a, Tensor)):
+    if all(is_number(a) for a in arguments if isinstance(a, Tensor)):
         return numbers(formula, schedule, *arguments)
     return expand_all(formula(schedule, *arguments), x)
 
 
-def _is_number(t: Tensor) -> bool:
+def is_number(t: Tensor) -> bool:
     """Return whether t is a single time on the CPU through which nothing is differentiated or traced."""
     plain = type(t) is Tensor and t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t) and not torch.compiler.is_compiling()
+
+
+def weighted(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
+    """Return a x + b y [B, ...], with `coefficients` a and b. Numbers take one pass over y, and none over x where a is 1."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a * x + b * y
+    return torch.add(scaled(a, x), y, alpha=b)
+
+
+def scaled(a: Tensor | float, x: Tensor) -> Tensor:
+    """Return a x [B, ...], and x itself where a is the number 1."""
+    return x if isinstance(a, float) and a == 1 else a * x
 
 
 def per_sample(mask: Tensor, x: Tensor) -> Tensor:
@@ -337,29 +356,42 @@ def alpha_sigma(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return x_t = alpha(t) x0 + sigma(t) eps. x0 and eps are [B, ...]; t is [] or [B]."""
     alpha, sigma = coefficients(alpha_sigma, schedule, x0, t)
-    return alpha * x0 + sigma * eps
+    return weighted(alpha, x0, sigma, eps)
+
+
+def _to_eps(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    return 1 / schedule.sigma(t), -schedule.alpha(t) / schedule.sigma(t)
 
 
 def to_eps(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """Return the noise implied by x0 at x_t: (x_t - alpha x0) / sigma."""
-    alpha, sigma = coefficients(alpha_sigma, schedule, x_t, t)
-    return (x_t - alpha * x0) / sigma
+    on_x, on_x0 = coefficients(_to_eps, schedule, x_t, t)
+    return weighted(on_x, x_t, on_x0, x0)
+
+
+def _to_x0(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    return 1 / schedule.alpha(t), -schedule.sigma(t) / schedule.alpha(t)
 
 
 def to_x0(schedule: Schedule, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return the x0 implied by eps at x_t: (x_t - sigma eps) / alpha. Requires alpha > 0."""
-    alpha, sigma = coefficients(alpha_sigma, schedule, x_t, t)
-    return (x_t - sigma * eps) / alpha
+    on_x, on_eps = coefficients(_to_x0, schedule, x_t, t)
+    return weighted(on_x, x_t, on_eps, eps)
 
 
-def _move(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return schedule.sigma(s) / schedule.sigma(t), schedule.alpha(s), schedule.alpha(t)
+def move_weights(schedule: Schedule, t: Tensor, s: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return r = kept / sigma_t and alpha_s - r alpha_t, the weights of x_t and x0 in alpha_s x0 + kept eps.
+
+    ``kept``: the weight of the noise of x_t; by default sigma_s, all of it.
+    """
+    ratio = (schedule.sigma(s) if kept is None else kept) / schedule.sigma(t)
+    return ratio, schedule.alpha(s) - ratio * schedule.alpha(t)
 
 
 def move(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Take one DDIM step from t to s with x0 fixed: alpha_s x0 + (sigma_s / sigma_t) (x_t - alpha_t x0) (2010.02502, eq. 12)."""
-    ratio, a_s, a_t = coefficients(_move, schedule, x_t, t, s)
-    return a_s * x0 + ratio * (x_t - a_t * x0)
+    on_x, on_x0 = coefficients(move_weights, schedule, x_t, t, s)
+    return weighted(on_x, x_t, on_x0, x0)
 
 
 def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
