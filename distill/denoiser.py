@@ -47,7 +47,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, T
 
 def to_output(prediction: str, schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     """Return the network output F that means x0 at x_t: (x0 - c_skip x_t) / c_out, with a row of `PREDICTIONS`."""
-    _, *skip_and_out = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
+    _, *skip_and_out = PREDICTIONS[prediction](*schedule.at(t), sigma_data)
     c_skip, c_out = expand_all(skip_and_out, x_t)
     return (x0 - c_skip * x_t) / c_out
 
@@ -72,7 +72,7 @@ def _coefficients(
     schedule: Schedule, prediction: str, sigma_data: float, time: str, t: Tensor, *to: Tensor
 ) -> Iterable[Tensor]:
     """Return c_in, c_skip, c_out and c_noise at t, and c_noise at the end of the jump."""
-    scales = PREDICTIONS[prediction](schedule.alpha(t), schedule.sigma(t), sigma_data)
+    scales = PREDICTIONS[prediction](*schedule.at(t), sigma_data)
     return *scales, *(TIMES[time](schedule, z) for z in (t, *to))
 
 
@@ -193,7 +193,7 @@ def _rescheduled(wrapped: Rescheduled, t: Tensor, *to: Tensor) -> Iterable[Tenso
     """Return the factor of x_t, and the times of the wrapped denoiser at t and at the end of the jump."""
     inner, outer = wrapped.denoiser.schedule, wrapped.schedule
     u, *end = (inner.time(outer.logsnr(z)).clamp(max=inner.t_max) for z in (t, *to))
-    return torch.hypot(inner.alpha(u), inner.sigma(u)) / torch.hypot(outer.alpha(t), outer.sigma(t)), u, *end
+    return torch.hypot(*inner.at(u)) / torch.hypot(*outer.at(t)), u, *end
 
 
 def on_schedule(denoiser: DenoiserLike, schedule: Schedule) -> DenoiserLike:

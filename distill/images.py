@@ -15,4 +15,4 @@ def from_uint8(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Return images in [-1, 1] as uint8: round((x + 1) 127.5), clamped to 0..255. The project rounds nowhere else."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (images + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

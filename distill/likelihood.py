@@ -115,7 +115,7 @@ def _slope(denoiser: DenoiserLike, z: Tensor, u: float, signs: list[Tensor] | No
     phi = 2 * math.atan(math.exp(u))
     logsnr = torch.tensor(-2 * math.log(math.tan(phi)) if phi < math.pi / 2 else -math.inf, dtype=torch.float64)
     t = schedule.time(logsnr).clamp(schedule.t_min, schedule.t_max)
-    norm = expand(torch.hypot(schedule.alpha(t), schedule.sigma(t)), z)
+    norm = expand(torch.hypot(*schedule.at(t)), z)
     with torch.enable_grad():
         z = z.detach().requires_grad_(True)
         x0 = denoiser(norm * z, t, **cond)

@@ -135,8 +135,9 @@ def consistency(
 
 def _renoised(schedule: Schedule, gamma: float, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     below = partial_noise_time(schedule, s, gamma)
-    kept = schedule.alpha(s) * schedule.sigma(below) / schedule.alpha(below)
-    return *move_weights(schedule, t, s, kept), (schedule.sigma(s).square() - kept.square()).clamp(min=0).sqrt()
+    (alpha, sigma), (alpha_below, sigma_below) = schedule.at(s), schedule.at(below)
+    kept = alpha * sigma_below / alpha_below
+    return *move_weights(schedule, t, s, kept), (sigma.square() - kept.square()).clamp(min=0).sqrt()
 
 
 def _noisy_move(weights: Sequence[float], x: Tensor, x0: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:

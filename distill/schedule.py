@@ -39,13 +39,17 @@ class Schedule:
     def sigma(self, t: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha(t), sigma(t)). A schedule that computes both from one number overrides it."""
+        return self.alpha(t), self.sigma(t)
+
     def time(self, logsnr: Tensor) -> Tensor:
         """Return the time of a log-SNR, the inverse of `logsnr`. Accepts -inf and +inf."""
         raise NotImplementedError
 
     def logsnr(self, t: Tensor) -> Tensor:
         """Return log(alpha^2 / sigma^2): +inf at t_clean, -inf where alpha is 0."""
-        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+        return _logsnr(*self.at(t))
 
     def level(self, t: Tensor) -> Tensor:
         """Return the noise level sigma / alpha, the sigma of the VE literature: 0 at t_clean, inf where alpha is 0."""
@@ -63,6 +67,10 @@ class Schedule:
     def ends(self) -> Tensor:
         """Return (t_max, t_min) as float64 [2]: the noisiest and the cleanest time at which a network is evaluated."""
         return torch.tensor([self.t_max, self.t_min], dtype=torch.float64)
+
+
+def _logsnr(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return 2 * (alpha.log() - sigma.log())
 
 
 def _require_order(schedule: Schedule, *names: str, equal: bool = False) -> None:
@@ -230,14 +238,18 @@ class Table(Schedule):
     def _angle(self, t):
         knots = self._angle_table(t.device)
         position = t.double().clamp(0, 1) * self.steps
-        low = position.floor().clamp(max=self.steps - 1).long()
-        return torch.lerp(knots[low], knots[low + 1], position - low)
+        low = position.long().clamp(max=self.steps - 1)
+        return torch.lerp(knots.take(low), knots.take(low + 1), position - low)
+
+    def at(self, t):
+        angle = self._angle(t)
+        return torch.sin(math.pi / 2 - angle).to(t.dtype), torch.sin(angle).to(t.dtype)
 
     def alpha(self, t):
-        return torch.sin(math.pi / 2 - self._angle(t)).to(t.dtype)
+        return self.at(t)[0]
 
     def sigma(self, t):
-        return torch.sin(self._angle(t)).to(t.dtype)
+        return self.at(t)[1]
 
     def time(self, logsnr):
         knots = self._angle_table(logsnr.device)
@@ -327,7 +339,7 @@ def coefficients(
 
 def is_number(t: Tensor) -> bool:
     """Return whether t is a single time on the CPU through which nothing is differentiated or traced."""
-    plain = type(t) is Tensor and t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad
+    plain = type(t) is Tensor and t.dim() == 0 and t.is_cpu and not t.requires_grad
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t) and not torch.compiler.is_compiling()
 
 
@@ -348,19 +360,19 @@ def per_sample(mask: Tensor, x: Tensor) -> Tensor:
     return send(mask, x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def alpha_sigma(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (alpha(t), sigma(t))."""
-    return schedule.alpha(t), schedule.sigma(t)
+def _at(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    return schedule.at(t)
 
 
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return x_t = alpha(t) x0 + sigma(t) eps. x0 and eps are [B, ...]; t is [] or [B]."""
-    alpha, sigma = coefficients(alpha_sigma, schedule, x0, t)
+    alpha, sigma = coefficients(_at, schedule, x0, t)
     return weighted(alpha, x0, sigma, eps)
 
 
 def _to_eps(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    return 1 / schedule.sigma(t), -schedule.alpha(t) / schedule.sigma(t)
+    alpha, sigma = schedule.at(t)
+    return 1 / sigma, -alpha / sigma
 
 
 def to_eps(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
@@ -370,7 +382,8 @@ def to_eps(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
 
 
 def _to_x0(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    return 1 / schedule.alpha(t), -schedule.sigma(t) / schedule.alpha(t)
+    alpha, sigma = schedule.at(t)
+    return 1 / alpha, -sigma / alpha
 
 
 def to_x0(schedule: Schedule, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -384,8 +397,9 @@ def move_weights(schedule: Schedule, t: Tensor, s: Tensor, kept: Tensor | None =
 
     ``kept``: the weight of the noise of x_t; by default sigma_s, all of it.
     """
-    ratio = (schedule.sigma(s) if kept is None else kept) / schedule.sigma(t)
-    return ratio, schedule.alpha(s) - ratio * schedule.alpha(t)
+    (a_t, s_t), (a_s, s_s) = schedule.at(t), schedule.at(s)
+    ratio = (s_s if kept is None else kept) / s_t
+    return ratio, a_s - ratio * a_t
 
 
 def move(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -402,8 +416,9 @@ def explain(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) 
     The denominator cancels where t and s are close. It is therefore computed from log-SNRs:
     alpha_s - r alpha_t = -alpha_s expm1((logsnr_t - logsnr_s) / 2).
     """
-    denominator = -schedule.alpha(s) * torch.expm1((schedule.logsnr(t) - schedule.logsnr(s)) / 2)
-    ratio, below = expand_all((schedule.sigma(s) / schedule.sigma(t), denominator), x_t)
+    (a_t, s_t), (a_s, s_s) = schedule.at(t), schedule.at(s)
+    denominator = -a_s * torch.expm1((_logsnr(a_t, s_t) - _logsnr(a_s, s_s)) / 2)
+    ratio, below = expand_all((s_s / s_t, denominator), x_t)
     return (x_s - ratio * x_t) / below
 
 
@@ -421,8 +436,9 @@ def posterior(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]
 
     x_s = alpha_s x0 + kept eps + fresh z with eps the noise of x_t and z new noise; the result is (kept, fresh).
     """
-    ratio = schedule.alpha(t) * schedule.sigma(s) / (schedule.alpha(s) * schedule.sigma(t))
-    return schedule.sigma(s) * ratio, schedule.sigma(s) * (1 - ratio.square()).clamp(min=0).sqrt()
+    (a_t, s_t), (a_s, s_s) = schedule.at(t), schedule.at(s)
+    ratio = a_t * s_s / (a_s * s_t)
+    return s_s * ratio, s_s * (1 - ratio.square()).clamp(min=0).sqrt()
 
 
 def prior_std(schedule: Schedule, t: Tensor) -> float:

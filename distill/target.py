@@ -67,7 +67,7 @@ class Mix:
     @torch.no_grad()
     def __call__(self, schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor, **cond: Any) -> Tensor:
         expected = on_schedule(self.teacher, schedule)(x_t, t, **cond)
-        return x0 + expand(self.weight(schedule, t), x0) * (expected - x0)
+        return torch.lerp(x0, expected, expand(self.weight(schedule, t), x0))
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def posterior_mean(
     With ``labels`` [B] and ``data_labels`` [N] the mean is over samples of the same label, or over all where no sample has it.
     """
     x, points = x_t.flatten(1).double(), data.flatten(1).double()
-    alpha, sigma = expand(schedule.alpha(t).double(), x), expand(schedule.sigma(t).double(), x)
+    alpha, sigma = (expand(c.double(), x) for c in schedule.at(t))
     squared = x.square().sum(1, keepdim=True) - 2 * alpha * (x @ points.T) + alpha**2 * points.square().sum(1)
     scores = -squared / (2 * sigma**2)
     if labels is not None and data_labels is not None:
