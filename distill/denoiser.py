@@ -80,7 +80,7 @@ def _per_sample(c_noise: Tensor | float, x_t: Tensor) -> Tensor:
     """Return c_noise as [B] in the dtype of x_t [B, ...], on its device."""
     if isinstance(c_noise, Tensor):
         return send(c_noise.flatten().expand(x_t.shape[0]), x_t.device)
-    return torch.full(x_t.shape[:1], c_noise, dtype=x_t.dtype, device=x_t.device)
+    return x_t.new_full(x_t.shape[:1], c_noise)
 
 
 @dataclass(frozen=True)
