@@ -167,6 +167,8 @@ def train(
     student = dataclasses.replace(student, net=net)
     if average is not None:
         average = _placed(average, module, accelerator)
+    averaging = None if average is None else _Average(average, module)
+    weights = list(net.parameters())
     ema = dataclasses.replace(student, net=average if average is not None else module)
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
@@ -192,7 +194,7 @@ def train(
                 loss = loss / split.accumulate if split.accumulate > 1 else loss
                 accelerator.backward(recorder.guarded(loss))
             losses.append(loss.detach())
-        grad_norm = whole(accelerator.clip_grad_norm_(net.parameters(), o.clip_norm))
+        grad_norm = whole(accelerator.clip_grad_norm_(weights, o.clip_norm))
         total = reduce(torch.add, losses)
         frozen, done = recorder.see(step, total, grad_norm), step + 1
         saving = (
@@ -209,8 +211,8 @@ def train(
             optimizer.optimizer.found_inf = frozen  # the fused Adam then leaves weights and state alone
         optimizer.step()
         optimizer.zero_grad()
-        if average is not None and o.ema_halflife_images:
-            _average(average, module, 0.5 ** (o.batch_size / o.ema_halflife_images))
+        if averaging is not None and o.ema_halflife_images:
+            averaging.move(0.5 ** (o.batch_size / o.ema_halflife_images))
         step = done
         yield State(step, step * o.batch_size, total, grad_norm, o.lr_at(step - 1), student, ema, rollback)
         rollback = None
@@ -249,12 +251,25 @@ def _placed(average: nn.Module, module: nn.Module, accelerator: Accelerator) -> 
     return average.to(accelerator.device)
 
 
-@torch.no_grad()
-def _average(average: nn.Module, module: nn.Module, beta: float) -> None:
-    """Move the average towards the weights: a = beta a + (1 - beta) w. Each process does so for its own shards."""
-    for part in average.modules():
-        if isinstance(part, FSDPModule):
+class _Average:
+    """Move the average of weights towards them: a = beta a + (1 - beta) w. Each process does so for its own shards.
+
+    Tensors are collected once: the walk through the modules would cost more than the sum.
+    """
+
+    def __init__(self, average: nn.Module, module: nn.Module):
+        self.sharded = [part for part in average.modules() if isinstance(part, FSDPModule)]
+        self.averages: list[Tensor] = list(average.parameters())
+        self.weights: list[Tensor] = list(module.parameters())
+        self.buffers, self.sources = list(average.buffers()), list(module.buffers())
+
+    @torch.no_grad()
+    def move(self, beta: float) -> None:
+        for part in self.sharded:
             part.reshard()  # a target network whose weights stay gathered after its forward pass
-    torch._foreach_lerp_([local(a) for a in average.parameters()], [local(p.detach()) for p in module.parameters()], 1 - beta)
-    if buffers := list(average.buffers()):
-        torch._foreach_copy_(buffers, list(module.buffers()))
+        averages, weights = self.averages, self.weights
+        if self.sharded:
+            averages, weights = list(map(local, averages)), list(map(local, weights))
+        torch._foreach_lerp_(averages, weights, 1 - beta)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.sources)
