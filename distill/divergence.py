@@ -22,6 +22,7 @@ from distill.replay import Part, SavedStep, Step
 from distill.resume import Resumable, gather_state, restore_state, whole
 from distill.rng import seed_of
 from distill.speed import uncompiled
+from distill.zero import ZeroAdam
 
 SPIKE = 1000.0
 WINDOW = 64  # steps whose gradient norms are kept
@@ -184,7 +185,7 @@ class Guard:
 
     accelerator: Accelerator
     recorder: Recorder
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | ZeroAdam
     module: nn.Module
     average: nn.Module | None
     resumable: Resumable | None
@@ -251,7 +252,6 @@ class Guard:
             scaler.load_state_dict(self.scaling)
         self.accelerator.wait_for_everyone()
         step, tensors = (self.resumable and self.resumable.latest(self.identity)) or (0, self.initial)
-        self.optimizer.state.clear()
         restore_state(tensors, self.module, self.optimizer, self.average)
         self.recorder.roll_back(bad, step, tensors)
         return step, f"{text}; back to step {step} with other random numbers, rollback {taken + 1} of at most {self.most}"

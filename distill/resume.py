@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import files
+from distill.zero import ZeroAdam
 
 
 class Stopped(KeyboardInterrupt):
@@ -55,7 +57,7 @@ class Resumable:
             self.folder.rmdir()
 
 
-def gather_state(net: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
+def gather_state(net: nn.Module, optimizer: torch.optim.Optimizer | ZeroAdam, ema: nn.Module | None) -> dict[str, Tensor]:
     """Return weights, optimizer state and EMA as one flat dict of unsharded tensors. A collective call if weights are sharded."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     tensors = {f"net.{name}": whole(value) for name, value in net.state_dict().items()}
@@ -66,21 +68,28 @@ def gather_state(net: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Modul
     return tensors
 
 
-def restore_state(tensors: dict[str, Tensor], net: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
-    """Load the result of `gather_state` in place."""
+def restore_state(
+    tensors: dict[str, Tensor], net: nn.Module, optimizer: torch.optim.Optimizer | ZeroAdam, ema: nn.Module | None
+) -> None:
+    """Load the result of `gather_state` in place. The optimizer keeps no other state."""
     for prefix, module in (("net.", net), ("ema.", ema)):
         if module is not None:
             for name, value in module.state_dict().items():
                 with torch.no_grad():
                     value.copy_(_like(tensors[prefix + name], value))
-    parameters = dict(net.named_parameters())
+    parameters, states = dict(net.named_parameters()), defaultdict[Tensor, dict[str, Tensor]](dict)
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             name, slot = key.removeprefix("optimizer.").split("|")
             parameter = parameters[name]
             shaped = value.shape == parameter.shape
             counted_on = parameter.device if optimizer.defaults.get("fused") else value.device
-            optimizer.state[parameter][slot] = _of_the_layout(value, parameter) if shaped else value.clone().to(counted_on)
+            states[parameter][slot] = _of_the_layout(value, parameter) if shaped else value.clone().to(counted_on)
+    if isinstance(optimizer, ZeroAdam):
+        optimizer.restore(states)
+    else:
+        optimizer.state.clear()
+        optimizer.state.update(states)
 
 
 def whole(value: Tensor) -> Tensor:

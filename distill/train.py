@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from distill import zero
 from distill.denoiser import Denoiser
 from distill.device import lay_out
 from distill.divergence import WINDOW, Guard, Recorder
@@ -159,10 +160,14 @@ def train(
     o = optimization
     split = BatchSplit(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
     waiting = waits(accelerator.device)  # where the host reads from the device at some steps only
-    lay_out(student.net, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    lay_out(student.net, accelerator.device, sharded)
     adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
     average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
-    net, optimizer = accelerator.prepare(student.net, adam)
+    if zero.is_zero(accelerator):
+        net, optimizer = zero.prepare(accelerator, student.net, adam, o.clip_norm)
+    else:
+        net, optimizer = accelerator.prepare(student.net, adam)
     module = accelerator.unwrap_model(net)
     student = dataclasses.replace(student, net=net)
     if average is not None:
@@ -229,7 +234,9 @@ def waits(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _synchronising(accelerator: Accelerator, net: nn.Module, last: bool):
+def _synchronising(accelerator: Accelerator, net: Any, last: bool):
+    if zero.is_zero(accelerator):
+        net.set_gradient_accumulation_boundary(last)
     return torch.enable_grad() if last else accelerator.no_sync(net)
 
 

@@ -109,11 +109,11 @@ def test_sharded_weights_train_like_whole_ones(tmp_path):
         assert torch.allclose(one[key], two[key], atol=2e-5), key
 
 
-def steps_of(accelerator, method, phase, halflife=64, images=96, **kwargs):
+def steps_of(accelerator, method, phase, halflife=64, images=96, microbatch=None, **kwargs):
     """The states of a training of the digits teacher's copy in batches of 32, with the data of this process."""
-    teacher, split = teachers.load("digits"), BatchSplit(32, accelerator.num_processes, accelerator.process_index)
+    teacher, split = teachers.load("digits"), BatchSplit(32, accelerator.num_processes, accelerator.process_index, microbatch)
     batches = sets.load("digits").batches(split, 0, phase, accelerator.device, teacher.condition)
-    how = Optimization(images, 32, ema_halflife_images=halflife)
+    how = Optimization(images, 32, microbatch, ema_halflife_images=halflife)
     return train(method(teacher), teacher.student(), batches, accelerator, how, seed=0, phase=phase, **kwargs)
 
 

@@ -22,7 +22,7 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from tqdm import tqdm
 
-from distill import files, reading
+from distill import files, reading, zero
 from distill.resume import Stopped
 from distill.speed import check_compiler
 from distill.train import State
@@ -69,6 +69,7 @@ class Run:
             raise ValueError("--mixed-precision fp16 needs a GPU: accepted on a CPU are no and bf16")
         if getattr(config, "compile", False):
             check_compiler(torch.cuda.is_available())
+        zero.check_launch(torch.cuda.is_available())
         log_with = None if getattr(config, "dry_run", False) else log_with
         _share_cores(config.threads)
         accelerator = Accelerator(
@@ -78,8 +79,11 @@ class Run:
             project_dir=str(folder / "trackers"),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
         )
-        if getattr(config, "compile", False) and accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("--compile does not reach through the hooks of FSDP: use DDP, or leave --compile out")
+        sharding = accelerator.distributed_type
+        if getattr(config, "compile", False) and sharding in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(f"--compile does not reach through the hooks of {sharding.value}: use DDP, or leave --compile out")
+        if zero.is_zero(accelerator):
+            zero.check_settings(accelerator)
         agreed(lambda: _claim(folder, config))
         if log_with:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
@@ -290,6 +294,7 @@ def _share_cores(threads: int) -> None:
 
 def processes() -> int:
     """Return the number of processes of this run. Available before anything is written."""
+    zero.check_launch(torch.cuda.is_available())
     return PartialState(cpu=not torch.cuda.is_available()).num_processes
 
 
