@@ -1,19 +1,22 @@
-"""How little a sampler and a training loss compute beside their networks: operators of a step, and evaluations of the schedule."""
+"""How little samplers, losses and training steps do beside their networks: operators, evaluations of the schedule, walks through modules."""
 
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.denoiser import Denoiser, Guided, Rescheduled
 from distill.grid import uniform
 from distill.progressive import Progressive
+from distill.regression import Regression
 from distill.rng import Rng
 from distill.sampling import Sampling
 from distill.schedule import EDM, SCHEDULES, Cosine, Flow, Table, move
 from distill.target import Mix
+from distill.train import Optimization, train
 
 TABLE = Table(tuple(torch.linspace(0.999, 0.01, 50).tolist()))
 VIEWS = ("unbind", "expand", "view", "alias", "detach", "slice", "split", "_local_scalar_dense")
@@ -109,3 +112,15 @@ def test_a_move_is_equation_12_of_ddim(kind):
 def test_a_target_of_teacher_weight_1_is_the_teachers_to_the_bit():
     teacher, x0, x_t, t = Denoiser(Network(), TABLE), 1e3 * torch.randn(4, 5), torch.randn(4, 5), torch.rand(4)
     assert torch.equal(Mix(teacher)(TABLE, x_t, t, x0), teacher(x_t, t))
+
+
+def test_a_training_step_walks_through_no_module_for_the_average_and_for_clipping():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    net.forward = lambda x, t: net[0](x)
+    how, batch = Optimization(images=32, batch_size=8, ema_halflife_images=16), (torch.randn(8, 2), {})
+    states = train(
+        Regression(), Denoiser(net, Flow(), "x0"), lambda step: iter([batch] * 4), Accelerator(cpu=True), how, seed=0, phase="p"
+    )
+    next(states)
+    with mock.patch.object(torch.nn.Module, "named_modules", side_effect=AssertionError("walked")):
+        assert next(states).step == 2
