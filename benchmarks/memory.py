@@ -6,48 +6,27 @@ Prints {"peak": bytes that the steps add, "needed": bytes of weights, gradients,
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import torch
-from torch import Tensor
 
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.training import built, steps
-from eval.machine import default_device, peak_memory_gb
-from recipes.common.plan import size_of
+from eval.machine import default_device, peak_memory_gb, resident_bytes
+from recipes.common.plan import saved_bytes, size_of
 
 
 def activations(network: Network, net: torch.nn.Module, device: torch.device) -> int:
     """Return the bytes that one forward pass saves for its backward pass, beside the weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in net.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     x = network.data.x0(slice(network.batch), device)
     labels = None if network.data.labels is None else network.data.labels[: network.batch].to(device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = net(x, torch.full((len(x),), 500.0, device=device), **network.model.condition(labels)).square().sum()
-    del kept
-    return sum(saved.values())
-
-
-def resident(device: torch.device) -> float:
-    """Return the bytes in use now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    cond = network.model.condition(labels)
+    return saved_bytes(lambda: net(x, torch.full((len(x),), 500.0, device=device), **cond).square().sum(), net.parameters())
 
 
 def main(name: str, method_name: str) -> None:
     network, device = NETWORKS[name](), default_device()
-    before = resident(device)
+    before = resident_bytes(device)
     student, method = built(method_name, network.model.to(device), network.data)
     step = steps(method, student, network, device)
     for _ in range(3):

@@ -66,7 +66,8 @@ def prepare(
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     # the loop splits the batch and divides the loss by itself
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip_norm}
-    config["zero_optimization"].setdefault("reduce_bucket_size", BUCKET)
+    own = {"reduce_bucket_size": BUCKET, "use_multi_rank_bucket_allreduce": False}  # gradients are sent to their owner alone
+    config["zero_optimization"] = own | config["zero_optimization"]
     engine, _ = accelerator.prepare(net, adam)
     accelerator.deepspeed_engine_wrapped = Engine(engine)
     return engine, AcceleratedOptimizer(ZeroAdam(engine, adam), device_placement=False)

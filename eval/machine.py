@@ -35,6 +35,15 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def resident_bytes(device: torch.device) -> int:
+    """Return the memory that this process holds now: allocated GPU memory on CUDA, else resident memory, or its peak outside of Linux."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if STATUS.exists():
+        return int(STATUS.read_text(encoding="ascii").partition("VmRSS:")[2].split()[0]) * 1024
+    return int(1e9 * peak_memory_gb(device))
+
+
 def memory() -> int:
     """Return the bytes of memory of this machine, or of this process where a limit is set for it."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]

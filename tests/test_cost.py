@@ -15,6 +15,7 @@ from test_parallel import averaged, regression, shard, steps_of
 
 import teachers
 from recipes.common.cost import cost
+from recipes.common.plan import saved_bytes
 
 
 def celeba():
@@ -86,7 +87,18 @@ def test_one_process_sends_nothing_and_ddp_shards_nothing():
     ddp = cost(1000, 4, target_calls=3)
     assert (ddp.memory, ddp.gathered, ddp.reduced, ddp.sent) == (5 * 4000, 0, 4000, 6000)
     assert cost(1000, 4, averaged=False).memory == 4 * 4000
-    refuses("sharding 'zero3': accepted are none, gradients, weights", cost, 1, 1, "zero3")
+    refuses("sharding 'zero3': accepted are none, gradients, weights, zero2", cost, 1, 1, "zero3")
+
+
+def test_zero_shards_all_but_weights_and_average_and_sends_as_much_as_ddp():
+    zero, ddp = cost(1000, 4, "zero2", block=50, target_calls=3), cost(1000, 4, target_calls=3)
+    assert (zero.weights, zero.gradients, zero.adam, zero.average) == (5000, 1000 + 200, 2000, 4000)
+    assert (zero.gathered, zero.reduced) == (4000, 4000) and zero.sent == ddp.sent
+
+
+def test_saved_bytes_are_those_of_the_tensors_that_a_backward_pass_needs():
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(16, 8)
+    assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight]) == 2 * 16 * 8 * 4  # x and the exponential
 
 
 def count_bytes():

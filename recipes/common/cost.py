@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FULL = 4  # bytes of a float32, in which weights, gradients, Adam's state and averages are kept
-SHARDING = ("none", "gradients", "weights")
+SHARDING = ("none", "gradients", "weights", "zero2")
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,29 @@ def cost(
     """Return the cost of a step of one microbatch.
 
     ``trained``: weights P of the student. ``sharding``: "none" is DDP; "weights" is FSDP2, "gradients" is FSDP2 with
-    reshard_after_forward false, which keeps the gathered weights until the backward pass. ``block``: weights of the largest
-    sharded module; two of them are gathered at a time, and one gradient. ``root``: weights outside of all blocks, which stay
-    gathered between the passes. ``teacher``: its weights, whole in each process. ``activations``: bytes of one microbatch.
-    ``calls``: student calls with a gradient. ``target_calls``: calls of student or average without one. ``gathered_bytes``: of a
-    gathered weight, 2 in bf16.
+    reshard_after_forward false, which keeps the gathered weights until the backward pass. "zero2" is DeepSpeed's ZeRO stage 2: weights
+    and average are whole, a second copy of the weights is sharded, and new weights are gathered once. ``block``: weights of the largest
+    sharded module; two of them are gathered at a time, and one gradient; under "zero2" those of the buffer that is reduced. ``root``:
+    weights outside of all blocks, which stay gathered between the passes. ``teacher``: its weights, whole in each process.
+    ``activations``: bytes of one microbatch. ``calls``: student calls with a gradient. ``target_calls``: calls of student or average
+    without one. ``gathered_bytes``: of a gathered weight, 2 in bf16.
 
     Raises ValueError for another ``sharding``.
     """
     if sharding not in SHARDING:
         raise ValueError(f"sharding {sharding!r}: accepted are {', '.join(SHARDING)}")
     shards = 1 if sharding == "none" else world
-    own, ring = FULL * trained // shards, (world - 1) / world
-    held = {"none": 0, "gradients": trained, "weights": 2 * block + root}[sharding] if world > 1 else 0
-    passes = {"none": 0, "gradients": trained, "weights": 2 * trained - root}[sharding]  # forward; backward without the root
-    gathered = gathered_bytes * (calls * passes + (target_calls * trained if sharding != "none" else 0))
+    own, ring, whole = FULL * trained // shards, (world - 1) / world, sharding in ("none", "zero2")
+    held = {"none": 0, "gradients": trained, "weights": 2 * block + root, "zero2": trained}[sharding] if world > 1 else 0
+    passes = {"none": 0, "gradients": trained, "weights": 2 * trained - root, "zero2": 0}[sharding]  # backward without the root
+    gathered = gathered_bytes * (calls * passes + (0 if whole else target_calls * trained))
+    gathered += FULL * trained if sharding == "zero2" else 0
     reduced = FULL * trained
     return Cost(
-        weights=own + gathered_bytes * held,
+        weights=own + (FULL if whole else gathered_bytes) * held,
         gradients=own + (FULL * block if shards > 1 else 0),
         adam=2 * own,
-        average=own if averaged else 0,
+        average=(FULL * trained if whole else own) if averaged else 0,
         teacher=teacher_bytes * teacher,
         activations=activations,
         reduced=reduced,

@@ -1,22 +1,28 @@
-"""What a run will take: time and memory from a measured training step, and disk from the sizes of its files."""
+"""What a run will take: time and memory from a measured training step and the cost model, and disk from the sizes of its files."""
 
 from __future__ import annotations
 
 import copy
 import math
 import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
 from distill.rng import Rng
 from distill.train import Method
+from distill.zero import BUCKET
 from eval.features import Extractor
 from eval.sweep import KEPT, KEPT_BYTES
+from recipes.common.cost import Cost, cost
 from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -46,6 +52,76 @@ def measure_step_time(
 
     seconds = [seconds_of(training, x0.device, steps), seconds_of(calling, x0.device, 0)]
     return seconds[0] / len(x0), seconds[1] / len(x0)
+
+
+def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Return the bytes that ``forward`` saves for its backward pass, beside the ``weights``."""
+    known, saved = {weight.untyped_storage().data_ptr() for weight in weights}, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        try:
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage.nbytes()
+        except RuntimeError:  # a wrapper of `torch.func` has no storage; what it wraps is counted
+            pass
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()
+    del kept
+    return sum(saved.values())
+
+
+def sharding_of(accelerator: Accelerator, net: nn.Module) -> dict[str, Any]:
+    """Return the ``sharding``, ``block`` and ``root`` of the cost model for a network under this accelerator."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return {"sharding": "zero2", "block": BUCKET}
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return {"sharding": "none"}
+    plugin = accelerator.state.fsdp_plugin
+    names = plugin.transformer_cls_names_to_wrap or ()
+    owner = {weight: part for part in net.modules() if type(part).__name__ in names for weight in part.parameters()}
+    blocks: Counter = Counter()
+    for weight, part in owner.items():  # of nested blocks, the inner one
+        blocks[part] += weight.numel()
+    root = sum(weight.numel() for weight in net.parameters()) - blocks.total()
+    return {
+        "sharding": "weights" if plugin.reshard_after_forward else "gradients",
+        "block": max(blocks.values(), default=0),
+        "root": root,
+    }
+
+
+def training_memory(
+    method: Method,
+    student: Denoiser,
+    x0: Tensor,
+    cond: dict[str, Tensor],
+    accelerator: Accelerator,
+    *,
+    frozen: int,
+    averaged: bool,
+) -> Cost:
+    """Return the memory of training by `recipes.common.cost.cost`, with the activations of a microbatch (x0, cond) counted in a step.
+
+    ``frozen``: bytes of the networks that are not trained.
+    """
+    weights = [weight for weight in student.net.parameters() if weight.requires_grad]
+    rng = Rng.seeded(0, x0.device, len(x0))
+    activations = saved_bytes(lambda: method(student, x0, rng=rng, progress=0.0, **cond).mean(), student.net.parameters())
+    how = sharding_of(accelerator, student.net)
+    count = sum(weight.numel() for weight in weights)
+    return cost(
+        count, accelerator.num_processes, **how, teacher=frozen, teacher_bytes=1, activations=activations, averaged=averaged
+    )
+
+
+def memory_text(needed: Cost, rest: float) -> str:
+    """Return the memory of a process for people: what training needs by kind, and ``rest``, bytes that the process holds beside it."""
+    kinds = ("weights", "gradients", "adam", "average", "teacher", "activations")
+    parts = [f"{kind.replace('adam', 'Adam')} {gigabytes(size)}" for kind in kinds if (size := getattr(needed, kind))]
+    return f"{gigabytes(needed.memory + rest)}: {', '.join(parts)}; program and data {gigabytes(rest)}"
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 
 import teachers
+from distill.denoiser import Denoiser
 from distill.divergence import Diverged
 from distill.files import write_json
 from distill.replay import SavedStep
@@ -25,7 +26,7 @@ from distill.sampling import Sampling
 from distill.speed import NotCompiled, checkpoint_activations, compiled
 from distill.train import BatchSplit, Method, Optimization, train
 from eval.features import Extractor
-from eval.machine import peak_memory_gb
+from eval.machine import resident_bytes
 from eval.metrics import Reference
 from eval.reference import Identity
 from eval.sweep import Cell
@@ -35,7 +36,7 @@ from recipes.common.flags import DistillationFlags
 from recipes.common.forecast import Forecast, sweep_seconds
 from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
-from recipes.common.plan import check_disk, disk_bytes, gigabytes, measure_step_time, size_of
+from recipes.common.plan import check_disk, disk_bytes, gigabytes, measure_step_time, memory_text, size_of, training_memory
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -142,12 +143,12 @@ class Experiment:
         student, world = self.student, self.run.accelerator.num_processes
         images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
         batches = self.data.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
-        training, call = measure_step_time(method, student.student(), *next(iter(batches(0))), images / budgets[0].batch_size)
-        net, peak = student.parametric.net, peak_memory_gb(self.run.device)
-        weights, copies = sum(p.numel() for p in net.parameters()), (len(budgets) > 1) + bool(budgets[0].ema_halflife_images)
-        memory = 1.2 * (peak + copies * size_of(net.state_dict().values()) / 1e9)  # the average, and the stage's own teacher
+        x0, cond = next(iter(batches(0)))
+        training, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
+        weights = sum(p.numel() for p in student.parametric.net.parameters())
         c, real = self.config, len(self.data.images) if isinstance(self.real, Data) else self.real[1].images
         sweep = sweep_seconds(self.cells, student, steps, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
+        memory = self._memory(method, budgets, x0, cond)  # after the steps and calls that load what is loaded once
         whole = not (self.run.folder / "stages").exists()
         self.forecast = Forecast((images * training + more * call) / world, sweep, images, self.run.device, whole)
         for line in (
@@ -159,13 +160,27 @@ class Experiment:
             f" about {duration(self.forecast.training)}",
             f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
             f"  together  about {duration(self.forecast.total)}, report and pipelines included",
-            f"  memory    about {memory:.1f} GB in each of {plural(world, 'process')}",
+            f"  memory    about {memory} in each of {plural(world, 'process')}",
             f"  disk      about {gigabytes(self.disk)}",
             f"  output    {self.run.folder}\n",
         ):
             self.run.say(line)
         if self.config.dry_run:
             raise SystemExit(0)
+
+    def _memory(self, method: Method, budgets: list[Optimization], x0: torch.Tensor, cond: dict[str, torch.Tensor]) -> str:
+        """Return the memory of a process in training, for people. A ladder also keeps the student of the stage before."""
+        models = [model.denoiser for model in (self.teacher, self.student) if model is not None]
+        nets = {id(model.net): model.net for model in models if isinstance(model, Denoiser)}
+        held = [size_of(net.state_dict().values()) for net in nets.values()]
+        rest = resident_bytes(self.run.device) - sum(held)
+        if len(budgets) > 1:
+            held.append(size_of(self.student.parametric.net.state_dict().values()))
+        needed = training_memory(
+            method, self.student.student(), x0, cond, self.run.accelerator,
+            frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images),
+        )  # fmt: skip
+        return memory_text(needed, rest)
 
     def stage(
         self,
