@@ -113,7 +113,7 @@ def test_a_dry_run_says_time_memory_and_disk_and_writes_nothing(main, tmp_path, 
     few = ("--threads", 1, "--preset", "smoke", "--images", 40, "--sweep-steps", 1)
     assert exit_of(main, *few, "--dry-run", "--output-dir", tmp_path / "r") == 0
     out = capsys.readouterr().out
-    for word in ("training", "about", "sweep", "memory", "GB in each of 1 process", "disk      about", "output"):
+    for word in ("training", "about", "sweep", "memory", "activations", "B in each of 1 process", "disk      about", "output"):
         assert word in out
     assert not list(tmp_path.iterdir())
 
