@@ -1,72 +1,63 @@
-"""MeanFlow (Geng et al. 2505.13447): a two-time student whose output is right for the whole jump from t to s, not at t alone.
+"""MeanFlow (Geng et al. 2505.13447): a flow map whose mean rate fulfils its differential equation along the path.
 
-On the straight path x = (1 - t) x0 + t eps with rate v = eps - x0, the mean rate u between s and t satisfies, for every s,
+For every s, with the derivative d/dt taken along the path (dx/dt = v),
 
-    u(x, t, s) = v - (t - s) du/dt along the path          x_s = x - (t - s) u(x, t, s)
+    u(x, t, s) = v - (t - s) du/dt
 
-u is regressed on the right-hand side, which is computed from u itself without gradient. The student is called as
-``student(x, t, to=s)`` and returns the x0 whose `move` makes that jump. With s = t it is an ordinary denoiser, with s = 0 a
-consistency function.
+u is regressed on the right-hand side, which is computed from u itself without gradient. Align Your Flow (2506.14603) distils a
+teacher with the same identity: its tangent g = u - v + r (t - s) du/dt is normalised, and r rises at the start of the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.consistency import same_dropout
-from distill.denoiser import DenoiserLike, on_schedule, to_output
+from distill.denoiser import DenoiserLike
+from distill.jumps import FLOW, Jumps, SortedTimes, mean_rate, rate
 from distill.rng import Rng
-from distill.schedule import Flow, add_noise, expand
+from distill.schedule import add_noise, expand
 from distill.scm import tangent, unwrapped
 from distill.target import Target
-
-FLOW = Flow()
 
 
 @dataclass(frozen=True)
 class MeanFlow:
     """Return the loss |u - sg(u_target)|^2 / sg(|u - u_target|^2 per pixel + c)^power, [B].
 
-    ``target``: the data sample or a teacher's x0, from which the rate v follows. ``mean``, ``deviation``: of the logits of the two
-    times, which are then sorted; wide enough to reach t = 1, where sampling starts. ``apart``: part of the samples with s < t.
-    ``power``: 1 in the paper, for targets from data. On a teacher's targets use 0: samples with s = t have no error there and would
-    get all of the weight. ``jvp``, ``step``: as in `ContinuousConsistency`.
+    ``target``: the data sample or a teacher's x0, from which the rate v follows. ``jumps``: where t and s are drawn; wide enough to
+    reach t = 1, where sampling starts. ``apart``: part of the samples with s < t. ``power``: 1 in the paper, for targets from data.
+    On a teacher's targets use 0: samples with s = t have no error there and would get all of the weight. ``normalised``: divide the
+    tangent u - u_target of each sample by its root mean square + 0.1, as AYF does; ``power`` then means nothing. ``warmup``: part of
+    the run over which the weight r of du/dt rises from 0 to 1. ``jvp``, ``step``: as in `ContinuousConsistency`.
     """
 
     target: Target
-    mean: float = 0.0
-    deviation: float = 1.5
+    jumps: Jumps = field(default_factory=SortedTimes)
     apart: float = 0.75
     power: float = 1.0
     c: float = 1e-3
+    normalised: bool = False
+    warmup: float = 0.0
     jvp: str = "exact"
     step: float = 2e-4
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
-        first, second = (torch.sigmoid(self.mean + self.deviation * rng.normal()) for _ in range(2))
-        t = torch.maximum(first, second)
-        s = torch.where(rng.uniform() < self.apart, torch.minimum(first, second), t)
+        t, s = self.jumps(rng)
+        s = torch.where(rng.uniform() < self.apart, s, t)
         x = add_noise(FLOW, x0, rng.normal(x0), t)
+        r = 1.0 if self.warmup == 0 else min(1.0, progress / self.warmup)
         with torch.no_grad():
             v = rate(x, self.target(FLOW, x, t, x0, **cond), t)
             with same_dropout(x0.device):
-                _, du = tangent(mean_rate(unwrapped(student), s, cond), x, t, v, self.jvp, self.step, FLOW.t_max)
-            u_target = v - expand(t - s, x) * du
+                u, du = tangent(mean_rate(unwrapped(student), s, cond), x, t, v, self.jvp, self.step, FLOW.t_max)
+            u_target = v - r * expand(t - s, x) * du
+            if self.normalised:
+                g = u - u_target
+                u_target = u - g / expand(g.flatten(1).square().mean(1).sqrt() + 0.1, g)
         error = (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1)
-        return error / (error.detach() + self.c) ** self.power
-
-
-def rate(x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """Return dx/dt = eps - x0 of the straight path through x that ends at x0. It is the output of a flow network."""
-    return to_output("flow", FLOW, x, x0, t)
-
-
-def mean_rate(student: DenoiserLike, s: Tensor, cond: dict) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function (x, t) -> u(x, t, s)."""
-    inner = on_schedule(student, FLOW)
-    return lambda x, t: rate(x, inner(x, t, to=s, **cond), t)
+        return error if self.normalised else error / (error.detach() + self.c) ** self.power

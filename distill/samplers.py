@@ -154,6 +154,36 @@ def jump(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tenso
     return x
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """Evaluate a denoiser and note the states that it is evaluated at."""
+
+    denoiser: DenoiserLike
+    states: list[Tensor]
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
+        self.states.append(x_t)
+        return self.denoiser(x_t, t, to=to, **cond)
+
+
+def path(sampler: Callable[..., Tensor], denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+    """Return the states of a sampler that evaluates the denoiser once per step, at all ``times``: [steps + 1, B, ...], x first.
+
+    Raises ValueError for a sampler with more calls.
+    """
+    states: list[Tensor] = []
+    end = sampler(_Noted(denoiser, states), x, times, **cond)
+    if len(states) != len(times) - 1:
+        raise ValueError(
+            f"a path needs a sampler with one call per step; this one made {len(states)} in {len(times) - 1} steps"
+        )
+    return torch.stack([*states, end])
+
+
 def partial_noise_time(schedule: Schedule, s: Tensor, gamma: float) -> Tensor:
     """Return the time at (1 - gamma) of the way from the data to s, from which gamma-sampling adds fresh noise.
 

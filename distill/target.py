@@ -70,6 +70,13 @@ class Mix:
         return torch.lerp(x0, expected, expand(self.weight(schedule, t), x0))
 
 
+def teacher_of(target: Target) -> DenoiserLike:
+    """Return the teacher whose E[x0 | x_t] alone is the target. Raises ValueError for any other target."""
+    if not isinstance(target, Mix) or target.logsnr is not None or float(target.g) != 1:
+        raise ValueError("this method follows the paths of a teacher: accepted is --target-mix 1")
+    return target.teacher
+
+
 @dataclass(frozen=True)
 class PosteriorMean:
     """Return the posterior mean of x0 over the batch itself (stable target field, Xu et al. 2302.00670); no teacher needed.

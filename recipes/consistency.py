@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.methods import METHODS, MethodFlags, check_flags, teacher_weight, terms_of
+from recipes.common.methods import METHODS, MethodFlags, check_flags, midtraining, teacher_weight, terms_of
 
 PRESETS: dict[str, dict] = {
     "default": {},  # cd: FID / teacher's 1.75, 0.67, 0.64 at 1, 2, 4 steps (n = 10,000); 8 to 15 minutes on two CPU cores
@@ -51,8 +51,10 @@ flags_first(__name__, Config, __doc__, PRESETS)
 
 import teachers
 from distill.denoiser import under_autocast
+from distill.regression import Regression
 from distill.sampling import Sampling
-from distill.train import Optimization
+from distill.target import DataSample, Mix
+from distill.train import Method, Optimization
 from recipes.common.building import method_of
 from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of
 from recipes.common.interrupts import interruptible
@@ -60,7 +62,7 @@ from recipes.common.training import Experiment
 from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher
-from teachers.students import on_table, untrained, with_two_times
+from teachers.students import on_table, untrained, with_slow_time, with_two_times
 
 
 @interruptible()
@@ -81,8 +83,11 @@ def distil(config: Config, e: Experiment) -> None:
             teacher = replace(teacher, denoiser=under_autocast(teacher.denoiser, config.autocast_of_teacher))
         device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
         method = method_of(config, teacher, e.student, e.data, config.seed, device)
-        e.plan(method, [budget(config)], config.steps)
-        e.stage(config.method, e.student, method, budget(config), sampling(config), label=config.method)
+        student, first = e.student, start_of(config, teacher)
+        e.plan(method, [budget(config), *([budget(config, of_start=True)] if first else [])], config.steps)
+        if first:
+            student = e.stage(f"start-{start(config)}", student, first, budget(config, of_start=True))
+        e.stage(config.method, student, method, budget(config), sampling(config), label=config.method)
 
 
 def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
@@ -134,7 +139,24 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
         student = teacher
     if teacher is not None and not student.same_conditioning(teacher):
         raise ValueError(f"the student takes {student.conditions} and the teacher {teacher.conditions}: they must be the same")
+    if METHODS[config.method].slow_time if config.slow_time is None else config.slow_time:
+        student = with_slow_time(student)
     return with_two_times(student) if METHODS[config.method].two_times else student
+
+
+def start(config: Config) -> str:
+    """Return the method that the student is trained by first, or none."""
+    return config.start or METHODS[config.method].start
+
+
+def start_of(config: Config, teacher: Teacher | None) -> Method | None:
+    """Return the method that prepares the student; None where there is none."""
+    if start(config) == "none":
+        return None
+    target = DataSample() if teacher is None else Mix(teacher.denoiser)
+    if start(config) == "denoise":
+        return Regression(target)
+    return midtraining(target, jumps=METHODS[config.method].two_times, data_free=config.data_free)
 
 
 def sampling(config: Config) -> Sampling:
@@ -142,10 +164,12 @@ def sampling(config: Config) -> Sampling:
     return Sampling.parse(config.sampler or METHODS[config.method].sampler, steps=config.steps)
 
 
-def budget(config: Config) -> Optimization:
-    """Return the training of the student."""
+def budget(config: Config, of_start: bool = False) -> Optimization:
+    """Return the training of the student, or that of its start. Both together have the images of the configuration."""
+    part = 0.0 if start(config) == "none" else config.start_part
+    images = round(config.training_images * (part if of_start else 1 - part))
     return Optimization(
-        config.training_images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images,
+        images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images,
         ema_halflife_images=config.ema_halflife_images,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Networks that students start from: a new UNet, or a teacher's weights in a two-time network or on a discrete table."""
+"""Networks that students start from: a new UNet, or a teacher's weights with two times, with a slow time, or on a discrete table."""
 
 from __future__ import annotations
 
@@ -40,6 +40,34 @@ def with_two_times(model: Teacher) -> Teacher:
     config = model.network["config"] | {"reach": abs(first - last)}
     twin = unet.build(config)
     twin.load_state_dict(net.state_dict() | {k: v for k, v in twin.state_dict().items() if "length_linear" in k})
+    twin.train(net.training)
+    return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
+
+
+def with_slow_time(model: Teacher) -> Teacher:
+    """Return the model with `SlowTime`, a time embedding for methods that differentiate along t; unchanged if it has one already.
+
+    The linear map of the waves is the least-squares fit to the time projection, so that the fast parts of it are lost: the result is
+    near the model and must be trained before it is a denoiser again. Raises ValueError as `with_two_times` does.
+    """
+    net, schedule = model.parametric.net, model.denoiser.schedule
+    if not isinstance(net, UNet) or net.unet.config["time_embedding_type"] != "positional":  # type: ignore[index]
+        raise ValueError("a slow time embedding can be given only to a UNet2DModel with a positional time embedding")
+    if net.slow is not None:
+        return model
+    assert model.network is not None
+    if net.two_times:
+        raise ValueError("a slow time embedding can be given only to a network with one time")
+    times = torch.linspace(schedule.t_max, schedule.t_min, 2048, dtype=torch.float64)
+    inputs = TIMES[model.parametric.time](schedule, times)
+    if not inputs.isfinite().all():
+        raise ValueError(f"a slow time embedding needs a finite time input; {model.parametric.time!r} on this schedule is not")
+    config = model.network["config"] | {"slow": [float(inputs[-1]), float(inputs[0])]}
+    twin = unet.build(config)
+    slow: Any = twin.unet.time_proj
+    with torch.no_grad():
+        fitted = torch.linalg.lstsq(slow.waves(inputs), net.embedding(inputs.float()).double()).solution
+    twin.load_state_dict(net.state_dict() | {"unet.time_proj.linear.weight": fitted.T.float().contiguous()})
     twin.train(net.training)
     return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
 

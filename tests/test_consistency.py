@@ -2,10 +2,11 @@
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from closed_forms import MEAN, STD, Exact, data, rng
 from conftest import Function, refuses
 from torch import nn
 
@@ -16,41 +17,15 @@ from distill.consistency import (
     Neighbours,
     ct_steps,
     ict_steps,
-    inverse_gap,
     same_dropout,
-    truncated_snr,
     with_boundary,
 )
 from distill.denoiser import Denoiser
-from distill.distance import PseudoHuber
-from distill.meanflow import FLOW, MeanFlow
-from distill.rng import Rng
-from distill.samplers import consistency, ddim, heun, jump
-from distill.schedule import EDM, VE, Cosine, Flow, Schedule, add_noise, explain
-from distill.scm import TRIG, ContinuousConsistency, tangent, velocity
+from distill.samplers import consistency, ddim
+from distill.schedule import EDM, VE, Cosine, Flow, add_noise
+from distill.scm import TRIG, tangent, velocity
 from distill.target import DataSample, Mix
-from teachers.oracle import Gaussian, Mixture
-
-MEAN, STD = torch.tensor([0.5, -0.3]).double(), torch.tensor([0.4, 0.8]).double()
-
-
-def rng(n, seed=0):
-    return Rng(torch.Generator().manual_seed(seed), n)
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The consistency function of Gaussian data: where the path through x_t ends."""
-
-    schedule: Schedule
-
-    def __call__(self, x_t, t, **cond):
-        clean = torch.full_like(t, self.schedule.t_clean)
-        return Gaussian(self.schedule, MEAN, STD).flow(x_t, t, clean)
-
-
-def data(n):
-    return MEAN + STD * torch.randn(n, 2, generator=torch.Generator().manual_seed(9)).double()
+from teachers.oracle import Gaussian
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), EDM(), Flow()], ids=lambda s: type(s).__name__)
@@ -233,94 +208,6 @@ class NoRule(nn.Module):
 def test_a_network_without_a_forward_rule_is_refused_by_the_name_of_its_operator():
     function, x = velocity(Denoiser(NoRule(), TRIG, "v"), {}), torch.randn(3, 2)
     refuses("no exact tangent ... : use --jvp finite", tangent, function, x, torch.rand(3), x)
-
-
-class Small(nn.Module):
-    """A network of two dimensions and one time that can hold the consistency map of a Gaussian."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
-
-    def forward(self, x, t, to=None):
-        t, to = t[:, None], (t if to is None else to)[:, None]
-        return self.body(torch.cat([x, t, t - to, torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)], 1))
-
-
-MEANS, DEVIATION, SHARES = torch.tensor([[0.8, 0.0], [-0.5, 0.6], [-0.4, -0.7]]), 0.3, torch.tensor([0.4, 0.3, 0.3])
-ORACLE = Mixture(Cosine(), MEANS, torch.full((3,), DEVIATION), SHARES)
-TEACHER, DATA = Mix(ORACLE, 1), DataSample()
-LEARNED = {  # with the distance to the exact map that 1000 steps of 256 samples reach, and a third more
-    "cd": (Consistency(TEACHER, Neighbours(lambda _: 4, grid="uniform"), truncated_snr, order=2, substeps=2), 0.13),
-    "ct": (Consistency(DATA, Neighbours(ct_steps(2, 60))), 0.23),
-    "ict": (Consistency(DATA, Neighbours(ict_steps(10, 80), (-1.1, 2.0)), inverse_gap, PseudoHuber()), 0.16),
-    "ect": (Consistency(DATA, Gap(), inverse_gap), 0.15),
-    "ect with the teacher": (Consistency(TEACHER, Gap(), inverse_gap), 0.12),
-    "scd": (ContinuousConsistency(TEACHER), 0.1),
-    "sct": (ContinuousConsistency(DATA), 0.16),
-    "meanflow": (MeanFlow(TEACHER, power=0.0), 0.18),
-    "meanflow from data": (MeanFlow(DATA), 0.22),
-}
-
-
-def mixture(n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    of = torch.multinomial(SHARES, n, True, generator=generator)
-    return MEANS[of] + DEVIATION * torch.randn(n, 2, generator=generator)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LEARNED)
-def test_every_method_learns_the_map_of_a_mixture(name):
-    """In one step from pure noise, root mean square distance to where 200 Heun steps of the oracle end; its own single step, the
-    mean of the data, is 0.63 away."""
-    method, within = LEARNED[name]
-    student = Denoiser(Small(), Cosine())
-    optimizer = torch.optim.Adam(student.net.parameters())
-    steps, batch = 1000, 256
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * (1 - step / steps)
-        loss = method(student, mixture(batch, step), rng=rng(batch, step), progress=step / steps).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.net.parameters(), 1.0)
-        optimizer.step()
-    x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(5))
-    exact = heun(ORACLE, x.double(), grid.uniform(Cosine(), 200)).float()
-    end = {"to": torch.zeros(2000)} if "meanflow" in name else {}
-    with torch.no_grad():
-        error = (student(x, torch.ones(2000), **end) - exact).square().mean().sqrt()
-    assert error < within, error
-
-
-@dataclass(frozen=True)
-class ExactJump:
-    """The x0 whose move from t to ``to`` lands on the path of Gaussian data; the denoiser itself where the two are one."""
-
-    schedule: Schedule
-
-    def __call__(self, x_t, t, to=None, **cond):
-        teacher = Gaussian(self.schedule, MEAN, STD)
-        t = t.expand(len(x_t))
-        to = t if to is None else to.expand(len(x_t))
-        near = torch.where(to < t, to, t / 2)
-        x0 = explain(self.schedule, x_t, teacher.flow(x_t, t, near), t, near)
-        return torch.where((to < t)[:, None], x0, teacher(x_t, t))
-
-
-def test_the_loss_of_meanflow_vanishes_on_the_exact_jumps_and_not_on_the_denoiser():
-    method = MeanFlow(Mix(Gaussian(FLOW, MEAN, STD), 1), power=0)
-    assert method(ExactJump(FLOW), data(500), rng=rng(500), progress=0.0).max() < 1e-6
-    assert method(Gaussian(FLOW, MEAN, STD), data(500), rng=rng(500), progress=0.0).mean() > 1e-2
-
-
-def test_jumps_of_the_exact_student_land_on_the_data_in_any_number_of_steps():
-    schedule, x = Cosine(), torch.randn(100, 2).double()
-    exact = Exact(schedule)(x, torch.ones(100).double())
-    for steps in (1, 2, 5):
-        assert torch.allclose(jump(ExactJump(schedule), x, grid.uniform(schedule, steps)), exact)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])

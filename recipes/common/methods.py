@@ -15,12 +15,15 @@ from recipes.common.accepted import STEPS, Checked
 from recipes.common.cli import flag, method_flag, model_flag
 
 if TYPE_CHECKING:
+    from distill.jumps import Jumps
     from distill.target import Target
     from distill.train import Method
 
     Build = Callable[["MethodFlags", Target, dict[str, Any]], Method]
 
 DISTANCE_NAMES = (*DISTANCES, "lpips")
+STARTS = ("none", "denoise", "cmt")
+JUMPS = ("gap", "sorted")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class MethodFlags(Checked):
     """The flags that describe a method. Flags that a method does not take are refused with it."""
 
     method: str = flag(
-        "cd", "cd, scd, meanflow, denoise distil a teacher; ct, ict, ect, sct train on data", choices=lambda: METHODS
+        "cd",
+        "cd, scd, cmt, lmd, psd, meanflow, alpha_flow, denoise distil a teacher; ct, ict, ect, sct train on data",
+        choices=lambda: METHODS,
     )
     from_scratch: bool = model_flag(False, "start from new weights and use no teacher")
     target_mix: str | None = method_flag(
@@ -60,6 +65,31 @@ class MethodFlags(Checked):
     jvp_step: float = method_flag(
         0.02, "step of the finite differences in t; 0.02 averages over fast time embeddings", short=False, above=0, at_most=1
     )
+    slow_time: bool | None = method_flag(
+        None,
+        "give the student a time embedding of slow waves, for methods that differentiate along time",
+        short=False,
+        own=lambda v: METHODS[v["method"]].slow_time,
+    )
+    start: str | None = method_flag(
+        None,
+        "train the student by another method first: denoise, cmt, or none",
+        choices=STARTS,
+        short=False,
+        own=lambda v: METHODS[v["method"]].start,
+    )
+    start_part: float = method_flag(0.25, "part of --training-images that --start takes", short=False, above=0, below=1)
+    jumps: str | None = method_flag(
+        None,
+        "two-time methods: draw the length of a jump first (gap), or two sorted times (sorted)",
+        choices=JUMPS,
+        short=False,
+        own=lambda v: METHODS[v["method"]].jumps,
+    )
+    alpha: float | None = method_flag(
+        None, "alpha_flow: a fixed alpha, 1 is flow matching; otherwise it falls from 1", short=False, at_least=0, at_most=1
+    )
+    data_free: bool = method_flag(False, "begin at pure noise and use no training image", short=False)
     sampler: str | None = method_flag(
         None,
         "sampler for several steps: ddim, consistency:GAMMA (GAMMA of the noise is fresh), jump",
@@ -76,8 +106,8 @@ class MethodDefaults:
     """One row of `METHODS`.
 
     ``build``: (flags, target, options) -> method. ``mix``: the teacher weight in the target. ``takes``: the flags that it takes beside
-    those of all methods. ``weight``, ``distance``, ``sampler``: its defaults. ``two_times``: its student is a two-time network.
-    ``from_data``: whether it can train without a teacher.
+    those of all methods. ``weight``, ``distance``, ``sampler``, ``slow_time``, ``start``, ``jumps``: its defaults. ``two_times``: its
+    student is a two-time network. ``from_data``: whether it can train without a teacher.
     """
 
     build: Build
@@ -88,6 +118,9 @@ class MethodDefaults:
     sampler: str = "consistency:0.5"
     two_times: bool = False
     from_data: bool = True
+    slow_time: bool = False
+    start: str = "none"
+    jumps: str = "gap"
 
 
 def cd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
@@ -121,10 +154,51 @@ def scm(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
     return ContinuousConsistency(target, jvp=flags.jvp, step=flags.jvp_step)
 
 
+def cmt(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    return midtraining(target, data_free=flags.data_free)
+
+
+def midtraining(target: Target, jumps: bool = False, data_free: bool = False) -> Method:
+    from distill.midtraining import MidTraining
+    from distill.target import teacher_of
+
+    return MidTraining(teacher_of(target), jumps=jumps, data_free=data_free)
+
+
 def meanflow(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
     from distill.meanflow import MeanFlow
 
-    return MeanFlow(target, power=0.0 if teacher_weight(flags) else 1.0, jvp=flags.jvp, step=flags.jvp_step)
+    distils = bool(teacher_weight(flags))
+    return MeanFlow(
+        target, jumps_of(flags), normalised=distils, warmup=0.25 if distils else 0.0, jvp=flags.jvp, step=flags.jvp_step
+    )
+
+
+def alpha_flow(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.splitting import AlphaFlow, falling, fixed
+
+    if flags.alpha == 0:
+        return meanflow(flags, target, options)
+    return AlphaFlow(target, falling() if flags.alpha is None else fixed(flags.alpha), jumps_of(flags))
+
+
+def psd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.splitting import SelfSplitting
+
+    return SelfSplitting(target, jumps_of(flags), data_free=flags.data_free)
+
+
+def lmd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.landing import Landing
+
+    return Landing(target, jumps_of(flags), data_free=flags.data_free)
+
+
+def jumps_of(flags: MethodFlags) -> Jumps:
+    """Return where the times of a two-time method are drawn."""
+    from distill.jumps import GapFirst, SortedTimes
+
+    return SortedTimes() if (flags.jumps or METHODS[flags.method].jumps) == "sorted" else GapFirst()
 
 
 def denoise(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
@@ -140,7 +214,11 @@ METHODS: dict[str, MethodDefaults] = {
     "ect": MethodDefaults(ect, 0.0, PAIRS, "inverse_level"),
     "scd": MethodDefaults(scm, 1.0, ("jvp", "jvp_step"), from_data=False),
     "sct": MethodDefaults(scm, 0.0, ("jvp", "jvp_step")),
-    "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step"), sampler="jump", two_times=True),
+    "cmt": MethodDefaults(cmt, 1.0, ("data_free",), from_data=False),
+    "lmd": MethodDefaults(lmd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True, from_data=False),
+    "psd": MethodDefaults(psd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True),
+    "alpha_flow": MethodDefaults(alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True),
+    "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, jumps="sorted"),
     "denoise": MethodDefaults(denoise, 1.0, (), sampler="ddim", from_data=False),
 }
 

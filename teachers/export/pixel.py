@@ -48,7 +48,8 @@ def needs_baking(model: Teacher, steps: int) -> bool:
     """Return whether a step count needs other times or another scheduler than DDIM on the model's own table."""
     schedule = model.parametric.schedule
     assert isinstance(schedule, Table)
-    if model.parametric.net.two_times or (steps > 1 and model.sampling.fresh):
+    net: Any = model.parametric.net
+    if net.two_times or net.slow is not None or (steps > 1 and model.sampling.fresh):
         return True
     return bool(schedule.steps % steps) or not torch.equal(model.times(steps), uniform(schedule, steps))
 

@@ -1,0 +1,176 @@
+"""Flow maps on Gaussian data, where every jump is a closed form: each loss vanishes there, and training on a mixture reaches them."""
+
+import pytest
+import torch
+from closed_forms import MEAN, ORACLE, STD, Exact, ExactJump, Small, data, mixture, rng
+from conftest import refuses
+from torch import nn
+
+from distill import grid
+from distill.consistency import Consistency, Gap, Neighbours, ct_steps, ict_steps, inverse_gap, truncated_snr
+from distill.denoiser import Denoiser
+from distill.distance import PseudoHuber
+from distill.jumps import FLOW, GapFirst, SortedTimes, beginning
+from distill.landing import Landing
+from distill.meanflow import MeanFlow
+from distill.midtraining import MidTraining
+from distill.rng import Rng
+from distill.samplers import ddim, heun, jump, path
+from distill.schedule import Cosine
+from distill.scm import ContinuousConsistency
+from distill.splitting import AlphaFlow, SelfSplitting, falling, fixed
+from distill.target import DataSample, Mix, teacher_of
+from teachers.oracle import Gaussian
+
+TEACHER, DATA = Mix(ORACLE, 1), DataSample()
+LEARNED = {  # with the distance to the exact map that 1000 steps of 256 samples reach, and a third more
+    "cd": (Consistency(TEACHER, Neighbours(lambda _: 4, grid="uniform"), truncated_snr, order=2, substeps=2), 0.13),
+    "ct": (Consistency(DATA, Neighbours(ct_steps(2, 60))), 0.23),
+    "ict": (Consistency(DATA, Neighbours(ict_steps(10, 80), (-1.1, 2.0)), inverse_gap, PseudoHuber()), 0.16),
+    "ect": (Consistency(DATA, Gap(), inverse_gap), 0.15),
+    "ect with the teacher": (Consistency(TEACHER, Gap(), inverse_gap), 0.12),
+    "scd": (ContinuousConsistency(TEACHER), 0.1),
+    "sct": (ContinuousConsistency(DATA), 0.16),
+    "meanflow": (MeanFlow(TEACHER, power=0.0), 0.18),
+    "meanflow from data": (MeanFlow(DATA), 0.22),
+    "meanflow of AYF": (MeanFlow(TEACHER, GapFirst(), normalised=True, warmup=0.25), 0.155),
+    "cmt": (MidTraining(ORACLE), 0.12),
+    "jumps by cmt": (MidTraining(ORACLE, jumps=True), 0.13),
+    "lmd, jumps": (Landing(TEACHER), 0.115),
+    "lmd without data, jumps": (Landing(TEACHER, data_free=True), 0.115),
+    "psd, jumps": (SelfSplitting(TEACHER), 0.22),
+    "alpha_flow, jumps": (AlphaFlow(TEACHER), 0.17),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_method_learns_the_map_of_a_mixture(name):
+    """In one step from pure noise, root mean square distance to where 200 Heun steps of the oracle end; its own single step, the
+    mean of the data, is 0.63 away."""
+    method, within = LEARNED[name]
+    student = Denoiser(Small(), Cosine())
+    optimizer = torch.optim.Adam(student.net.parameters())
+    steps, batch = 1000, 256
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * (1 - step / steps)
+        loss = method(student, mixture(batch, step), rng=rng(batch, step), progress=step / steps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.net.parameters(), 1.0)
+        optimizer.step()
+    x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(5))
+    exact = heun(ORACLE, x.double(), grid.uniform(Cosine(), 200)).float()
+    end = {"to": torch.zeros(2000)} if "meanflow" in name or "jumps" in name else {}
+    with torch.no_grad():
+        error = (student(x, torch.ones(2000), **end) - exact).square().mean().sqrt()
+    assert error < within, error
+
+
+def test_the_loss_of_meanflow_vanishes_on_the_exact_jumps_and_not_on_the_denoiser():
+    method = MeanFlow(Mix(Gaussian(FLOW, MEAN, STD), 1), power=0)
+    assert method(ExactJump(FLOW), data(500), rng=rng(500), progress=0.0).max() < 1e-6
+    assert method(Gaussian(FLOW, MEAN, STD), data(500), rng=rng(500), progress=0.0).mean() > 2e-3
+
+
+def test_jumps_of_the_exact_student_land_on_the_data_in_any_number_of_steps():
+    schedule, x = Cosine(), torch.randn(100, 2).double()
+    exact = Exact(schedule)(x, torch.ones(100).double())
+    for steps in (1, 2, 5):
+        assert torch.allclose(jump(ExactJump(schedule), x, grid.uniform(schedule, steps)), exact)
+
+
+EXACT_TEACHER = Mix(Gaussian(FLOW, MEAN, STD), 1)
+VANISHING = {  # with the most that the exact jumps lose, and the least that the denoiser does
+    "meanflow, gap first": (MeanFlow(EXACT_TEACHER, GapFirst(), power=0), 1e-6, 1e-2),
+    "lmd": (Landing(EXACT_TEACHER, step=1e-3), 1e-6, 1e-2),
+    "lmd without data": (Landing(EXACT_TEACHER, step=1e-3, data_free=True), 1e-6, 1e-2),
+    "psd": (SelfSplitting(EXACT_TEACHER), 1e-9, 3e-3),
+    "psd without data": (SelfSplitting(EXACT_TEACHER, data_free=True), 1e-9, 3e-3),
+    "alpha_flow": (AlphaFlow(EXACT_TEACHER, fixed(1e-3)), 1e-6, 5e-5),
+}
+
+
+@pytest.mark.parametrize("name", VANISHING)
+def test_the_loss_vanishes_on_the_exact_jumps_and_not_on_the_denoiser(name):
+    method, most, least = VANISHING[name]
+    assert method(ExactJump(FLOW), data(500), rng=rng(500), progress=0.0).max() < most
+    assert method(EXACT_TEACHER.teacher, data(500), rng=rng(500), progress=0.0).mean() > least
+
+
+def test_midtraining_vanishes_on_the_exact_maps_as_its_grid_refines():
+    teacher = Gaussian(Cosine(), MEAN, STD)
+    for student, jumps in ((Exact(Cosine()), False), (ExactJump(Cosine()), True)):
+        losses = []
+        for n in (16, 64):
+            method = MidTraining(teacher, steps=n, jumps=jumps)
+            losses.append(method(student, data(640), rng=rng(640), progress=0.0).mean().item())
+        assert losses[1] < 1e-3 and losses[0] / losses[1] > 8, losses
+        assert MidTraining(teacher, jumps=jumps)(teacher, data(640), rng=rng(640), progress=0.0).mean() > 2e-3
+
+
+@pytest.mark.parametrize("data_free", [False, True])
+def test_midtraining_takes_every_nth_sample_so_that_processes_share_the_paths_of_one(data_free):
+    method = MidTraining(Gaussian(Cosine(), MEAN, STD), steps=4, data_free=data_free)
+    student = Exact(Cosine())
+    whole = method(student, data(32), rng=rng(32), progress=0.0)
+    halves = [
+        method(student, data(32)[rows], rng=Rng(torch.Generator().manual_seed(0), 32, rows), progress=0.0)
+        for rows in (slice(0, 16), slice(16, 32))
+    ]
+    assert whole.shape == (32,) and torch.equal(whole, torch.cat(halves))
+
+
+def test_a_path_is_what_the_sampler_visits_and_its_end():
+    teacher, x = Gaussian(Cosine(), MEAN, STD), torch.randn(5, 2).double()
+    times = grid.uniform(Cosine(), 4)
+    states = path(ddim, teacher, x, times)
+    assert torch.equal(states[0], x) and torch.equal(states[-1], ddim(teacher, x, times))
+    assert torch.equal(states[2], ddim(teacher, x, times[:3]))
+    with pytest.raises(ValueError, match="one call per step"):
+        path(heun, teacher, x, times)
+
+
+def test_alpha_flow_is_flow_matching_at_one_and_meanflow_in_the_limit():
+    """Of a student that is not exact. The gradient of MeanFlow's loss is the limit of alpha-Flow's gradient for alpha -> 0."""
+    student, x0 = Denoiser(Small(), FLOW, "flow"), data(64).float()
+
+    def gradient(method):
+        student.net.zero_grad()
+        method(student, x0, rng=rng(64), progress=0.0).mean().backward()
+        return torch.cat([p.grad.flatten() for p in student.net.parameters()])
+
+    limit = gradient(MeanFlow(EXACT_TEACHER, GapFirst(), power=0))
+    errors = [(gradient(AlphaFlow(EXACT_TEACHER, fixed(a))) - limit).norm() / limit.norm() for a in (0.1, 0.01)]
+    assert errors[1] < 0.02 and errors[0] > 4 * errors[1], errors
+    matching = AlphaFlow(EXACT_TEACHER, fixed(1.0))(student, x0, rng=rng(64), progress=0.0)
+    again = AlphaFlow(EXACT_TEACHER, falling())(student, x0, rng=rng(64), progress=0.0)
+    assert torch.equal(matching, again)
+
+
+def test_the_gap_is_drawn_first_and_a_part_of_the_jumps_begins_at_noise():
+    t, s = GapFirst()(rng(20_000))
+    gap = (t - s).double()
+    assert (s >= 0).all() and (t <= 1).all()
+    logits = torch.logit(gap)
+    assert abs(float(logits.mean()) + 0.8) < 0.03 and abs(float(logits.std()) - 1) < 0.03
+    share = s / (1 - gap)  # uniform in [0, 1]
+    assert abs(float(share.mean()) - 0.5) < 0.01 and abs(float(share.std()) - 12**-0.5) < 0.01
+    t, _ = GapFirst(from_noise=0.5)(rng(20_000))
+    assert abs(float((t > 1 - 1e-6).float().mean()) - 0.5) < 0.02
+    t, s = SortedTimes()(rng(20_000))
+    assert (t >= s).all()
+
+
+def test_without_data_jumps_begin_where_the_student_lands():
+    t = torch.tensor([1.0, 0.5, 0.2]).double()
+    x = beginning(ExactJump(FLOW), torch.full((3, 2), torch.nan).double(), t, rng(3), True, {})
+    noise = rng(3).normal(torch.zeros(3, 2).double())
+    assert torch.allclose(x, Gaussian(FLOW, MEAN, STD).flow(noise, torch.ones(3).double(), t), atol=1e-6)
+
+
+def test_midtraining_needs_the_teacher_alone():
+    refuses("--target-mix 1", lambda: teacher_of(DataSample()))
+    refuses("--target-mix 1", lambda: teacher_of(Mix(ORACLE, 0.5)))
+    assert teacher_of(Mix(ORACLE)) is ORACLE
