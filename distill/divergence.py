@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,9 @@ from distill.resume import Resumable, gather_state, restore_state, whole
 from distill.rng import seed_of
 from distill.speed import uncompiled
 from distill.zero import ZeroAdam
+
+if TYPE_CHECKING:
+    from distill.second import SecondTrainer
 
 SPIKE = 1000.0
 WINDOW = 64  # steps whose gradient norms are kept
@@ -191,19 +194,29 @@ class Guard:
     resumable: Resumable | None
     identity: str
     most: int
+    second: SecondTrainer | None = None
 
     def __post_init__(self):
-        start = gather_state(self.module, self.optimizer, self.average) if self.most else {}
+        start = self._state() if self.most else {}
         self.initial = {name: value.detach().to("cpu", copy=True) for name, value in start.items()}
         scaler = self.accelerator.scaler
         self.scaling = None if scaler is None else scaler.state_dict()
+
+    def _state(self) -> dict[str, Tensor]:
+        own = gather_state(self.module, self.optimizer, self.average)
+        return own if self.second is None else own | self.second.state()
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        restore_state(tensors, self.module, self.optimizer, self.average)
+        if self.second is not None:
+            self.second.restore(tensors)
 
     def resume(self) -> int:
         """Load the newest checkpoint, if there is one, and return its step, else 0."""
         found = None if self.resumable is None else self.resumable.latest(self.identity)
         if found is None:
             return 0
-        restore_state(found[1], self.module, self.optimizer, self.average)
+        self._restore(found[1])
         self.recorder.restore(found[1])
         self.initial = {}  # the checkpoint takes its place
         return found[0]
@@ -211,7 +224,7 @@ class Guard:
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint. A collective call."""
         assert self.resumable is not None
-        tensors = gather_state(self.module, self.optimizer, self.average) | self.recorder.state()
+        tensors = self._state() | self.recorder.state()
         if self.accelerator.is_main_process:
             self.resumable.save(step, tensors, self.identity)
         self.initial = {}
@@ -229,7 +242,9 @@ class Guard:
         if self.resumable is None:
             return text
         tensors |= {f"net.{name}": whole(value) for name, value in self.module.state_dict().items()}
-        if extra and self.average is not None:
+        if self.second is not None:
+            tensors |= {f"second.{name}": whole(value) for name, value in self.second.module.state_dict().items()}
+        if "average" in extra and self.average is not None:
             tensors |= {f"average.{name}": whole(value) for name, value in self.average.state_dict().items()}
         path = self.resumable.folder / f"diverged-{step.step:09d}.safetensors"
         if self.accelerator.is_main_process:
@@ -252,6 +267,6 @@ class Guard:
             scaler.load_state_dict(self.scaling)
         self.accelerator.wait_for_everyone()
         step, tensors = (self.resumable and self.resumable.latest(self.identity)) or (0, self.initial)
-        restore_state(tensors, self.module, self.optimizer, self.average)
+        self._restore(tensors)
         self.recorder.roll_back(bad, step, tensors)
         return step, f"{text}; back to step {step} with other random numbers, rollback {taken + 1} of at most {self.most}"

@@ -63,7 +63,7 @@ class SavedStep:
     """A step in a file: batch, weights before it, and what it is a function of."""
 
     path: Path
-    tensors: dict[str, Tensor]  # x0, cond.*, net.*, average.*
+    tensors: dict[str, Tensor]  # x0, cond.*, net.*, average.*, second.*
     step: Step
     finding: str
 
@@ -91,6 +91,11 @@ class SavedStep:
             twin = copy.deepcopy(student.net).requires_grad_(False)
             files.load_weights(twin, average, str(self.path))
             extra["average"] = dataclasses.replace(student, net=twin)
+        if second := self._under("second."):
+            begin = method.second.begin
+            twin = copy.deepcopy(begin.net).to(device)
+            files.load_weights(twin, second, str(self.path))
+            extra["second"] = dataclasses.replace(begin, net=twin)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for rank, turns in enumerate(self.step.rows):
             parts = [self._part(slice(*row), device) for row in turns]

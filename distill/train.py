@@ -23,6 +23,7 @@ from distill.divergence import WINDOW, Guard, Recorder
 from distill.replay import Step
 from distill.resume import Resumable, Stopped, local, whole
 from distill.rng import Rng, seed_of
+from distill.second import SecondTrainer
 
 READS = 50  # how often a phase waits for a GPU to look for bad steps, beside checkpoints
 
@@ -30,7 +31,8 @@ READS = 50  # how often a phase waits for a GPU to look for bad steps, beside ch
 class Method(Protocol):
     """Return the loss of each sample, [B], with gradient. ``progress`` runs from 0 to 1 over the run.
 
-    A method whose attribute ``averaged`` is true also gets ``average``, the EMA of the student.
+    A method whose attribute ``averaged`` is true also gets ``average``, the EMA of the student. One with the attribute ``second`` also
+    gets ``second``, a network that is trained beside the student (`distill.second`).
     """
 
     def __call__(self, student: Denoiser, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor: ...
@@ -178,7 +180,10 @@ def train(
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
     recorder = Recorder.on(accelerator.device, o.clip_norm, accelerator.scaler is not None)
-    guard = Guard(accelerator, recorder, optimizer.optimizer, module, average, resumable, identity, rollbacks)
+    second = SecondTrainer(method, accelerator) if hasattr(method, "second") else None
+    if second is not None:
+        extra["second"] = second.denoiser
+    guard = Guard(accelerator, recorder, optimizer.optimizer, module, average, resumable, identity, rollbacks, second)
     step, rollback = guard.resume(), None
 
     net.train()
@@ -190,10 +195,13 @@ def train(
         torch.manual_seed(seed_of(draws, phase, step, "dropout", accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = o.lr_at(step)
+        parts = [(*next(stream), split.rows(turn)) for turn in range(split.accumulate)]
+        if second is not None:
+            plain = dataclasses.replace(student, net=module)
+            second.steps(plain, parts, (draws, phase, step), o.batch_size, step / o.steps)
         losses = []
-        for turn in range(split.accumulate):
-            x0, cond = next(stream)
-            rng = Rng.seeded(seed_of(draws, phase, step), accelerator.device, o.batch_size, split.rows(turn))
+        for turn, (x0, cond, rows) in enumerate(parts):
+            rng = Rng.seeded(seed_of(draws, phase, step), accelerator.device, o.batch_size, rows)
             with _synchronising(accelerator, net, turn == split.accumulate - 1):
                 loss = method(student, x0, rng=rng, progress=step / o.steps, **extra, **cond).mean()
                 loss = loss / split.accumulate if split.accumulate > 1 else loss

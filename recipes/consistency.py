@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.methods import METHODS, MethodFlags, check_flags, midtraining, teacher_weight, terms_of
+from recipes.common.methods import METHODS, MethodFlags, check_flags, midtraining, steps_of, teacher_weight, terms_of
 
 PRESETS: dict[str, dict] = {
     "default": {},  # cd: FID / teacher's 1.75, 0.67, 0.64 at 1, 2, 4 steps (n = 10,000); 8 to 15 minutes on two CPU cores
@@ -28,7 +28,6 @@ PRESETS: dict[str, dict] = {
 class Config(MethodFlags, flags.DistillationFlags):
     preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
     output_dir: str = flags.output_dir("runs/consistency-digits")
-    steps: tuple[int, ...] = flag((1, 2, 4), "step counts of the student", **STEPS)
     student: str | None = model_flag(
         None,
         "start from new weights (new), from the teacher's on a table that stock pipelines support (table), or from any model (accepted:"
@@ -84,7 +83,7 @@ def distil(config: Config, e: Experiment) -> None:
         device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
         method = method_of(config, teacher, e.student, e.data, config.seed, device)
         student, first = e.student, start_of(config, teacher)
-        e.plan(method, [budget(config), *([budget(config, of_start=True)] if first else [])], config.steps)
+        e.plan(method, [budget(config), *([budget(config, of_start=True)] if first else [])], steps_of(config))
         if first:
             student = e.stage(f"start-{start(config)}", student, first, budget(config, of_start=True))
         e.stage(config.method, student, method, budget(config), sampling(config), label=config.method)
@@ -107,7 +106,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
     student = initial_student(config, teacher, data)
     data = check_match(student, data, training=True)
     check_sampler(student, sampling(config))
-    check_steps(student, (*config.steps, config.grid_steps))
+    check_steps(student, (*steps_of(config), config.grid_steps))
     if teacher is not None:
         check_levels(teacher, student)
     schedule = student.denoiser.schedule
@@ -161,7 +160,7 @@ def start_of(config: Config, teacher: Teacher | None) -> Method | None:
 
 def sampling(config: Config) -> Sampling:
     """Return how the student is sampled."""
-    return Sampling.parse(config.sampler or METHODS[config.method].sampler, steps=config.steps)
+    return Sampling.parse(config.sampler or METHODS[config.method].sampler, steps=steps_of(config))
 
 
 def budget(config: Config, of_start: bool = False) -> Optimization:

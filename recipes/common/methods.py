@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from distill.names import DISTANCES, GAP_WEIGHTS, GRIDS, RESIDUALS
-from recipes.common.accepted import STEPS, Checked
+from recipes.common.accepted import LEARNING_RATE, STEPS, Checked
 from recipes.common.cli import flag, method_flag, model_flag
 
 if TYPE_CHECKING:
@@ -32,8 +32,12 @@ class MethodFlags(Checked):
 
     method: str = flag(
         "cd",
-        "cd, scd, cmt, lmd, psd, meanflow, alpha_flow, denoise distil a teacher; ct, ict, ect, sct train on data",
+        "cd, scd, cmt, lmd, psd, meanflow, alpha_flow, denoise distil a teacher, dmd, sid refine a student; ct, ict, ect, sct train on"
+        " data",
         choices=lambda: METHODS,
+    )
+    steps: tuple[int, ...] | None = flag(
+        None, "step counts of the student", own=lambda v: " ".join(map(str, METHODS[v["method"]].steps)), **STEPS
     )
     from_scratch: bool = model_flag(False, "start from new weights and use no teacher")
     target_mix: str | None = method_flag(
@@ -89,6 +93,11 @@ class MethodFlags(Checked):
     alpha: float | None = method_flag(
         None, "alpha_flow: a fixed alpha, 1 is flow matching; otherwise it falls from 1", short=False, at_least=0, at_most=1
     )
+    second_period: int = method_flag(
+        5, "dmd, sid: steps of the fake denoiser per step of the student", short=False, at_least=1, at_most=1000
+    )
+    second_lr: float = method_flag(1e-3, "dmd, sid: learning rate of the fake denoiser", short=False, **LEARNING_RATE)
+    sid_alpha: float = method_flag(1.0, "sid: alpha of its loss, 1 to 1.2 in the paper", short=False, at_least=0, at_most=2)
     data_free: bool = method_flag(False, "begin at pure noise and use no training image", short=False)
     sampler: str | None = method_flag(
         None,
@@ -98,6 +107,7 @@ class MethodFlags(Checked):
     )
 
 
+SECOND = ("second_period", "second_lr")  # flags of every method that trains a second network
 PAIRS = ("weight", "distance", "averaged_target")  # flags of every method of pairs
 
 
@@ -106,8 +116,8 @@ class MethodDefaults:
     """One row of `METHODS`.
 
     ``build``: (flags, target, options) -> method. ``mix``: the teacher weight in the target. ``takes``: the flags that it takes beside
-    those of all methods. ``weight``, ``distance``, ``sampler``, ``slow_time``, ``start``, ``jumps``: its defaults. ``two_times``: its
-    student is a two-time network. ``from_data``: whether it can train without a teacher.
+    those of all methods. ``weight``, ``distance``, ``sampler``, ``slow_time``, ``start``, ``jumps``, ``steps``: its defaults.
+    ``two_times``: its student is a two-time network. ``from_data``: whether it can train without a teacher.
     """
 
     build: Build
@@ -121,6 +131,7 @@ class MethodDefaults:
     slow_time: bool = False
     start: str = "none"
     jumps: str = "gap"
+    steps: tuple[int, ...] = (1, 2, 4)
 
 
 def cd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
@@ -194,6 +205,23 @@ def lmd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
     return Landing(target, jumps_of(flags), data_free=flags.data_free)
 
 
+def dmd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.grid import uniform
+    from distill.matching import Matching
+    from distill.second import Second
+    from distill.target import teacher_of
+
+    begin = options["begin"]
+    times = uniform(options["schedule"], steps_of(flags)[0])
+    second = Second(begin, flags.second_lr, flags.second_period)
+    return Matching(teacher_of(target), second, times, flags.sid_alpha if flags.method == "sid" else None)
+
+
+def steps_of(flags: MethodFlags) -> tuple[int, ...]:
+    """Return the step counts of the student."""
+    return flags.steps or METHODS[flags.method].steps
+
+
 def jumps_of(flags: MethodFlags) -> Jumps:
     """Return where the times of a two-time method are drawn."""
     from distill.jumps import GapFirst, SortedTimes
@@ -219,6 +247,8 @@ METHODS: dict[str, MethodDefaults] = {
     "psd": MethodDefaults(psd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True),
     "alpha_flow": MethodDefaults(alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True),
     "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, jumps="sorted"),
+    "dmd": MethodDefaults(dmd, 1.0, SECOND, sampler="consistency", from_data=False, steps=(1,)),
+    "sid": MethodDefaults(dmd, 1.0, (*SECOND, "sid_alpha"), sampler="consistency", from_data=False, steps=(1,)),
     "denoise": MethodDefaults(denoise, 1.0, (), sampler="ddim", from_data=False),
 }
 
@@ -234,6 +264,8 @@ def check_flags(flags: MethodFlags, student: str | None) -> None:
         raise ValueError("--target posterior-mean uses the data alone: choose it or --target-mix")
     teacher_weight(flags)
     terms_of(flags)
+    if flags.method in ("dmd", "sid") and len(steps_of(flags)) > 1:
+        raise ValueError(f"--method {flags.method} trains a student for one step count: accepted is one number in --steps")
     if not flags.from_scratch:
         return
     if student == "table":

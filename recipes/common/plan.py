@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
 from distill.rng import Rng
+from distill.second import Second
 from distill.train import Method
 from distill.zero import BUCKET
 from eval.features import Extractor
@@ -35,13 +36,20 @@ def measure_step_time(
 ) -> tuple[float, float]:
     """Return the seconds per image of a training step with its update, and of a network call, measured on a copy of the student.
 
-    ``steps``: how many the run takes.
+    ``steps``: how many the run takes. The steps of a second network (`distill.second`) are part of it.
     """
     student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
     rng = Rng.seeded(0, x0.device, len(x0))
     adam = torch.optim.AdamW(student.net.parameters(), lr=0.0, fused=True)
 
+    of: Second | None = getattr(method, "second", None)
+    other = (
+        None if of is None else replace(of.begin, net=copy.deepcopy(of.begin.net).to(x0.device).requires_grad_(True).train())
+    )
+
     def training() -> None:
+        for _ in range(of.period if of is not None else 0):
+            method.second_loss(other, student, x0, rng=rng, progress=0.0, **cond).mean().backward()  # type: ignore[attr-defined]
         method(student, x0, rng=rng, progress=0.0, **cond).mean().backward()
         adam.step()
         adam.zero_grad()
