@@ -201,6 +201,15 @@ def on_schedule(denoiser: DenoiserLike, schedule: Schedule) -> DenoiserLike:
     return denoiser if denoiser.schedule == schedule else Rescheduled(denoiser, schedule)
 
 
+def network_of(denoiser: DenoiserLike) -> Denoiser:
+    """Return the denoiser with a network that guidance, another schedule or autocast wrap. Raises ValueError where there is none."""
+    while not isinstance(denoiser, Denoiser) and hasattr(denoiser, "denoiser"):
+        denoiser = denoiser.denoiser
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError("this method trains a copy of the teacher's network, and this teacher has no network")
+    return denoiser
+
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -53,6 +53,12 @@ class GapFirst:
     deviation: float = 1.0
     from_noise: float = 0.0
 
+    def __post_init__(self):
+        if not (self.deviation > 0 and 0 <= self.from_noise <= 1):
+            raise ValueError(
+                f"a deviation of {self.deviation:g} and a part of {self.from_noise:g}: accepted are above 0, and 0 to 1"
+            )
+
     def __call__(self, rng: Rng) -> tuple[Tensor, Tensor]:
         gap = torch.sigmoid(self.mean + self.deviation * rng.normal())
         s = (1 - gap) * torch.where(rng.uniform() < self.from_noise, 1.0, rng.uniform())

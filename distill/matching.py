@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import Denoiser, DenoiserLike, on_schedule
+from distill.grid import uniform
 from distill.regression import Regression
 from distill.rng import Rng
 from distill.schedule import add_noise, expand, per_sample, prior_std
@@ -30,15 +31,15 @@ from distill.target import DataSample
 class Matching:
     """Return the loss of distribution matching, [B].
 
-    ``teacher``: D_T. ``second``: how D_F begins (the teacher's own network) and is trained. ``times``: the student's time grid,
-    float64 [k + 1]; between its steps noise is drawn anew. With k > 1 a sample takes a random number of steps, and the gradient passes
-    through the last of them. ``sid``: a of SiD, 1 to 1.2 in the paper; None for DMD. ``low``, ``high``: range of t at which D_T and D_F
+    ``teacher``: D_T. ``second``: how D_F begins (the teacher's own network) and is trained. ``steps``: k of the student, on a uniform
+    grid; between them noise is drawn anew. With k > 1 a sample takes a random number of steps, and the gradient passes through the last
+    of them. ``sid``: a of SiD, 1 to 1.2 in the paper; None for DMD. ``low``, ``high``: range of t at which D_T and D_F
     are compared, as parts of the teacher's time axis.
     """
 
     teacher: DenoiserLike
     second: Second
-    times: Tensor
+    steps: int = 1
     sid: float | None = None
     low: float = 0.02
     high: float = 0.98
@@ -80,16 +81,14 @@ class Matching:
     def images(self, student: DenoiserLike, like: Tensor, rng: Rng, cond: dict[str, Any]) -> Tensor:
         """Return x [B, ...], what the student makes of noise in 1 to k steps. Only the last step has a gradient."""
         schedule, plain = student.schedule, unwrapped(student)
-        x, at = rng.normal(like) * prior_std(schedule, self.times[0]), torch.zeros_like(rng.uniform())
-        state, t = x, at + self.times[0].float()
-        if (k := len(self.times) - 1) > 1:
-            last = rng.integers(k)
-            with torch.no_grad():
-                for i in range(1, k):
-                    now, then = (at + self.times[j].float() for j in (i - 1, i))
-                    x = add_noise(schedule, plain(x, now, **cond), rng.normal(like), then)
-                    state, t = torch.where(per_sample(last >= i, x), x, state), torch.where(last >= i, then, t)
-        return student(state, t, **cond)
+        times = uniform(schedule, self.steps).float()
+        last = rng.integers(self.steps)
+        state = x = rng.normal(like) * prior_std(schedule, times[0])
+        with torch.no_grad():
+            for i in range(1, self.steps):
+                x = add_noise(schedule, plain(x, times[i - 1], **cond), rng.normal(like), times[i])
+                state = torch.where(per_sample(last >= i, x), x, state)
+        return student(state, times[last], **cond)
 
     @staticmethod
     def _weight(x: Tensor, true: Tensor) -> Tensor:

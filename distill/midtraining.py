@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike, on_schedule
+from distill.device import send
 from distill.distance import Distance, l2
 from distill.grid import GRIDS
 from distill.rng import Rng
@@ -52,14 +53,11 @@ class MidTraining:
             len(x),
             {key: rows.repeat_interleave(n, 0) for key, rows in part.items()},
         )  # N points of each path in turn
-        i = torch.arange(n).repeat(paths)
-        j = torch.full_like(i, n)
-        if self.jumps:
-            u = rng.uniform().cpu().repeat(n)[: len(i)]
-            j = i + 1 + (u * (n - i)).long()
-        row = torch.arange(paths).repeat_interleave(n).to(x0.device)
-        x_i, x_j = states[i.to(x0.device), row], states[j.to(x0.device), row]
-        t, s = times[i].float(), times[j].float()
+        x_i, t = states[:-1].transpose(0, 1).flatten(0, 1), times[:-1].float().repeat(paths)
         if not self.jumps:
-            return self.distance(student(x_i, t, **every), x_j)
+            return self.distance(student(x_i, t, **every), states[-1].repeat_interleave(n, 0))
+        i = torch.arange(n).repeat(paths)
+        j = i + 1 + (rng.uniform().repeat(n)[: len(i)] * (n - i)).long()
+        x_j = states[send(j, x0.device), send(torch.arange(paths).repeat_interleave(n), x0.device)]
+        s = times[j].float()
         return self.distance(student(x_i, t, to=s, **every), explain(schedule, x_i, x_j, t, s))

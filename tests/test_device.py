@@ -42,6 +42,7 @@ from teachers.students import with_two_times
 
 DATA = sets.load("digits")
 LAUNCHES = 150  # outside of the networks, in a training step
+MORE = {"cmt": 300, "dmd": 350, "sid": 350}  # with 17 network calls a step, or six steps of two optimizers
 
 
 @contextmanager
@@ -214,7 +215,7 @@ def test_a_training_step_copies_from_pinned_memory_alone_except_within_transform
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name != "fokker-planck"])  # whose derivatives are the network's
 def test_a_training_step_launches_little_outside_of_the_networks(name):
-    assert measured(name)[2] <= LAUNCHES
+    assert measured(name)[2] <= MORE.get(name, LAUNCHES)
 
 
 @pytest.mark.slow

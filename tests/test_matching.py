@@ -46,7 +46,7 @@ class WithNet(Gaussian):
 
 def one_step(sid=None):
     begin = Denoiser(Small(), Cosine())
-    return Matching(Gaussian(Cosine(), MEAN, STD), Second(begin, period=2), uniform(Cosine(), 1), sid)
+    return Matching(Gaussian(Cosine(), MEAN, STD), Second(begin, period=2), 1, sid)
 
 
 def loss_of(method, line, seed, n=512):
@@ -91,7 +91,7 @@ def test_images_take_every_number_of_steps_with_a_gradient_through_the_last():
     student = Denoiser(Small(), Cosine())
     object.__setattr__(student, "net", lambda x, t: t[:, None].expand(len(x), 2))
     times = uniform(Cosine(), 4)
-    method = Matching(ORACLE, Second(student), times)
+    method = Matching(ORACLE, Second(student), 4)
     x = method.images(Denoiser(student.net, Cosine(), "x0"), torch.zeros(400, 2), rng(400), {})
     ends, counts = x[:, 0].unique(return_counts=True)
     assert torch.allclose(ends.double(), times[:4].flip(0)) and counts.min() > 70
@@ -124,7 +124,7 @@ def weights(student):
 
 def matching():
     torch.manual_seed(4)
-    return Matching(ORACLE, Second(Denoiser(Small(), Cosine()), period=2), uniform(Cosine(), 2))
+    return Matching(ORACLE, Second(Denoiser(Small(), Cosine()), period=2), 2)
 
 
 def test_a_killed_run_continues_with_the_bits_of_both_networks(tmp_path):
@@ -168,7 +168,7 @@ def test_matching_makes_a_rough_student_of_one_step_draw_the_mixture(sid):
             return float(energy_distance(student(z, torch.ones(2000)), real))
 
     before = distance()
-    method = Matching(ORACLE, Second(teacher, lr=2e-3, period=3), uniform(Cosine(), 1), sid)
+    method = Matching(ORACLE, Second(teacher, lr=2e-3, period=3), 1, sid)
     for _ in trained(student, Optimization(images=256 * 600, batch_size=256, lr=1e-3), method):
         pass
     assert distance() < before / 10, (before, distance())

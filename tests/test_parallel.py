@@ -17,7 +17,6 @@ import teachers
 from distill import files
 from distill.consistency import Consistency, Neighbours, truncated_snr
 from distill.denoiser import Denoiser
-from distill.grid import uniform
 from distill.matching import Matching
 from distill.regression import Regression
 from distill.regularize import Regularized
@@ -49,7 +48,7 @@ def compare_gradients():
     methods["posterior-mean"] = Regression(PosteriorMean())
     fake, other = (Denoiser(Small().double(), Cosine()) for _ in range(2))
     for name, alpha in (("dmd", None), ("sid", 1.0)):
-        methods[name] = Matching(ORACLE, Second(fake), uniform(Cosine(), 2), alpha)
+        methods[name] = Matching(ORACLE, Second(fake), 2, alpha)
     methods["fake denoiser"] = lambda second, x0, **given: methods["dmd"].second_loss(second, other, x0, **given)
     for name, method in methods.items():
         alone = Denoiser(Small().double(), Cosine())

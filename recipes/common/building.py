@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from distill.consistency import GAP_WEIGHTS
-from distill.denoiser import Denoiser
 from distill.distance import DISTANCES, Distance
 from distill.regularize import Regularized
 from distill.target import DataSample, Mix, PosteriorMean, Target
@@ -58,18 +57,9 @@ def method_of(
     """Return the method that the flags describe, with its regularizers. ``device``: as in `target_of`."""
     defaults, terms = METHODS[flags.method], terms_of(flags)
     options: dict[str, Any] = {"averaged": flags.averaged_target, "weight": GAP_WEIGHTS[flags.weight or defaults.weight]}
-    options |= {"schedule": student.denoiser.schedule, "begin": None if teacher is None else fake_of(teacher, student)}
     options["distance"] = distance_of(flags.distance or defaults.distance, data)
     method = defaults.build(flags, target_of(flags, teacher, student, data, seed, device), options)
     return Regularized(method, terms) if terms else method
-
-
-def fake_of(teacher: Teacher, student: Teacher) -> Denoiser:
-    """Return the network that the fake denoiser of distribution matching begins with: the teacher's, or the student's if it has none."""
-    inner = teacher.denoiser
-    while not isinstance(inner, Denoiser) and hasattr(inner, "denoiser"):
-        inner = inner.denoiser
-    return inner if isinstance(inner, Denoiser) else student.parametric
 
 
 def distance_of(name: str, data: Data) -> Distance:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DISTANCE_NAMES = (*DISTANCES, "lpips")
 STARTS = ("none", "denoise", "cmt")
-JUMPS = ("gap", "sorted")
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class MethodFlags(Checked):
     start_part: float = method_flag(0.25, "part of --training-images that --start takes", short=False, above=0, below=1)
     jumps: str | None = method_flag(
         None,
-        "two-time methods: draw the length of a jump first (gap), or two sorted times (sorted)",
-        choices=JUMPS,
+        "two-time methods: the length of a jump is drawn first (gap:MEAN,DEVIATION,PART_FROM_NOISE), or two times are sorted"
+        " (sorted:MEAN,DEVIATION)",
         short=False,
         own=lambda v: METHODS[v["method"]].jumps,
     )
@@ -130,7 +129,7 @@ class MethodDefaults:
     from_data: bool = True
     slow_time: bool = False
     start: str = "none"
-    jumps: str = "gap"
+    jumps: str = "gap:0,1.5,0.25"
     steps: tuple[int, ...] = (1, 2, 4)
 
 
@@ -206,15 +205,14 @@ def lmd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
 
 
 def dmd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
-    from distill.grid import uniform
+    from distill.denoiser import network_of
     from distill.matching import Matching
     from distill.second import Second
     from distill.target import teacher_of
 
-    begin = options["begin"]
-    times = uniform(options["schedule"], steps_of(flags)[0])
-    second = Second(begin, flags.second_lr, flags.second_period)
-    return Matching(teacher_of(target), second, times, flags.sid_alpha if flags.method == "sid" else None)
+    teacher = teacher_of(target)
+    second = Second(network_of(teacher), flags.second_lr, flags.second_period)
+    return Matching(teacher, second, steps_of(flags)[0], flags.sid_alpha if flags.method == "sid" else None)
 
 
 def steps_of(flags: MethodFlags) -> tuple[int, ...]:
@@ -223,10 +221,18 @@ def steps_of(flags: MethodFlags) -> tuple[int, ...]:
 
 
 def jumps_of(flags: MethodFlags) -> Jumps:
-    """Return where the times of a two-time method are drawn."""
+    """Return where the times of a two-time method are drawn. Raises ValueError for anything but gap and sorted with their numbers."""
     from distill.jumps import GapFirst, SortedTimes
 
-    return SortedTimes() if (flags.jumps or METHODS[flags.method].jumps) == "sorted" else GapFirst()
+    text = flags.jumps or METHODS[flags.method].jumps
+    name, _, numbers = text.partition(":")
+    try:
+        values = [float(number) for number in numbers.split(",")] if numbers else []
+        return {"gap": GapFirst, "sorted": SortedTimes}[name](*values)
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(
+            f"--jumps {text}: accepted are gap:MEAN,DEVIATION,PART_FROM_NOISE and sorted:MEAN,DEVIATION, numbers may be left out"
+        ) from None
 
 
 def denoise(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
