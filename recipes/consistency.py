@@ -54,14 +54,14 @@ from distill.regression import Regression
 from distill.sampling import Sampling
 from distill.target import DataSample, Mix
 from distill.train import Method, Optimization
-from recipes.common.building import method_of
+from recipes.common.building import method_of, student_of
 from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of
 from recipes.common.interrupts import interruptible
 from recipes.common.training import Experiment
 from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher
-from teachers.students import on_table, untrained, with_slow_time, with_two_times
+from teachers.students import on_table, untrained
 
 
 @interruptible()
@@ -138,9 +138,7 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
         student = teacher
     if teacher is not None and not student.same_conditioning(teacher):
         raise ValueError(f"the student takes {student.conditions} and the teacher {teacher.conditions}: they must be the same")
-    if METHODS[config.method].slow_time if config.slow_time is None else config.slow_time:
-        student = with_slow_time(student)
-    return with_two_times(student) if METHODS[config.method].two_times else student
+    return student_of(config, student)
 
 
 def start(config: Config) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distill.decoding import decoding_times
 from distill.denoiser import TIMES, Denoiser
 from distill.sampling import Sampling
 from distill.schedule import Schedule
@@ -68,6 +69,34 @@ def with_slow_time(model: Teacher) -> Teacher:
     with torch.no_grad():
         fitted = torch.linalg.lstsq(slow.waves(inputs), net.embedding(inputs.float()).double()).solution
     twin.load_state_dict(net.state_dict() | {"unet.time_proj.linear.weight": fitted.T.float().contiguous()})
+    twin.train(net.training)
+    return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
+
+
+def with_heads(model: Teacher, heads: int) -> Teacher:
+    """Return the model with ``heads`` copies of its last layer, for parallel decoding; unchanged if it has heads already.
+
+    Raises ValueError unless the network is a UNet2DModel of one time whose time input is finite at the data, and for more heads than
+    entries of a discrete table.
+    """
+    net, schedule = model.parametric.net, model.denoiser.schedule
+    if isinstance(net, UNet) and net.heads:
+        return model
+    if not isinstance(net, UNet) or net.two_times:
+        raise ValueError("heads can be given only to a UNet2DModel with one time")
+    assert model.network is not None
+    times, straight = decoding_times(schedule, heads)
+    inputs = TIMES[model.parametric.time](schedule, times)
+    if not inputs.isfinite().all():
+        raise ValueError(
+            f"heads need a time input that is finite at the data; {model.parametric.time!r} on this schedule is not"
+        )
+    config = model.network["config"] | {"heads": [inputs.tolist(), straight.tolist()]}
+    twin, weights = unet.build(config), net.state_dict()
+    for name in ("weight", "bias"):
+        last = weights.pop(f"unet.conv_out.{name}")
+        weights[f"unet.conv_out.conv.{name}"] = last.repeat(heads, *[1] * (last.dim() - 1))
+    twin.load_state_dict(weights)
     twin.train(net.training)
     return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
 

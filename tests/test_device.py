@@ -34,7 +34,7 @@ from distill.teacher_bias import TeacherBias
 from distill.train import BatchSplit, Optimization, train
 from eval.generate import images, initial_noise
 from recipes import classifier, consistency, evaluate, export, latents, progressive, sample, search, teacher, variance
-from recipes.common.building import method_of
+from recipes.common.building import method_of, student_of
 from recipes.common.methods import METHODS, MethodFlags
 from recipes.data import sets
 from teachers.probe import probe
@@ -151,8 +151,9 @@ def digits():
 
 def of_method(name, **flags):
     def build(teacher):
-        student = with_two_times(teacher) if METHODS[name].two_times else teacher
-        return student, method_of(MethodFlags(method=name, **flags), teacher, student, DATA, 0)
+        described = MethodFlags(method=name, **flags)
+        student = student_of(described, teacher)
+        return student, method_of(described, teacher, student, DATA, 0)
 
     return build
 

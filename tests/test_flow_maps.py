@@ -8,6 +8,7 @@ from torch import nn
 
 from distill import grid
 from distill.consistency import Consistency, Gap, Neighbours, ct_steps, ict_steps, inverse_gap, truncated_snr
+from distill.decoding import ParallelDecoding, decoding_times
 from distill.denoiser import Denoiser
 from distill.distance import PseudoHuber
 from distill.jumps import FLOW, GapFirst, SortedTimes, beginning
@@ -21,6 +22,7 @@ from distill.scm import ContinuousConsistency
 from distill.splitting import AlphaFlow, SelfSplitting, falling, fixed
 from distill.target import DataSample, Mix, teacher_of
 from teachers.oracle import Gaussian
+from teachers.students import untrained, with_heads
 
 TEACHER, DATA = Mix(ORACLE, 1), DataSample()
 LEARNED = {  # with the distance to the exact map that 1000 steps of 256 samples reach, and a third more
@@ -174,3 +176,77 @@ def test_midtraining_needs_the_teacher_alone():
     refuses("--target-mix 1", lambda: teacher_of(DataSample()))
     refuses("--target-mix 1", lambda: teacher_of(Mix(ORACLE, 0.5)))
     assert teacher_of(Mix(ORACLE)) is ORACLE
+
+
+def heads_of(seed=0):
+    """A two-dimensional student with 8 heads on the grid of the cosine schedule, beside the network that they are copies of."""
+    torch.manual_seed(seed)
+    model = untrained((1, 8, 8), None, (8, 16), 1, seed)
+    return model, with_heads(model, 8)
+
+
+def test_a_student_with_heads_begins_as_the_model_and_jumps_by_the_mean_of_the_rates():
+    model, student = heads_of()
+    x, t = torch.randn(5, 1, 8, 8), torch.tensor([1.0, 1.0, 0.5, 0.25, 0.125])
+    for to in (None, torch.zeros(5)):
+        assert torch.allclose(student.denoiser(x, t, to=to), model.denoiser(x, t), atol=1e-5)
+    last = student.denoiser.net.unet.conv_out
+    with torch.no_grad():
+        last.conv.weight.normal_(std=0.1)
+        last.conv.bias.normal_()
+    times, straight = decoding_times(student.denoiser.schedule, 8)
+    start, end = times[2].float(), times[6].float()
+    single = [student.denoiser(x, start, head=torch.full((5,), i)) for i in range(2, 6)]
+    shares = (straight[2:6] - straight[3:7]) / (straight[2] - straight[6])
+    mean = sum(float(share) * one for share, one in zip(shares, single, strict=True))
+    assert torch.allclose(student.denoiser(x, start, to=end), mean, atol=1e-5)
+    assert torch.allclose(student.denoiser(x, start), single[0], atol=1e-5)
+    weight, bias = last.fused(last.weights_of(torch.tensor([511.0]), torch.tensor([-1.0]), None)[0])
+    assert weight.shape == model.denoiser.net.unet.conv_out.weight.shape and bias.shape == (1,)
+
+
+@pytest.mark.parametrize("data_free", [False, True])
+def test_parallel_decoding_is_at_rest_where_every_head_gives_the_teachers_rate_at_its_time(data_free):
+    """With Euler steps of a Gaussian teacher, whose whole path is linear in the state at t_n: exact heads can be written down."""
+    teacher, n = Gaussian(FLOW, MEAN, STD), 8
+    times = decoding_times(FLOW, n)[1]
+
+    def rates(x, first):
+        out, state = [], x
+        for i in range(n):
+            v = (state - teacher(state, times[i])) / times[i]
+            out.append(torch.where((first <= i)[:, None], v, torch.zeros_like(v)))
+            state = torch.where((first <= i)[:, None], state - (times[i] - times[i + 1]) * v, state)
+        return torch.stack(out, 1)
+
+    class Exact:
+        schedule = FLOW
+
+        def __call__(self, x, t, to=None, head=None, **cond):
+            first = (times[None, :-1] - t[:, None]).abs().argmin(1)
+            u = rates(x, first)
+            lengths = (times[:-1] - times[1:]).expand(len(x), n)
+            low = times[1:] if head is None else None
+            weights = (
+                nn.functional.one_hot(head, n).double()
+                if head is not None
+                else (lengths * ((times[:-1] <= t[:, None] + 1e-6) & (low >= to[:, None] - 1e-6)))
+            )
+            mean = (weights / weights.sum(1, keepdim=True)).unsqueeze(2).mul(u).sum(1)
+            return x - t[:, None] * mean
+
+    method = ParallelDecoding(Mix(teacher), n, starts=4, order=1, data_free=data_free)
+    assert method(Exact(), data(400), rng=rng(400), progress=0.0).max() < 1e-8
+    assert method(WithoutHeads(teacher), data(400), rng=rng(400), progress=0.0).mean() > 1e-2
+
+
+class WithoutHeads:
+    """A denoiser whose heads are all the same."""
+
+    schedule = FLOW
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+
+    def __call__(self, x, t, to=None, head=None, **cond):
+        return self.denoiser(x, t)

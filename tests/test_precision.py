@@ -17,10 +17,10 @@ from distill.target import Mix
 from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive
 from recipes import teacher as teacher_recipe
-from recipes.common.building import method_of
+from recipes.common.building import method_of, student_of
 from recipes.common.methods import METHODS, MethodFlags
 from recipes.data import sets
-from teachers.students import untrained, with_two_times
+from teachers.students import untrained
 
 TEACHER, DATA = teachers.load("digits"), sets.load("digits")
 STUDENT = untrained(TEACHER.shape, TEACHER.classes, (8, 16), 1, seed=0)
@@ -40,7 +40,7 @@ def method_cases():
     for name, defaults in METHODS.items():
         for jvp in ("finite", "exact") if "jvp" in defaults.takes else ("finite",):
             flags = MethodFlags(method=name, jvp=jvp)
-            student = with_two_times(STUDENT) if defaults.two_times else STUDENT
+            student = student_of(flags, STUDENT)
             yield pytest.param(method_of(flags, TEACHER, student, DATA, 0), student, id=f"{name}-{jvp}")
     for name in RESIDUALS:
         yield pytest.param(Regularized(Regression(Mix(TEACHER.denoiser)), ((name, 1.0),)), STUDENT, id=name)

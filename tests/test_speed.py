@@ -26,11 +26,11 @@ from distill.speed import NotCompiled, check_compiler, checkpoint_activations, c
 from distill.target import Mix
 from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive, teacher
-from recipes.common.building import method_of
+from recipes.common.building import method_of, student_of
 from recipes.common.methods import METHODS, MethodFlags
 from recipes.data import sets
 from teachers.experts import Experts
-from teachers.students import untrained, with_two_times
+from teachers.students import untrained
 from teachers.teacher import frozen
 
 DATA = sets.load("digits")
@@ -61,7 +61,7 @@ def case(name, dropout=0.1):
     if name in ("progressive", "guided"):
         return teacher, Progressive(teacher.guided(2.0 if name == "guided" else 1.0), uniform(teacher.denoiser.schedule, 8))
     flags = MethodFlags(method=name.removesuffix("-exact"), jvp="exact" if name.endswith("-exact") else "finite")
-    student = with_two_times(teacher) if METHODS[flags.method].two_times else teacher
+    student = student_of(flags, teacher)
     return student, method_of(flags, teacher, student, DATA, 0)
 
 

@@ -17,6 +17,7 @@ from eval.progress import progress
 from recipes.common.methods import METHODS, MethodFlags, teacher_weight, terms_of
 from recipes.data.sets import Data
 from teachers import Teacher
+from teachers.students import with_heads, with_slow_time, with_two_times
 
 LEVELS = torch.linspace(-9, 13, 23)  # log-SNRs at which --target-mix auto estimates the teacher's bias
 
@@ -60,6 +61,19 @@ def method_of(
     options["distance"] = distance_of(flags.distance or defaults.distance, data)
     method = defaults.build(flags, target_of(flags, teacher, student, data, seed, device), options)
     return Regularized(method, terms) if terms else method
+
+
+def student_of(flags: MethodFlags, model: Teacher) -> Teacher:
+    """Return the model with the time embedding, the second time or the heads that the method needs.
+
+    Raises ValueError where the network cannot have them.
+    """
+    defaults = METHODS[flags.method]
+    if defaults.slow_time if flags.slow_time is None else flags.slow_time:
+        model = with_slow_time(model)
+    if flags.method == "pdd":
+        return with_heads(model, flags.heads)
+    return with_two_times(model) if defaults.two_times else model
 
 
 def distance_of(name: str, data: Data) -> Distance:

@@ -31,7 +31,7 @@ class MethodFlags(Checked):
 
     method: str = flag(
         "cd",
-        "cd, scd, cmt, lmd, psd, meanflow, alpha_flow, denoise distil a teacher, dmd, sid refine a student; ct, ict, ect, sct train on"
+        "cd, scd, cmt, lmd, psd, pdd, meanflow, alpha_flow, denoise distil a teacher, dmd, sid refine a student; ct, ict, ect, sct train on"
         " data",
         choices=lambda: METHODS,
     )
@@ -97,6 +97,9 @@ class MethodFlags(Checked):
     )
     second_lr: float = method_flag(1e-3, "dmd, sid: learning rate of the fake denoiser", short=False, **LEARNING_RATE)
     sid_alpha: float = method_flag(1.0, "sid: alpha of its loss, 1 to 1.2 in the paper", short=False, at_least=0, at_most=2)
+    heads: int = method_flag(
+        16, "pdd: last layers of the student, one for each step of its grid", short=False, at_least=2, at_most=256
+    )
     data_free: bool = method_flag(False, "begin at pure noise and use no training image", short=False)
     sampler: str | None = method_flag(
         None,
@@ -215,6 +218,15 @@ def dmd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
     return Matching(teacher, second, steps_of(flags)[0], flags.sid_alpha if flags.method == "sid" else None)
 
 
+def pdd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.decoding import ParallelDecoding
+
+    starts = max(steps_of(flags))
+    if wrong := [n for n in (starts, *steps_of(flags)) if flags.heads % n or starts % n]:
+        raise ValueError(f"--steps {wrong[0]}: accepted with pdd are divisors of --heads {flags.heads} and of the largest one")
+    return ParallelDecoding(target, flags.heads, starts, data_free=flags.data_free)
+
+
 def steps_of(flags: MethodFlags) -> tuple[int, ...]:
     """Return the step counts of the student."""
     return flags.steps or METHODS[flags.method].steps
@@ -253,6 +265,7 @@ METHODS: dict[str, MethodDefaults] = {
     "psd": MethodDefaults(psd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True),
     "alpha_flow": MethodDefaults(alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True),
     "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, jumps="sorted"),
+    "pdd": MethodDefaults(pdd, 1.0, ("heads", "data_free"), sampler="jump", from_data=False),
     "dmd": MethodDefaults(dmd, 1.0, SECOND, sampler="consistency", from_data=False, steps=(1,)),
     "sid": MethodDefaults(dmd, 1.0, (*SECOND, "sid_alpha"), sampler="consistency", from_data=False, steps=(1,)),
     "denoise": MethodDefaults(denoise, 1.0, (), sampler="ddim", from_data=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,24 +55,89 @@ class SlowTime(nn.Module):
         return self.linear(self.waves(t))
 
 
+class Heads(nn.Module):
+    """Replace a UNet's last convolution by N of them, one for each step of a grid, and return a weighted mean of their outputs.
+
+    ``inputs``, ``times``: the grid [N + 1] as the network's time input, and on the straight path, from noise to data. A jump from t to s
+    takes each head with its step's share of the straight path between s and t; the head of the step that begins at t where s is t.
+    """
+
+    inputs: Tensor
+    times: Tensor
+
+    def __init__(self, last: nn.Conv2d, inputs: list[float], times: list[float]):
+        super().__init__()
+        self.count = len(times) - 1
+        out, into, *kernel = last.weight.shape
+        self.conv = nn.Conv2d(into, self.count * out, kernel, padding=last.padding)  # type: ignore[arg-type]
+        self.register_buffer("inputs", torch.tensor(inputs), persistent=False)
+        self.register_buffer("times", torch.tensor(times), persistent=False)
+        self.weights: Tensor | None = None
+
+    def weights_of(self, t: Tensor, to: Tensor | None, head: Tensor | None) -> Tensor:
+        """Return the weight of each head, [B, N], for jumps from ``t`` to ``to`` (None: t), or for single heads [B]."""
+        start = self._straight(t)
+        end = start if to is None else self._straight(to)
+        high, low = self.times[:-1], self.times[1:]
+        overlap = (torch.minimum(start[:, None], high) - torch.maximum(end[:, None], low)).clamp(min=0)
+        alone = ((start[:, None] <= high + 1e-6) & (start[:, None] > low + 1e-6)).to(overlap)
+        if head is not None:
+            alone = nn.functional.one_hot(head.to(t.device), self.count).to(overlap)
+        single = (start - end < 1e-6)[:, None] if head is None else torch.ones_like(start, dtype=torch.bool)[:, None]
+        return torch.where(single, alone, overlap / (start - end).clamp(min=1e-6)[:, None])
+
+    def fused(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the one convolution that stands for all heads with these weights [N]."""
+        assert self.conv.bias is not None
+        weight, bias = (p.detach().unflatten(0, (self.count, -1)) for p in (self.conv.weight, self.conv.bias))
+        return torch.einsum("n,n...->...", weights, weight), torch.einsum("n,n...->...", weights, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, self.weights = self.weights, None
+        assert weights is not None
+        return torch.einsum("bn,bnchw->bchw", weights.to(x.dtype), self.conv(x).unflatten(1, (self.count, -1)))
+
+    def _straight(self, t: Tensor) -> Tensor:
+        """Return the time on the straight path of a time input, linear between the entries of the grid."""
+        inputs, times = self.inputs.flip(0), self.times.flip(0)  # rising
+        i = torch.searchsorted(inputs, t.to(inputs).contiguous()).clamp(1, self.count)
+        share = ((t - inputs[i - 1]) / (inputs[i] - inputs[i - 1])).clamp(0, 1)
+        return torch.lerp(times[i - 1], times[i], share)
+
+
 class UNet(nn.Module):
     """Call a UNet2DModel as (x [B, C, H, W], t [B], labels [B] or None) -> [B, C, H, W], without a learned variance.
 
     ``reach``: the longest jump, in the network's time input, of a two-time network; None for one time. A two-time network also takes
     ``to`` [B], the end of the jump from t, by default t. ``slow``: (first, last) time input of a network with `SlowTime`.
+    ``heads``: (inputs, times) of a network with `Heads`, which takes ``to``, or ``head`` [B], the number of a single one.
     """
 
-    def __init__(self, unet: nn.Module, reach: float | None = None, slow: tuple[float, float] | None = None):
+    def __init__(
+        self,
+        unet: nn.Module,
+        reach: float | None = None,
+        slow: tuple[float, float] | None = None,
+        heads: tuple[list[float], list[float]] | None = None,
+    ):
         super().__init__()
-        self.unet, self.two_times, self.slow = unet, reach is not None, slow
+        self.unet, self.slow, self.heads = unet, slow, heads is not None
+        self.two_times = reach is not None or self.heads
+        if heads is not None:
+            unet.conv_out = Heads(unet.conv_out, *heads)  # type: ignore[arg-type]
         width: int = unet.config["block_out_channels"][0]  # type: ignore
         if slow is not None:
             unet.time_proj = SlowTime(width, *slow)
         if reach is not None:
             unet.time_proj = TwoTimes(unet.time_proj, width, reach)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, to: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, to: Tensor | None = None, head: Tensor | None = None
+    ) -> Tensor:
         self._set_length(t, to)
+        if self.heads:
+            last: Any = self.unet.conv_out
+            last.weights = last.weights_of(t, to, head)
         return self.unet(x, t, class_labels=labels, return_dict=False)[0][:, : x.shape[1]]
 
     def embedding(self, t: Tensor, to: Tensor | None = None) -> Tensor:
@@ -80,6 +146,8 @@ class UNet(nn.Module):
         return self.unet.time_proj(t)  # type: ignore[operator]
 
     def _set_length(self, t: Tensor, to: Tensor | None) -> None:
+        if self.heads:
+            return
         if self.two_times:
             self.unet.time_proj.length = t - (t if to is None else to)  # type: ignore[union-attr]
         elif to is not None:
@@ -87,14 +155,14 @@ class UNet(nn.Module):
 
 
 def build(config: dict) -> UNet:
-    """Build a network from its description's "config": the options of UNet2DModel, and perhaps "reach" and "slow"."""
+    """Build a network from its description's "config": the options of UNet2DModel, and perhaps "reach", "slow" and "heads"."""
     for package in ("diffusers.models.transformers", "diffusers.models.unets"):
         delay(package)  # they import transformers and scipy, which a UNet2DModel does not use
     from diffusers import UNet2DModel
 
     config = dict(config)
-    reach, slow = config.pop("reach", None), config.pop("slow", None)
-    return UNet(UNet2DModel(**config), reach, None if slow is None else tuple(slow))  # type: ignore[arg-type]
+    reach, slow, heads = (config.pop(key, None) for key in ("reach", "slow", "heads"))
+    return UNet(UNet2DModel(**config), reach, *(None if value is None else tuple(value) for value in (slow, heads)))  # type: ignore
 
 
 def describe(unet: nn.Module) -> dict:
