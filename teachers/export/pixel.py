@@ -62,8 +62,15 @@ def steps_of(model: Teacher) -> list[int]:
 
 
 def pipelines(model: Teacher) -> dict[str, tuple[list[int], int | None]]:
-    """Return the pipelines of a model, {name: (accepted step counts, the one that is baked in or None)}."""
+    """Return the pipelines of a model, {name: (accepted step counts, the one that is baked in or None)}.
+
+    Raises ValueError for a student with heads that takes several steps only: stock networks have one last layer for all steps.
+    """
     made = steps_of(model)
+    if getattr(model.parametric.net, "heads", False):
+        if 1 not in made:
+            raise ValueError(f"a student with heads has a stock pipeline for 1 step, and this one takes {made} steps")
+        made = [1]
     baking = sorted(n for n in made if needs_baking(model, n))
     plain = [n for n in made if n not in baking]
     out: dict[str, tuple[list[int], int | None]] = {"pipeline": (plain, None)} if plain else {}
@@ -123,8 +130,12 @@ def baked(model: Teacher, steps: int) -> tuple[Any, Any]:
     else:
         scheduler = scheduler_of(Table(tuple(table.tolist())), d.prediction)
     twin = type(unet)(**{**unet.config, "time_embedding_type": "learned", "num_train_timesteps": len(embedding)})
-    weights = {k: v for k, v in unet.state_dict().items() if not k.startswith("time_proj.")}
-    twin.load_state_dict(weights | {"time_proj.weight": embedding})
+    weights = {k: v for k, v in unet.state_dict().items() if not k.startswith("time_proj.")} | {"time_proj.weight": embedding}
+    if net.heads:
+        weights = {k: v for k, v in weights.items() if not k.startswith("conv_out.")}
+        fused = unet.conv_out.fused(unet.conv_out.weights_of(c_noise[1:], c_noise[:-1], None)[0])
+        weights |= dict(zip(("conv_out.weight", "conv_out.bias"), fused, strict=True))
+    twin.load_state_dict(weights)
     return twin.eval(), scheduler
 
 
