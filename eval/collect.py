@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.gathering import gather_rows
 from eval.metrics import Features, Moments, Reference, measure, measure_moments
+from eval.variety import spread
 
 INCOMPLETE = "an index is missing or occurs twice"
 
@@ -50,7 +51,8 @@ class AllFeatures:
         assert torch.equal(index[order], torch.arange(images)), INCOMPLETE
         labels, logits = (None if rows is None else rows[order] for rows in (labels, logits))
         features = Features(fid[order], logits)
-        return measure(features, self.reference) | _class_counts(features.logits, labels, classes)
+        varied = {"spread": spread(features.fid, labels)}
+        return measure(features, self.reference) | varied | _class_counts(features.logits, labels, classes)
 
 
 class MomentsOnly:

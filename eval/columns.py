@@ -19,6 +19,8 @@ COLUMNS = {
     "isc": "IS",
     "precision": "precision",
     "recall": "recall",
+    "coverage": "coverage",
+    "diversity": "diversity",
     "agreement": "class agreement",
     "nearest_real": "nearest real",
     "copies": "copies",
@@ -43,6 +45,9 @@ NOTES = {
     "same_as": "this sampler makes the same arithmetic at this step count as the named cell, and shares its measurement",
     "drift": "distance to the teacher's images from the same noise, divided by the distance between the teacher's images from "
     "different noise; 0 means equal images, 1 means unrelated images",
+    "coverage": "fraction of real images with a generated image nearer than their 5th nearest real one",
+    "diversity": "mean distance of two images of one class in feature space, divided by that of the teacher at its largest number of DDIM "
+    "steps",
     "agreement": "fraction of images that the feature extractor assigns to the requested class",
     "nearest_real": "median distance to the nearest real image, divided by this median among real images; values well below 1 "
     "indicate memorisation",
@@ -67,7 +72,7 @@ FACTS = {  # entries of the protocol and of a run
 }
 _FORMATS: dict[str, tuple[float, str]] = {  # factor and format of a column's numbers
     **dict.fromkeys(("fid", "fid_interval", "fid_infinity", "ratio", "drift", "isc"), (1, ".3f")),
-    **dict.fromkeys(("precision", "recall", "agreement", "nearest_real", "copies"), (1, ".3f")),
+    **dict.fromkeys(("precision", "recall", "coverage", "diversity", "agreement", "nearest_real", "copies"), (1, ".3f")),
     **dict.fromkeys(("kid", "seconds_per_image", "seconds_interval", "decode_seconds_per_image"), (1000, ".2f")),
     "nfe": (1, "g"),
     "equivalent_nfe": (1, ".1f"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -42,6 +43,14 @@ def resident_bytes(device: torch.device) -> int:
     if STATUS.exists():
         return int(STATUS.read_text(encoding="ascii").partition("VmRSS:")[2].split()[0]) * 1024
     return int(1e9 * peak_memory_gb(device))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_gb` count from now on, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # not Linux, or not allowed
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def memory() -> int:

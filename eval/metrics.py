@@ -30,6 +30,7 @@ from torch import Tensor
 from eval import fidelity
 from eval.machine import cores
 from eval.memorisation import memorisation
+from eval.variety import coverage
 
 GROUPS = 20
 T_975 = 2.093  # Student's t, 19 degrees of freedom
@@ -218,8 +219,9 @@ def measure(features: Features, reference: Reference) -> dict:
     row = fid_with_interval(features.fid, reference)
     row["isc"] = None if features.logits is None else fidelity.inception_score(features.logits)
     if reference.features is None:
-        return row | dict.fromkeys(("kid", "kid_spread", "precision", "recall", "nearest_real", "copies"))
+        return row | dict.fromkeys(("kid", "kid_spread", "precision", "recall", "coverage", "nearest_real", "copies"))
     kid, kid_spread = fidelity.kid(features.fid, reference.features)
     precision, recall = fidelity.precision_recall(features.fid, reference.features)
     row |= {"kid": kid, "kid_spread": kid_spread, "precision": precision, "recall": recall}
+    row["coverage"] = coverage(features.fid, reference.features)
     return row | memorisation(features.fid, reference.features)

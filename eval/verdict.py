@@ -59,7 +59,8 @@ def equivalent_nfe(row: dict, teachers: list[dict]) -> float | None:
 def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
     """Return the rows with their comparison to the teacher. ``kept``: name -> first images of the cell, uint8 [n, C, H, W].
 
-    Adds ``ratio`` (FID over the FID of `reference_row`) and ``drift``, for students also ``equivalent_nfe`` and the `break_even`.
+    Adds ``ratio`` (FID over the FID of `reference_row`), ``diversity`` (`eval.variety.spread` over that of `reference_row`) and ``drift``,
+    for students also ``equivalent_nfe`` and the `break_even`.
     """
     baseline, teachers = reference_row(rows), _of("teacher", rows)
     out = []
@@ -68,6 +69,8 @@ def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
             new: dict = {}
             if baseline is not None:
                 new["ratio"] = row["fid"] / baseline["fid"]
+                if row.get("spread") and baseline.get("spread"):
+                    new["diversity"] = row["spread"] / baseline["spread"]
                 if row is not baseline:
                     new["drift"] = drift(kept[row["name"]], kept[baseline["name"]])
             if row["role"] == "student" and teachers:

@@ -74,19 +74,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def distil(config: Config, e: Experiment) -> None:
-    """Train f(x_t, t) ~ sg f(x_s, s) along the target's path (2303.01469, Alg. 2 and 3), or by another method of `METHODS`."""
+    """Train and measure a student."""
     with e:
-        teacher = e.teacher
-        if teacher is not None:
+        if e.teacher is not None:
             e.add_baselines(64)
-            teacher = replace(teacher, denoiser=under_autocast(teacher.denoiser, config.autocast_of_teacher))
-        device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
-        method = method_of(config, teacher, e.student, e.data, config.seed, device)
-        student, first = e.student, start_of(config, teacher)
+        learn(config, e)
+
+
+def learn(config: Config, e: Experiment, plan: bool = True) -> None:
+    """Train f(x_t, t) ~ sg f(x_s, s) along the target's path (2303.01469, Alg. 2 and 3), or by another method of `METHODS`. ``plan``: say first what it will take."""
+    teacher, student = e.teacher, e.student
+    if teacher is not None:
+        teacher = replace(teacher, denoiser=under_autocast(teacher.denoiser, config.autocast_of_teacher))
+    device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
+    method, first = method_of(config, teacher, student, e.data, config.seed, device), start_of(config, teacher)
+    if plan:
         e.plan(method, [budget(config), *([budget(config, of_start=True)] if first else [])], steps_of(config))
-        if first:
-            student = e.stage(f"start-{start(config)}", student, first, budget(config, of_start=True))
-        e.stage(config.method, student, method, budget(config), sampling(config), label=config.method)
+    if first:
+        student = e.stage(f"start-{start(config)}", student, first, budget(config, of_start=True))
+    e.stage(config.method, student, method, budget(config), sampling(config), label=config.method)
 
 
 def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:

@@ -108,26 +108,32 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def distil(config: Config, e: Experiment) -> None:
-    """Salimans & Ho 2202.00512, Alg. 2."""
+    """Train and measure the students of all stages."""
+    with e:
+        e.add_baselines(config.start_steps, config.guidance)
+        learn(config, e)
+
+
+def learn(config: Config, e: Experiment, plan: bool = True) -> None:
+    """Salimans & Ho 2202.00512, Alg. 2. ``plan``: say first what it will take."""
     assert e.teacher is not None
     steps, student, precision = ladder(config), e.student, config.autocast_of_teacher
     target = under_autocast(e.teacher.guided(config.guidance), precision)
     pairs = list(pairwise([config.start_steps, *steps]))
-    with e:
-        e.add_baselines(config.start_steps, config.guidance)
+    if plan:
         first = stage_loss(config, on_schedule(target, student.denoiser.schedule), *pairs[0])
         more = sum(budget(config, n).trained_images * (m // n - pairs[0][0] // pairs[0][1]) for m, n in pairs)
         warm = [config.start_steps] if needs_warm_start(config, student) else []
         e.plan(first, [budget(config, n) for n in (*warm, *steps)], steps, more=more)
-        restart(config, e, steps)
-        if needs_warm_start(config, student):
-            student = e.stage("v", as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
-            target = under_autocast(student.denoiser, precision)
-        for before, n in pairs:  # N <- N / 2
-            student, go_on = climb(config, e, student, stage_loss(config, target, before, n), n)
-            target = under_autocast(student.denoiser, precision)  # the student is the next teacher
-            if not go_on:
-                break
+    restart(config, e, steps)
+    if needs_warm_start(config, student):
+        student = e.stage("v", as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
+        target = under_autocast(student.denoiser, precision)
+    for before, n in pairs:  # N <- N / 2
+        student, go_on = climb(config, e, student, stage_loss(config, target, before, n), n)
+        target = under_autocast(student.denoiser, precision)  # the student is the next teacher
+        if not go_on:
+            break
 
 
 def climb(config: Config, e: Experiment, student: Teacher, loss: Progressive, n: int) -> tuple[Teacher, bool]:

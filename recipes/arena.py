@@ -1,0 +1,191 @@
+"""Compare distillation methods: one teacher, equal training images, several training seeds, one measurement, one page.
+
+    accelerate launch recipes/arena.py                                       all methods on digits, 3 seeds, hours on two CPU cores
+    python recipes/arena.py --methods cd ect+cmt lmd --seeds 1               some of them
+
+Every training is a run of its own under OUTPUT_DIR/trainings and continues where it was killed; finished cells of the measurement are
+kept. Training seeds change the data order and all noise of training; all students are measured on the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from recipes.common import flags
+from recipes.common.accepted import STEPS, TRAINED
+from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.methods import METHODS
+
+DONE = "done.json"  # of a training, with its peak memory
+
+PRESETS: dict[str, dict] = {
+    "default": {},
+    "smoke": {
+        "methods": ("cd", "pdd"), "training_images": 512, "seeds": 2, "images": 200, "sweep_steps": (1, 2), "steps": (1, 2),
+        "samplers": ("ddim",),
+    },
+}  # fmt: skip
+
+
+def _consistency(method: str, *more: str) -> Callable[[int], list[str]]:
+    return lambda images: ["--method", method, "--training-images", str(images), *more]
+
+
+# name -> training images -> flags of recipes/consistency.py; those of recipes/progressive.py where the first is --images-per-stage
+ENTRANTS: dict[str, Callable[[int], list[str]]] = {
+    "progressive": lambda images: ["--images-per-stage", str(max(1, round(images / 6.5)))],  # its stages have 6.5 times that
+    **{name: _consistency(name) for name in METHODS if name not in ("denoise", "dmd", "sid")},
+    "ect+cmt": _consistency("ect", "--target-mix", "1", "--start", "cmt"),
+    "scd exact": _consistency("scd", "--jvp", "exact", "--slow-time", "--start", "denoise"),
+    "meanflow exact": _consistency("meanflow", "--jvp", "exact", "--slow-time", "--start", "denoise"),
+    "lmd data-free": _consistency("lmd", "--data-free"),
+    "pdd data-free": _consistency("pdd", "--data-free"),
+    "cmt data-free": _consistency("cmt", "--data-free"),
+    "dmd": _consistency("dmd", "--start", "cmt", "--start-part", "0.75", "--lr", "2e-4"),
+    "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.75", "--lr", "2e-4"),
+}
+
+
+@dataclass(frozen=True)
+class Config(flags.RunFlags, flags.SweepFlags):
+    preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
+    teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")
+    data: str = model_flag("digits", "the training data (accepted: --help data)")
+    output_dir: str = flags.output_dir("runs/arena-digits")
+    methods: tuple[str, ...] = flag(tuple(ENTRANTS), "what is compared", choices=ENTRANTS)
+    seeds: int = flag(3, "trainings of each method", at_least=1, at_most=10)
+    training_images: int = training_flag(128_000, "training images of each student, its start included", **TRAINED)
+    steps: tuple[int, ...] = flag((1, 2, 4), "step counts of the students that take several", **STEPS)
+    samplers: tuple[str, ...] = measuring_flag(
+        ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis"), "training-free samplers of the teacher", short=False
+    )
+    images: int = measuring_flag(10_000, "generated images per cell", at_least=40, at_most=10_000_000)
+
+    MAY_CHANGE: ClassVar = ("methods", "seeds", "samplers", "sweep_steps")
+    TOPICS: ClassVar = flags.TOPICS
+
+
+flags_first(__name__, Config, __doc__, PRESETS)
+
+import shlex
+import sys
+
+import teachers
+from distill import reading
+from distill.files import write_json, write_text
+from eval import arena, machine
+from eval.features import Extractor
+from eval.report import pictures_of
+from eval.sweep import Cell
+from eval.verdict import good, with_comparisons
+from recipes import consistency, progressive
+from recipes.common.checks import check_match
+from recipes.common.interrupts import interruptible
+from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
+from recipes.common.run import Run, device_name, versions
+from recipes.data import sets
+from teachers import Teacher
+from teachers.saved import Stored
+
+
+@interruptible()
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse(Config, __doc__, PRESETS, argv)
+        teacher = teachers.load(config.teacher)
+        data = check_match(teacher, sets.load(config.data), training=True)
+        extractor = Extractor.create(config.features).fits(teacher.image_shape)
+        real = measured_against(config.reference, data, extractor)
+        run = Run.open(config)
+    files = {
+        (name, seed): train(config, run, name, seed, number)
+        for number, (name, seed) in enumerate(((name, seed) for seed in range(config.seeds) for name in config.methods), 1)
+    }
+    teacher.to(run.device)
+    measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
+    cells = baselines(teacher, "teacher", config.sweep_steps, config.samplers) + baselines(teacher, "teacher", (64,), ("ddim",))
+    for (name, seed), file in files.items():
+        cells += cells_of(config, file, teacher, f"{name} #{seed}")
+    rows = measurement.rows(run, cells)
+    run.from_main(lambda: write(config, run, rows))
+    run.say(f"arena: {run.folder / 'arena.html'}")
+    run.close()
+
+
+def train(config: Config, run: Run, name: str, seed: int, number: int) -> list[Path]:
+    """Train a method with one seed, unless its students are there. Return their files, from many steps to few."""
+    folder = folder_of(run, name, seed)
+    flags = ENTRANTS[name](config.training_images)
+    recipe = progressive if flags[0] == "--images-per-stage" else consistency
+    given = ["--teacher", config.teacher, "--data", config.data, "--seed", str(seed), "--threads", str(config.threads)]
+    if recipe is consistency and METHODS[flags[1]].steps != (1,):
+        given += ["--steps", *map(str, config.steps)]
+    done = folder / DONE
+    if not done.exists():
+        run.say(f"training {number}/{config.seeds * len(config.methods)}: {name}, seed {seed}")
+        machine.reset_peak_memory(run.device)
+        with one_line_errors():
+            own = parse(recipe.Config, recipe.__doc__ or "", recipe.PRESETS, [*given, *flags, "--output-dir", str(folder)])
+            e = recipe.prepare(own, teachers.load(config.teacher), sets.load(config.data))
+        recipe.learn(own, e, plan=False)
+        e.run.close()
+        if run.main:
+            write_json(done, {"memory_gb": machine.peak_memory_gb(run.device)})
+        run.accelerator.wait_for_everyone()
+    found = sorted(folder.glob("stages/*/student.safetensors"))
+    return [path for path in found if not path.parent.name.startswith("start-") and path.parent.name != "v"]
+
+
+def cells_of(config: Config, files: list[Path], teacher: Teacher, label: str) -> list[Cell]:
+    """Return the cells of the students of one training, at the step counts of the configuration."""
+    cells: list[Cell] = []
+    for path in files:
+        student = teachers.load(str(path))
+        stored = Stored(path, teacher, student.fingerprint, student.denoiser.schedule)
+        own = student_cells(student, label, config.steps, training_seconds(path))
+        cells += [replace(cell, model=stored) for cell in own]
+    return cells
+
+
+def write(config: Config, run: Run, rows: list[dict]) -> None:
+    """Write arena.json, arena.png and arena.html. A row that failed drops its method at that step count."""
+    cells = run.folder / "cells"
+    rows = with_comparisons(rows, {row["name"]: pictures_of(row, cells) for row in good(rows)})
+    free = [row for row in good(rows) if row["role"] == "teacher"]
+    standings = []
+    for name in config.methods:
+        memory = [
+            reading.read_json(done)["memory_gb"] for seed in range(config.seeds) if (done := folder_of(run, name, seed) / DONE)
+        ]
+        for steps in config.steps:
+            labels = [f"{name} #{seed}" for seed in range(config.seeds)]
+            own = [row for row in good(rows) if row["model"] in labels and row["steps"] == steps]
+            if len(own) == config.seeds:
+                standings.append(arena.Standing.of(name, steps, own, max(memory)))
+    facts = {
+        "teacher": config.teacher,
+        "training images": f"{config.training_images:,}",
+        "training seeds": config.seeds,
+        "generated images per cell": f"{config.images:,}",
+        "features": config.features,
+        "device": device_name(run.accelerator),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    write_json(run.folder / "arena.json", arena.as_json(standings, free, facts))
+    if standings:
+        arena.draw(standings, free, run.folder / "arena.png")
+    write_text(run.folder / "arena.html", arena.page(f"Methods on {config.data}", standings, free, facts, run.folder))
+    run.say(f"\n{arena.advice(standings)}")
+
+
+def folder_of(run: Run, name: str, seed: int) -> Path:
+    """Return the folder of one training."""
+    return run.folder / "trainings" / f"{name.replace(' ', '-')}-{seed}"
+
+
+if __name__ == "__main__":
+    main()
