@@ -82,7 +82,10 @@ def distil(config: Config, e: Experiment) -> None:
 
 
 def learn(config: Config, e: Experiment, plan: bool = True) -> None:
-    """Train f(x_t, t) ~ sg f(x_s, s) along the target's path (2303.01469, Alg. 2 and 3), or by another method of `METHODS`. ``plan``: say first what it will take."""
+    """Train f(x_t, t) ~ sg f(x_s, s) along the target's path (2303.01469, Alg. 2 and 3), or by another method of `METHODS`.
+
+    ``plan``: say first what it will take.
+    """
     teacher, student = e.teacher, e.student
     if teacher is not None:
         teacher = replace(teacher, denoiser=under_autocast(teacher.denoiser, config.autocast_of_teacher))
