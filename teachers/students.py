@@ -40,7 +40,8 @@ def with_two_times(model: Teacher) -> Teacher:
         )
     config = model.network["config"] | {"reach": abs(first - last)}
     twin = unet.build(config)
-    twin.load_state_dict(net.state_dict() | {k: v for k, v in twin.state_dict().items() if "length_linear" in k})
+    kept = {k.replace("time_proj.", "time_proj.projection."): v for k, v in net.state_dict().items()}
+    twin.load_state_dict(kept | {k: v for k, v in twin.state_dict().items() if "length_linear" in k})
     twin.train(net.training)
     return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
 

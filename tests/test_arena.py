@@ -1,0 +1,59 @@
+"""The arena: what a standing's interval covers, the front, and a run that goes on where it was killed."""
+
+import json
+import math
+from statistics import stdev
+
+import pytest
+from conftest import here
+
+from eval.arena import Standing, advice, front, quantile
+from recipes import arena, consistency
+
+
+def row(fid, half, seconds=10.0, **more):
+    return {"fid": fid, "fid_interval": [fid - half, fid + half], "training_seconds": seconds, **more}
+
+
+def test_the_interval_covers_training_seeds_and_samples():
+    one = Standing.of("cd", 1, [row(1.0, 0.1)])
+    assert (one.fid, one.half) == (1.0, pytest.approx(0.1))
+    three = Standing.of("cd", 1, [row(f, 0.1, diversity=d) for f, d in ((1.0, 0.8), (1.2, 0.9), (1.4, 1.0))])
+    assert three.fid == pytest.approx(1.2)
+    assert three.half == pytest.approx(math.hypot(4.303 * stdev((1.0, 1.2, 1.4)) / math.sqrt(3), 0.1))
+    assert dict(three.means) == {"diversity": pytest.approx(0.9)}
+    assert quantile(1) == 12.706 and quantile(100) == quantile(9)
+
+
+def test_the_front_holds_what_nothing_cheaper_beats_and_the_advice_names_it():
+    named = {name: Standing.of(name, 1, [row(fid, 0.01, s)]) for name, fid, s in (("a", 2.0, 5), ("b", 1.0, 9), ("c", 1.5, 20))}
+    assert [s.method for s in front(list(named.values()))] == ["a", "b"]
+    said = advice(list(named.values()))
+    assert said == "For 1 evaluation take from 5 s of training a (FID 2 ± 0.01), from 9 s of training b (FID 1 ± 0.01)."
+
+
+@pytest.mark.slow
+def test_a_killed_arena_goes_on_and_trains_nothing_twice(new, tmp_path, monkeypatch):
+    flags = (
+        "--methods cd pdd sid --seeds 2 --training-images 64 --steps 1 2 --images 60 --chunk 60 --sweep-steps 1 --samplers ddim"
+    )
+    arguments = (flags, "--teacher", new, "--output-dir", tmp_path / "arena", "--threads", "1")
+    trained, learn = [], consistency.learn
+
+    def counted(config, e, plan):
+        trained.append((config.method, config.seed))
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        learn(config, e, plan)
+
+    monkeypatch.setattr(consistency, "learn", counted)
+    monkeypatch.setattr(consistency, "PRESETS", consistency.PRESETS | {"default": {"force": True, "batch_size": 32}})
+    with pytest.raises(SystemExit):
+        here(arena.main, *arguments)
+    here(arena.main, *arguments)
+    assert trained == [("cd", 0), ("pdd", 0), ("sid", 0), ("cd", 1), ("cd", 1), ("pdd", 1), ("sid", 1)]
+    out = json.loads((tmp_path / "arena" / "arena.json").read_text())
+    assert {(s["method"], s["steps"]) for s in out["standings"]} == {("cd", 1), ("cd", 2), ("pdd", 1), ("pdd", 2), ("sid", 1)}
+    assert all(len(s["fids"]) == 2 and s["memory_gb"] > 0 and s["seconds"] > 0 for s in out["standings"])
+    page = (tmp_path / "arena" / "arena.html").read_text()
+    assert "data:image/png" in page and out["advice"].split(" (")[0] in page
