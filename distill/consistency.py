@@ -75,6 +75,7 @@ class Gap:
         sigma_s = sigma_t max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b sigma_t)))
 
     ``stages``: how often the gap shrinks by the factor q over the run. sigma_s = 0 means that the target is the data sample.
+    ``constant``: instead, sigma_s = sigma_t (1 - constant) throughout, for a student that mid-training has prepared (2509.24526).
     """
 
     mean: float = -1.1
@@ -83,12 +84,14 @@ class Gap:
     k: float = 8.0
     b: float = 1.0
     stages: int = 8
+    constant: float | None = None
 
     def __call__(self, schedule: Schedule, rng: Rng, progress: float) -> tuple[Tensor, Tensor]:
         u = rng.uniform().double()
         sigma = torch.exp(self.mean + self.deviation * math.sqrt(2) * torch.erfinv(2 * u - 1)).clamp(1e-4, None)
         stage = min(int(progress * self.stages), self.stages - 1)
-        ratio = 1 - self.q ** -(stage + 1) * (1 + self.k * torch.sigmoid(-self.b * sigma))
+        gap = self.q ** -(stage + 1) * (1 + self.k * torch.sigmoid(-self.b * sigma))
+        ratio = 1 - (gap if self.constant is None else torch.full_like(sigma, self.constant))
         t = schedule.time_of(sigma).clamp(max=schedule.t_max)
         t = torch.where(sigma >= HIGHEST, torch.full_like(t, schedule.t_max), t)
         s = schedule.time_of(sigma.clamp(max=HIGHEST) * ratio.clamp(min=0))

@@ -89,6 +89,13 @@ class MethodFlags(Checked):
         short=False,
         own=lambda v: METHODS[v["method"]].jumps,
     )
+    gap: float | None = method_flag(
+        None,
+        "ect: a constant gap, as part of the noise level; otherwise it shrinks over the run",
+        short=False,
+        above=0,
+        at_most=1,
+    )
     alpha: float | None = method_flag(
         None, "alpha_flow: a fixed alpha, 1 is flow matching; otherwise it falls from 1", short=False, at_least=0, at_most=1
     )
@@ -158,7 +165,7 @@ def ict(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
 def ect(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
     from distill.consistency import Consistency, Gap
 
-    return Consistency(target, Gap(), **options)
+    return Consistency(target, Gap(constant=flags.gap), **options)
 
 
 def scm(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
@@ -257,7 +264,7 @@ METHODS: dict[str, MethodDefaults] = {
     "cd": MethodDefaults(cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order"), "truncated_snr", from_data=False),
     "ct": MethodDefaults(ct, 0.0, (*PAIRS, "grid"), "truncated_snr"),
     "ict": MethodDefaults(ict, 0.0, PAIRS, "inverse_gap", "pseudo_huber"),
-    "ect": MethodDefaults(ect, 0.0, PAIRS, "inverse_level"),
+    "ect": MethodDefaults(ect, 0.0, (*PAIRS, "gap"), "inverse_level"),
     "scd": MethodDefaults(scm, 1.0, ("jvp", "jvp_step"), from_data=False),
     "sct": MethodDefaults(scm, 0.0, ("jvp", "jvp_step")),
     "cmt": MethodDefaults(cmt, 1.0, ("data_free",), from_data=False),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.device import send
 from teachers.networks.late import delay
 
 
@@ -82,7 +83,7 @@ class Heads(nn.Module):
         overlap = (torch.minimum(start[:, None], high) - torch.maximum(end[:, None], low)).clamp(min=0)
         alone = ((start[:, None] <= high + 1e-6) & (start[:, None] > low + 1e-6)).to(overlap)
         if head is not None:
-            alone = nn.functional.one_hot(head.to(t.device), self.count).to(overlap)
+            alone = (send(head, t.device)[:, None] == torch.arange(self.count, device=t.device)).to(overlap)
         single = (start - end < 1e-6)[:, None] if head is None else torch.ones_like(start, dtype=torch.bool)[:, None]
         return torch.where(single, alone, overlap / (start - end).clamp(min=1e-6)[:, None])
 
