@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
 from distill.device import lay_out
 from distill.resume import gather_state, restore_state
 from distill.rng import Rng, seed_of
+from distill.zero import is_zero
 
 Rows = tuple[Tensor, dict[str, Tensor], slice]  # x0 [b, ...], its conditions, and its rows of the batch: a microbatch
 
@@ -43,9 +45,13 @@ class SecondTrainer:
     """Train the second network of a method: with its own optimizer, reduced over processes, saved and restored with the student."""
 
     def __init__(self, method: Any, accelerator: Accelerator):
+        if is_zero(accelerator):
+            raise ValueError(
+                "DeepSpeed shards one network, and this method trains two: choose configs/ddp.yaml or configs/fsdp2.yaml"
+            )
         self.method, self.accelerator, self.of = method, accelerator, method.second
         net = copy.deepcopy(self.of.begin.net).requires_grad_(True).train()
-        lay_out(net, accelerator.device)
+        lay_out(net, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
         adam = torch.optim.AdamW(net.parameters(), lr=self.of.lr, betas=self.of.betas, weight_decay=0.0, fused=True)
         self.net, self.optimizer = accelerator.prepare(net, adam)
         self.module = accelerator.unwrap_model(self.net)
@@ -76,7 +82,6 @@ class SecondTrainer:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Load the result of `state`."""
-        self.optimizer.optimizer.state.clear()
         own = {name.removeprefix("second."): value for name, value in tensors.items() if name.startswith("second.")}
         restore_state(own, self.module, self.optimizer.optimizer, None)
 
