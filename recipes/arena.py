@@ -39,8 +39,8 @@ ENTRANTS: dict[str, Callable[[int], list[str]]] = {
     "progressive": lambda images: ["--images-per-stage", str(max(1, round(images / 6.5)))],  # its stages have 6.5 times that
     **{name: _consistency(name) for name in METHODS if name not in ("denoise", "dmd", "sid")},
     "ect+cmt": _consistency("ect", "--target-mix", "1", "--start", "cmt"),
-    "scd exact": _consistency("scd", "--jvp", "exact", "--slow-time", "--start", "denoise"),
-    "meanflow exact": _consistency("meanflow", "--jvp", "exact", "--slow-time", "--start", "denoise"),
+    "scd exact": _consistency("scd", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
+    "meanflow exact": _consistency("meanflow", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
     "lmd data-free": _consistency("lmd", "--data-free"),
     "pdd data-free": _consistency("pdd", "--data-free"),
     "cmt data-free": _consistency("cmt", "--data-free"),

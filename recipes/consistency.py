@@ -151,13 +151,13 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
 
 
 def start(config: Config) -> str:
-    """Return the method that the student is trained by first, or none."""
+    """Return the method that the student is trained by first, or as-is."""
     return config.start or METHODS[config.method].start
 
 
 def start_of(config: Config, teacher: Teacher | None) -> Method | None:
     """Return the method that prepares the student; None where there is none."""
-    if start(config) == "none":
+    if start(config) == "as-is":
         return None
     target = DataSample() if teacher is None else Mix(teacher.denoiser)
     if start(config) == "denoise":
@@ -172,7 +172,7 @@ def sampling(config: Config) -> Sampling:
 
 def budget(config: Config, of_start: bool = False) -> Optimization:
     """Return the training of the student, or that of its start. Both together have the images of the configuration."""
-    part = 0.0 if start(config) == "none" else config.start_part
+    part = 0.0 if start(config) == "as-is" else config.start_part
     images = round(config.training_images * (part if of_start else 1 - part))
     return Optimization(
         images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images,

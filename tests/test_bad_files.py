@@ -12,7 +12,16 @@ from recipes.common.accepted import PATHS, flag_of, number_kind
 from recipes.data import sets
 
 SPECS = {"model": "models", "teacher": "models", "student": "models", "data": "data", "runs": "runs"}
-FREE = {"features", "sampler", "samplers", "target_mix", "regularize", "license", "push_to_hub"}  # texts that name no file
+FREE = {
+    "features",
+    "sampler",
+    "samplers",
+    "target_mix",
+    "regularize",
+    "jumps",
+    "license",
+    "push_to_hub",
+}  # texts that name no file
 FEW = (
     "absent",
     "pipe",

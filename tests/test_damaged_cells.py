@@ -77,7 +77,7 @@ def test_the_cell_of_another_model_or_protocol_is_not_used_and_not_damaged(cell,
 def test_damaged_timings_are_measured_again(tmp_path):
     path = tmp_path / timing.FILE
     write_sealed(path, {"of": "x", "seconds": {"a": [1.0]}})
-    assert timing._read(path, "x") == {"a": [1.0]} and timing._read(path, "y") is None
+    assert timing._read(path, "x")["seconds"] == {"a": [1.0]} and timing._read(path, "y") is None
     path.write_text(path.read_text().replace("1.0", "1.1"))
     assert timing._read(path, "x") is None
 

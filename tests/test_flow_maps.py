@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from closed_forms import MEAN, ORACLE, STD, Exact, ExactJump, Small, data, mixture, rng
+from closed_forms import MEAN, ORACLE, STD, Exact, ExactJump, Small, SmallHeads, data, mixture, rng
 from conftest import refuses
 from torch import nn
 
@@ -40,6 +40,7 @@ LEARNED = {  # with the distance to the exact map that 1000 steps of 256 samples
     "jumps by cmt": (MidTraining(ORACLE, jumps=True), 0.13),
     "lmd, jumps": (Landing(TEACHER), 0.115),
     "lmd without data, jumps": (Landing(TEACHER, data_free=True), 0.115),
+    "pdd": (ParallelDecoding(TEACHER, 8), 0.2),
     "psd, jumps": (SelfSplitting(TEACHER), 0.22),
     "alpha_flow, jumps": (AlphaFlow(TEACHER), 0.17),
 }
@@ -51,7 +52,7 @@ def test_every_method_learns_the_map_of_a_mixture(name):
     """In one step from pure noise, root mean square distance to where 200 Heun steps of the oracle end; its own single step, the
     mean of the data, is 0.63 away."""
     method, within = LEARNED[name]
-    student = Denoiser(Small(), Cosine())
+    student = Denoiser(SmallHeads() if name.startswith("pdd") else Small(), Cosine())
     optimizer = torch.optim.Adam(student.net.parameters())
     steps, batch = 1000, 256
     for step in range(steps):
@@ -64,7 +65,7 @@ def test_every_method_learns_the_map_of_a_mixture(name):
         optimizer.step()
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(5))
     exact = heun(ORACLE, x.double(), grid.uniform(Cosine(), 200)).float()
-    end = {"to": torch.zeros(2000)} if "meanflow" in name or "jumps" in name else {}
+    end = {"to": torch.zeros(2000)} if any(word in name for word in ("meanflow", "jumps", "pdd")) else {}
     with torch.no_grad():
         error = (student(x, torch.ones(2000), **end) - exact).square().mean().sqrt()
     assert error < within, error

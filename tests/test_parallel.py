@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from closed_forms import ORACLE, Small
+from closed_forms import ORACLE, Small, SmallHeads
 from collectives import counted
 from processes import together
 from test_flow_maps import LEARNED
@@ -16,6 +16,7 @@ from test_flow_maps import LEARNED
 import teachers
 from distill import files
 from distill.consistency import Consistency, Neighbours, truncated_snr
+from distill.decoding import ParallelDecoding
 from distill.denoiser import Denoiser
 from distill.matching import Matching
 from distill.regression import Regression
@@ -43,15 +44,17 @@ def compare_gradients():
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)).double()
-    methods = {name: method for name, (method, _) in LEARNED.items()}
+    methods = {name: method for name, (method, _) in LEARNED.items() if name != "pdd"}
     methods["regularized"] = Regularized(methods["cd"], (("martingale", 0.1), ("fokker-planck", 0.01)))
     methods["posterior-mean"] = Regression(PosteriorMean())
     fake, other = (Denoiser(Small().double(), Cosine()) for _ in range(2))
     for name, alpha in (("dmd", None), ("sid", 1.0)):
         methods[name] = Matching(ORACLE, Second(fake), 2, alpha)
     methods["fake denoiser"] = lambda second, x0, **given: methods["dmd"].second_loss(second, other, x0, **given)
+    methods["pdd"] = ParallelDecoding(Mix(ORACLE), 8)
+    methods["pdd without data"] = ParallelDecoding(Mix(ORACLE), 8, data_free=True)
     for name, method in methods.items():
-        alone = Denoiser(Small().double(), Cosine())
+        alone = Denoiser((SmallHeads() if name.startswith("pdd") else Small()).double(), Cosine())
         shared = replace(alone, net=accelerator.prepare(copy.deepcopy(alone.net)))
         assert type(shared.net).__name__ == "DistributedDataParallel"
         gradient(method, alone, x0, None).backward()
@@ -66,7 +69,7 @@ def compare_gradients():
 def test_two_processes_give_the_gradient_of_one_with_the_doubled_batch(tmp_path):
     """For every method, those with tangents above all: calling the network inside DDP directly would skip the reduction."""
     codes, out = together(2, compare_gradients, log=tmp_path / "log")
-    assert codes == {0} and out.count("fake denoiser") == 2, out
+    assert codes == {0} and out.count("pdd without data") == 2, out
 
 
 def shard(accelerator, reshard=True):

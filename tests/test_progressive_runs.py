@@ -53,7 +53,7 @@ def test_a_run_writes_a_report_that_fits_its_schema_students_that_describe_thems
     assert all(row.keys() >= COLUMNS for row in found.values())
     student = found["student@1 ddim 1"]
     assert student["training_seconds"] > 0 and 0 < student["drift"] < 2 and sum(student["labels_seen"]) == 80
-    assert "4 -> 2 -> 1 steps" in out and "GB in each of 1 process" in out and "about" in out
+    assert "4 -> 2 -> 1 steps" in out and "in each of 1 process" in out and "about" in out
     assert {json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()} == {"2", "1"}
     _, description = files.load(folder / "student.safetensors")
     assert description["sampler"] == {"name": "ddim", "grid": "uniform", "steps": [1]}

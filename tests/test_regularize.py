@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from closed_forms import MEAN, STD, Exact, Small, data
 from conftest import Function
-from test_consistency import MEAN, STD, Exact, Small, data
 
 from distill.consistency import Consistency, Neighbours
 from distill.denoiser import Denoiser

@@ -47,8 +47,8 @@ def test_a_file_holds_it_with_two_times_too(tmp_path):
 
 
 def test_methods_that_need_it_get_it_and_other_networks_are_refused():
-    assert student_of(MethodFlags(method="scd", slow_time=True), DIGITS).denoiser.net.slow is not None
-    assert student_of(MethodFlags(method="scd", slow_time=False), DIGITS) is DIGITS
+    assert student_of(MethodFlags(method="scd", time_embedding="slow"), DIGITS).denoiser.net.slow is not None
+    assert student_of(MethodFlags(method="scd", time_embedding="own"), DIGITS) is DIGITS
     oracle = Gaussian(DIGITS.denoiser.schedule, torch.zeros(1), torch.ones(1))
     with pytest.raises(ValueError):
         with_slow_time(Teacher(oracle, (1, 8, 8)))

@@ -69,7 +69,7 @@ def student_of(flags: MethodFlags, model: Teacher) -> Teacher:
     Raises ValueError where the network cannot have them.
     """
     defaults = METHODS[flags.method]
-    if defaults.slow_time if flags.slow_time is None else flags.slow_time:
+    if (flags.time_embedding or defaults.time_embedding) == "slow":
         model = with_slow_time(model)
     if flags.method == "pdd":
         return with_heads(model, flags.heads)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     Build = Callable[["MethodFlags", Target, dict[str, Any]], Method]
 
 DISTANCE_NAMES = (*DISTANCES, "lpips")
-STARTS = ("none", "denoise", "cmt")
+TIME_EMBEDDINGS = ("own", "slow")
+STARTS = ("as-is", "denoise", "cmt")
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,16 @@ class MethodFlags(Checked):
     jvp_step: float = method_flag(
         0.02, "step of the finite differences in t; 0.02 averages over fast time embeddings", short=False, above=0, at_most=1
     )
-    slow_time: bool | None = method_flag(
+    time_embedding: str | None = method_flag(
         None,
-        "give the student a time embedding of slow waves, for methods that differentiate along time",
+        "the network's own, or slow waves, for methods that differentiate along time",
+        choices=TIME_EMBEDDINGS,
         short=False,
-        own=lambda v: METHODS[v["method"]].slow_time,
+        own=lambda v: METHODS[v["method"]].time_embedding,
     )
     start: str | None = method_flag(
         None,
-        "train the student by another method first: denoise, cmt, or none",
+        "train the student by another method first, or begin with it as it is",
         choices=STARTS,
         short=False,
         own=lambda v: METHODS[v["method"]].start,
@@ -125,7 +127,7 @@ class MethodDefaults:
     """One row of `METHODS`.
 
     ``build``: (flags, target, options) -> method. ``mix``: the teacher weight in the target. ``takes``: the flags that it takes beside
-    those of all methods. ``weight``, ``distance``, ``sampler``, ``slow_time``, ``start``, ``jumps``, ``steps``: its defaults.
+    those of all methods. ``weight``, ``distance``, ``sampler``, ``time_embedding``, ``start``, ``jumps``, ``steps``: its defaults.
     ``two_times``: its student is a two-time network. ``from_data``: whether it can train without a teacher.
     """
 
@@ -137,8 +139,8 @@ class MethodDefaults:
     sampler: str = "consistency:0.5"
     two_times: bool = False
     from_data: bool = True
-    slow_time: bool = False
-    start: str = "none"
+    time_embedding: str = "own"
+    start: str = "as-is"
     jumps: str = "gap:0,1.5,0.25"
     steps: tuple[int, ...] = (1, 2, 4)
 
