@@ -68,20 +68,35 @@ def memory(network: str, method: str) -> Figure:
     return Figure(name, found["peak"] / found["needed"], "of them")
 
 
-def scaling(images: int, count: int = 2) -> Figure:
-    """Return how many times as fast a sweep is in ``count`` processes, each on its own core."""
-    pairs = [(_sweep(images, 1), _sweep(images, count)) for _ in range(3)]
-    speed = median(one / many for one, many in pairs)
-    return Figure(f"sweep in {count} processes by one", speed, "times as fast", f">= {0.95 * count:.1f}")
+def scaling(images: int, count: int = 2) -> Iterator[Figure]:
+    """Yield how many times as fast a sweep and a training are in ``count`` processes, each on its own core."""
+    for name, seconds in (("sweep", _sweep), ("training", _training)):
+        pairs = [(seconds(images, 1), seconds(images, count)) for _ in range(3)]
+        speed = median(one / many for one, many in pairs)
+        yield Figure(f"{name} in {count} processes by one", speed, "times as fast", f">= {0.95 * count:.1f}")
 
 
 def _sweep(images: int, count: int) -> float:
+    words = f"recipes/evaluate.py --samplers ddim --steps 8 --baseline-steps 0 --images {images} --metrics fid"
     with tempfile.TemporaryDirectory() as folder:
-        words = f"-m torch.distributed.run --standalone --nproc_per_node {count} recipes/evaluate.py --samplers ddim --steps 8"
-        words += f" --baseline-steps 0 --images {images} --threads 1 --metrics fid --output-dir {folder}/run"
-        cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:count]))
-        subprocess.run(
-            ["taskset", "-c", cpus, sys.executable, *words.split()], check=True, capture_output=True, cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        _pinned(count, *words.split(), "--output-dir", f"{folder}/run")
         return json.loads((Path(folder) / "run/report.json").read_text())["rows"][0]["wall_seconds"]
+
+
+def _training(images: int, count: int) -> float:
+    """Return the seconds per image of one stage of the digits ladder, without its first steps and its sweep."""
+    words = f"recipes/progressive.py --start-steps 2 --images-per-stage {images // 2} --images 40 --sweep-steps 1"
+    with tempfile.TemporaryDirectory() as folder:
+        _pinned(count, *words.split(), "--output-dir", f"{folder}/run")
+        lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+        return 1 / lines[-1]["images_per_second"]
+
+
+def _pinned(count: int, *words: str) -> None:
+    """Run a recipe in ``count`` processes of one thread, on as many cores."""
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node {count}".split()
+    cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:count]))
+    subprocess.run(
+        ["taskset", "-c", cpus, sys.executable, *launcher, *words, "--threads", "1"], check=True, capture_output=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip

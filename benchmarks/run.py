@@ -72,7 +72,7 @@ def rows(config: Config, device: torch.device) -> Iterator[Row]:
     if "starting" in config.what:
         yield from processes.starting(min(5, config.turns), config.clock, config.threads or cores())
     if "scaling" in config.what and device.type == "cpu" and cores() > 1:
-        yield processes.scaling(config.images)
+        yield from processes.scaling(config.images)
 
 
 def about(config: Config, device: torch.device) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from distill.grid import uniform
 from distill.progressive import Progressive
 from distill.scm import forward_mode
 from distill.train import BatchSplit, Method, Optimization, train
-from recipes.common.building import method_of
-from recipes.common.methods import METHODS, MethodFlags
+from recipes.common.building import method_of, student_of
+from recipes.common.methods import MethodFlags
 from recipes.data.sets import Data
 from teachers import Teacher
-from teachers.students import with_two_times
 
 WANTED, WANTED_COMPILED = 1.05, 0.95
 ENDLESS = 10**9  # images: no stage ends while it is measured
@@ -52,6 +51,11 @@ PASSES: dict[str, Passes] = {
     "sct": Passes(student=3),
     "meanflow": Passes(teacher=1, student=3),
     "denoise": Passes(teacher=1),
+    "cmt": Passes(teacher=1),
+    "lmd": Passes(teacher=1, student=2),
+    "psd": Passes(teacher=1, student=2),
+    "alpha_flow": Passes(teacher=1, student=1),
+    "pdd": Passes(teacher=2, student=1),
     "scd-exact": Passes(teacher=1, tangents=1),
     "sct-exact": Passes(tangents=1),
     "meanflow-exact": Passes(teacher=1, tangents=1),
@@ -64,7 +68,7 @@ def built(name: str, teacher: Teacher, data: Data) -> tuple[Teacher, Method]:
         return teacher, Progressive(teacher.denoiser, uniform(teacher.denoiser.schedule, 8))
     method, _, exact = name.partition("-")
     flags = MethodFlags(method=method, jvp="exact" if exact else "finite")
-    student = with_two_times(teacher) if METHODS[method].two_times else teacher
+    student = student_of(flags, teacher)
     return student, method_of(flags, teacher, student, data, 0)
 
 
