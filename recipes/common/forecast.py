@@ -29,7 +29,7 @@ from recipes.common.cli import duration
 from recipes.common.run import Run
 from teachers import Teacher
 
-ENOUGH = 2.0  # seconds of calls whose median counts, unless the run makes so few of them that a fiftieth takes less
+ENOUGH = 0.4  # seconds of calls whose median counts, unless the run makes so few of them that a fiftieth takes less
 ENDING = 10.0  # seconds of report and pipelines on one x86-64 core, most of it a process that imports diffusers
 METRIC_IMAGES, METRIC_FEATURES = 2_000, 512  # metrics are measured at these at most, and scaled
 
