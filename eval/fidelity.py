@@ -24,6 +24,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from eval.digits import FeatureExtractorDigits
+from eval.kid import MOST, kid_of_subsets
 from teachers.weights import state_dict
 
 METRICS = ("fid", "kid", "isc", "prc")
@@ -115,6 +116,9 @@ def frechet(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
 def kid(generated: Tensor, real: Tensor, subsets: int = 100) -> tuple[float, float]:
     """Return mean and standard deviation of the KID (1801.01401) over ``subsets`` random subsets of at most 1000 images."""
     size = min(1000, len(generated), len(real))
+    if max(len(generated), len(real)) <= MOST:
+        each = kid_of_subsets(generated, real, subsets, size)
+        return float(each.mean()), float(each.std())
     out = kid_features_to_metric(generated, real, kid_subset_size=size, kid_subsets=subsets, verbose=False)
     return out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD]
 
