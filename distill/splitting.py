@@ -21,7 +21,7 @@ from distill.consistency import same_dropout
 from distill.denoiser import DenoiserLike
 from distill.jumps import FLOW, GapFirst, Jumps, beginning, jump_to, mean_rate, rate
 from distill.rng import Rng
-from distill.schedule import add_noise, expand
+from distill.schedule import add_noise, expand, per_sample
 from distill.scm import unwrapped
 from distill.target import Target
 
@@ -91,5 +91,5 @@ class SelfSplitting:
             with same_dropout(x0.device):
                 second = mean_rate(plain, s, cond)(jump_to(x, first, t, m), m)
             both = first + expand(w, x) * (second - first)
-            u_target = torch.where(expand(split, x) > 0, both, v)
+            u_target = torch.where(per_sample(split, x), both, v)
         return (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1)
