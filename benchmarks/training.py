@@ -51,10 +51,9 @@ PASSES: dict[str, Passes] = {
     "sct": Passes(student=3),
     "meanflow": Passes(teacher=1, student=3),
     "denoise": Passes(teacher=1),
-    "cmt": Passes(teacher=1),
     "lmd": Passes(teacher=1, student=2),
     "psd": Passes(teacher=1, student=2),
-    "alpha_flow": Passes(teacher=1, student=1),
+    "alpha_flow": Passes(teacher=1),  # while alpha is 1, as at the start of a run
     "pdd": Passes(teacher=2, student=1),
     "scd-exact": Passes(teacher=1, tangents=1),
     "sct-exact": Passes(tangents=1),

@@ -26,7 +26,7 @@ from distill.scm import unwrapped
 from distill.target import Target
 
 
-def falling(first: float = 0.0, last: float = 0.7, lowest: float = 0.02) -> Callable[[float], float]:
+def falling(first: float = 0.05, last: float = 0.7, lowest: float = 0.02) -> Callable[[float], float]:
     """Return alpha as a function of progress: it falls geometrically from 1 at ``first`` to ``lowest`` at ``last``, and stays there."""
     return lambda progress: lowest ** min(1.0, max(0.0, (progress - first) / (last - first)))
 
