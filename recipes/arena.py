@@ -39,11 +39,11 @@ ENTRANTS: dict[str, Callable[[int], list[str]]] = {
     "progressive": lambda images: ["--images-per-stage", str(max(1, round(images / 6.5)))],  # its stages have 6.5 times that
     **{name: _consistency(name) for name in METHODS if name not in ("denoise", "dmd", "sid")},
     "ect+cmt": _consistency("ect", "--target-mix", "1", "--start", "cmt"),
-    "scd exact": _consistency("scd", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
-    "meanflow exact": _consistency("meanflow", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
-    "lmd data-free": _consistency("lmd", "--data-free"),
-    "pdd data-free": _consistency("pdd", "--data-free"),
-    "cmt data-free": _consistency("cmt", "--data-free"),
+    "scd-exact": _consistency("scd", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
+    "meanflow-exact": _consistency("meanflow", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
+    "lmd-data-free": _consistency("lmd", "--data-free"),
+    "pdd-data-free": _consistency("pdd", "--data-free"),
+    "cmt-data-free": _consistency("cmt", "--data-free"),
     "dmd": _consistency("dmd", "--start", "cmt", "--start-part", "0.75", "--lr", "2e-4"),
     "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.75", "--lr", "2e-4"),
 }
@@ -157,9 +157,7 @@ def write(config: Config, run: Run, rows: list[dict]) -> None:
     free = [row for row in good(rows) if row["role"] == "teacher"]
     standings = []
     for name in config.methods:
-        memory = [
-            reading.read_json(done)["memory_gb"] for seed in range(config.seeds) if (done := folder_of(run, name, seed) / DONE)
-        ]
+        memory = [reading.read_json(folder_of(run, name, seed) / DONE)["memory_gb"] for seed in range(config.seeds)]
         for steps in config.steps:
             labels = [f"{name} #{seed}" for seed in range(config.seeds)]
             own = [row for row in good(rows) if row["model"] in labels and row["steps"] == steps]
@@ -184,7 +182,7 @@ def write(config: Config, run: Run, rows: list[dict]) -> None:
 
 def folder_of(run: Run, name: str, seed: int) -> Path:
     """Return the folder of one training."""
-    return run.folder / "trainings" / f"{name.replace(' ', '-')}-{seed}"
+    return run.folder / "trainings" / f"{name}-{seed}"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The host fetches the results of a chunk when the next one is queued, and waits once per chunk."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from fake_cuda import CUDA, FakeCuda
+from fake_cuda import CUDA
+from test_device import pretended
 
 import teachers
 from distill.sampling import Sampling
@@ -23,14 +22,6 @@ IMAGES = torch.randint(0, 256, (70, 1, 8, 8), dtype=torch.uint8, generator=torch
 
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def pretended():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with FakeCuda() as gpu:
-        yield gpu
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @dataclass(frozen=True)
