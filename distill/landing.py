@@ -45,17 +45,19 @@ class Landing:
         s = torch.where(rng.uniform() < self.apart, s, t)
         plain = unwrapped(student)
         x = beginning(plain, x0, t, rng, self.data_free, cond)
+        with torch.no_grad():
+            high, low = torch.minimum(s + self.step, t), (s - self.step).clamp(min=0)
+            later, earlier = (_before(plain, end, x, t, cond) for end in (high, low))
+            du = (later - earlier) / expand((high - low).clamp(min=1e-6), x)
         u = mean_rate(student, s, cond)(x, t)
         with torch.no_grad():
             f = jump_to(x, u, t, s)
             v = rate(f, self.target(FLOW, f, s.clamp(min=FLOW.t_min), x0, **cond), s.clamp(min=FLOW.t_min))
-            high, low = torch.minimum(s + self.step, t), (s - self.step).clamp(min=0)
-            later, earlier = (_again(plain, end, x, t, cond) for end in (high, low))
-            du = (later - earlier) / expand((high - low).clamp(min=1e-6), x)
             target = v + expand(t - s, x) * du
         return (u - target).square().flatten(1).mean(1)
 
 
-def _again(student: DenoiserLike, s: Tensor, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+def _before(student: DenoiserLike, s: Tensor, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+    """Return u(x, t, s) with the dropout of the call that follows."""
     with same_dropout(x.device):
         return mean_rate(student, s, cond)(x, t)

@@ -1,10 +1,12 @@
 """The cost model of many processes, against the sizes of diffusers' networks and the bytes of real collective calls."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from collectives import counted
 from conftest import ROOT, refuses
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -12,10 +14,13 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from processes import together
 from test_parallel import averaged, regression, shard, steps_of
+from torch import nn
 
 import teachers
+from distill.denoiser import Denoiser
+from distill.schedule import Flow
 from recipes.common.cost import cost
-from recipes.common.plan import saved_bytes
+from recipes.common.plan import saved_bytes, sharding_of, training_memory
 
 
 def celeba():
@@ -99,6 +104,45 @@ def test_zero_shards_all_but_weights_and_average_and_sends_as_much_as_ddp():
 def test_saved_bytes_are_those_of_the_tensors_that_a_backward_pass_needs():
     weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(16, 8)
     assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight]) == 2 * 16 * 8 * 4  # x and the exponential
+
+
+@pytest.mark.parametrize("reshard, sharding", [(True, "weights"), (False, "gradients")])
+def test_the_plan_takes_blocks_and_root_from_the_wrapped_classes_and_counts_nested_blocks_once(reshard, sharding):
+    class Block(nn.Module):
+        def __init__(self, *inner):
+            super().__init__()
+            self.own, self.inner = nn.Linear(4, 4, bias=False), nn.ModuleList(inner)
+
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), Block(Block()), Block())
+    net[2].own = nn.Linear(10, 10, bias=False)
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=["Block"], reshard_after_forward=reshard)
+    under = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    assert sharding_of(under, net) == {"sharding": sharding, "block": 100, "root": 9}
+    assert sharding_of(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU), net) == {"sharding": "none"}
+
+
+@pytest.mark.parametrize("averaged, copies", [(True, 5), (False, 4)])
+def test_the_plan_counts_weights_gradients_adam_average_teacher_and_saved_activations(averaged, copies):
+    net = nn.Linear(8, 8, bias=False)
+    student = Denoiser(Timeless(net), Flow(), "x0")
+
+    def method(student, x0, *, rng, progress, **cond):
+        return student(x0, torch.full((len(x0),), 0.5)).exp().flatten(1).mean(1)
+
+    needed = training_memory(method, student, torch.randn(16, 8), {}, Accelerator(cpu=True), frozen=1000, averaged=averaged)
+    assert needed.memory == copies * 64 * 4 + 1000 + needed.activations
+    assert needed.activations >= 2 * 16 * 8 * 4  # input of the layer, and the exponential
+
+
+class Timeless(nn.Module):
+    """Call a layer without a time."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x)
 
 
 def count_bytes():
