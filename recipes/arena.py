@@ -63,6 +63,11 @@ class Config(flags.RunFlags, flags.SweepFlags):
         ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis"), "training-free samplers of the teacher", short=False
     )
     images: int = measuring_flag(10_000, "generated images per cell", at_least=40, at_most=10_000_000)
+    second_features: str = measuring_flag(
+        "eval.pixels:Pixels",
+        "a second feature extractor; its distance is fid2 (the value of --features: no second one)",
+        short=False,
+    )
 
     MAY_CHANGE: ClassVar = ("methods", "seeds", "samplers", "sweep_steps")
     TOPICS: ClassVar = flags.TOPICS
@@ -99,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         data = check_match(teacher, sets.load(config.data), training=True)
         extractor = Extractor.create(config.features).fits(teacher.image_shape)
         real = measured_against(config.reference, data, extractor)
+        other = None if config.second_features == config.features else second_extractor(config, teacher)
         run = Run.open(config)
     files = {
         (name, seed): train(config, run, name, seed, number)
@@ -110,9 +116,30 @@ def main(argv: list[str] | None = None) -> None:
     for (name, seed), file in files.items():
         cells += cells_of(config, file, teacher, f"{name} #{seed}")
     rows = measurement.rows(run, cells)
+    if other is not None:
+        rows = with_second(rows, run, other, data, config, cells)
     run.from_main(lambda: write(config, run, rows))
     run.say(f"arena: {run.folder / 'arena.html'}")
     run.close()
+
+
+def second_extractor(config: Config, teacher: Teacher) -> Extractor:
+    """Return the extractor of the second feature space. Raises ValueError where there is no second set of real features."""
+    if config.reference is not None:
+        raise ValueError(f"--second-features: --reference has one feature space; accepted with it is {config.features}")
+    return Extractor.create(config.second_features).fits(teacher.image_shape)
+
+
+def with_second(
+    rows: list[dict], run: Run, extractor: Extractor, data: sets.Data, config: Config, cells: list[Cell]
+) -> list[dict]:
+    """Return the rows with "fid2", the Frechet distance of the same images in another feature space."""
+    folder = run.folder / "second"
+    measurement = Measurement.of(
+        extractor, data, run, images=config.images, chunk=config.chunk, seed=config.seed, metrics="fid", folder=folder
+    )
+    found = {row["name"]: row.get("fid") for row in measurement.rows(run, cells, folder)}
+    return [row | {"fid2": found[row["name"]]} for row in rows]
 
 
 def train(config: Config, run: Run, name: str, seed: int, number: int) -> list[Path]:

@@ -5,9 +5,11 @@ import math
 from statistics import stdev
 
 import pytest
+import torch
 from conftest import here
 
 from eval.arena import Standing, advice, front, quantile
+from eval.pixels import Pixels
 from recipes import arena, consistency
 
 
@@ -30,6 +32,11 @@ def test_the_front_holds_what_nothing_cheaper_beats_and_the_advice_names_it():
     assert [s.method for s in front(list(named.values()))] == ["a", "b"]
     said = advice(list(named.values()))
     assert said == "For 1 evaluation take from 5 s of training a (FID 2 ± 0.01), from 9 s of training b (FID 1 ± 0.01)."
+
+
+def test_pixels_are_features_in_plus_and_minus_one():
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).expand(2, 3).reshape(2, 3, 1, 1)
+    torch.testing.assert_close(Pixels()(images), torch.tensor([[-1, 1, -0.6]] * 2))
 
 
 @pytest.mark.slow
@@ -55,5 +62,6 @@ def test_a_killed_arena_goes_on_and_trains_nothing_twice(new, tmp_path, monkeypa
     out = json.loads((tmp_path / "arena" / "arena.json").read_text())
     assert {(s["method"], s["steps"]) for s in out["standings"]} == {("cd", 1), ("cd", 2), ("pdd", 1), ("pdd", 2), ("sid", 1)}
     assert all(len(s["fids"]) == 2 and s["memory_gb"] > 0 and s["seconds"] > 0 for s in out["standings"])
+    assert all(0 < s["means"]["fid2"] != s["fid"] for s in out["standings"])
     page = (tmp_path / "arena" / "arena.html").read_text()
     assert "data:image/png" in page and out["advice"].split(" (")[0] in page

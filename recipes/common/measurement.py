@@ -89,13 +89,17 @@ class Measurement:
         chunk: int,
         seed: int,
         metrics: str = "all",
+        folder: Path | None = None,
     ) -> Measurement:
-        """Build the measurement. Extract the features of all images of ``data``, unless it is a reference already."""
+        """Build the measurement. Extract the features of all images of ``data``, unless it is a reference already.
+
+        ``folder``: where these features are kept, the run's own if None.
+        """
         extractor = extractor.to(run.device)
         if isinstance(data, tuple):
             real, known = data
         else:
-            cache = run.folder / "reference.safetensors"
+            cache = (folder or run.folder) / "reference.safetensors"
             real, known = reference.of_images(data.require_pixels(), data.name, extractor, chunk, run.accelerator, cache)
         protocol = Protocol(
             images=images,
@@ -111,9 +115,9 @@ class Measurement:
         )
         return cls(extractor, real, protocol)
 
-    def rows(self, run: Run, cells: list[Cell]) -> list[dict]:
-        """Measure the cells that are not finished. Every process returns the rows of all."""
-        return sweep(cells, self.protocol, self.extractor, self.reference, run.accelerator, run.folder / "cells")
+    def rows(self, run: Run, cells: list[Cell], folder: Path | None = None) -> list[dict]:
+        """Measure the cells that are not finished, in ``folder`` or that of the run. Every process returns the rows of all."""
+        return sweep(cells, self.protocol, self.extractor, self.reference, run.accelerator, (folder or run.folder) / "cells")
 
     def report(self, run: Run, title: str, cells: list[Cell], facts: dict[str, Any]) -> dict:
         """Measure the cells that are not finished and write the report. Every process returns it."""
