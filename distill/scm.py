@@ -137,7 +137,10 @@ def tangent(
         by = to_ends.clamp(max=h)
         step = expand(by, x) * dx
         with torch.no_grad():
-            ahead, behind = function(x + step, a + by), function(x - step, a - by)
+            with same_dropout(x.device):
+                ahead = function(x + step, a + by)
+            with same_dropout(x.device):
+                behind = function(x - step, a - by)
             return function(x, a), (ahead - behind) / expand(2 * by, x)
     try:
         with forward_mode():

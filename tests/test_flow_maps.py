@@ -102,6 +102,38 @@ def test_the_loss_vanishes_on_the_exact_jumps_and_not_on_the_denoiser(name):
     assert method(EXACT_TEACHER.teacher, data(500), rng=rng(500), progress=0.0).mean() > least
 
 
+class Droppy(nn.Module):
+    """Return its input with dropout, and keep the masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.masks = nn.Dropout(0.5), []
+
+    def forward(self, x, t, to=None, head=None):
+        self.masks.append(self.drop(torch.ones_like(x)))
+        return x * self.masks[-1]
+
+
+SHARING = {
+    "meanflow": (MeanFlow(EXACT_TEACHER, power=0, jvp="finite"), 4),
+    "scd": (ContinuousConsistency(EXACT_TEACHER, jvp="finite"), 4),
+    "lmd": (Landing(EXACT_TEACHER), 3),
+    "psd": (SelfSplitting(EXACT_TEACHER), 3),
+    "alpha_flow": (AlphaFlow(EXACT_TEACHER, fixed(0.5)), 2),
+    "pdd": (ParallelDecoding(EXACT_TEACHER, 8), 2),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_all_calls_of_one_loss_drop_the_same_units_and_the_next_step_others(name):
+    (method, calls), net = SHARING[name], Droppy().train()
+    for _ in range(2):
+        method(Denoiser(net, FLOW), data(32).float(), rng=rng(32), progress=0.9)
+    assert len(net.masks) == 2 * calls
+    assert all(torch.equal(mask, net.masks[0]) for mask in net.masks[:calls])
+    assert not torch.equal(net.masks[0], net.masks[calls])
+
+
 def test_midtraining_vanishes_on_the_exact_maps_as_its_grid_refines():
     teacher = Gaussian(Cosine(), MEAN, STD)
     for student, jumps in ((Exact(Cosine()), False), (ExactJump(Cosine()), True)):
