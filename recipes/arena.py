@@ -44,8 +44,8 @@ ENTRANTS: dict[str, Callable[[int], list[str]]] = {
     "lmd-data-free": _consistency("lmd", "--data-free"),
     "pdd-data-free": _consistency("pdd", "--data-free"),
     "cmt-data-free": _consistency("cmt", "--data-free"),
-    "dmd": _consistency("dmd", "--start", "cmt", "--start-part", "0.75", "--lr", "2e-4"),
-    "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.75", "--lr", "2e-4"),
+    "dmd": _consistency("dmd", "--start", "cmt", "--start-part", "0.75", "--start-lr", "1e-3", "--lr", "2e-4"),
+    "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.75", "--start-lr", "1e-3", "--lr", "2e-4"),
 }
 
 

@@ -15,7 +15,16 @@ from dataclasses import dataclass, replace
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.methods import METHODS, MethodFlags, check_flags, midtraining, steps_of, teacher_weight, terms_of
+from recipes.common.methods import (
+    METHODS,
+    MethodFlags,
+    check_flags,
+    midtraining,
+    start_name,
+    steps_of,
+    teacher_weight,
+    terms_of,
+)
 
 PRESETS: dict[str, dict] = {
     "default": {},  # cd: FID / teacher's 1.75, 0.67, 0.64 at 1, 2, 4 steps (n = 10,000); 8 to 15 minutes on two CPU cores
@@ -94,7 +103,7 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     if plan:
         e.plan(method, [budget(config), *([budget(config, of_start=True)] if first else [])], steps_of(config))
     if first:
-        student = e.stage(f"start-{start(config)}", student, first, budget(config, of_start=True))
+        student = e.stage(f"start-{start_name(config)}", student, first, budget(config, of_start=True))
     e.stage(config.method, student, method, budget(config), sampling(config), label=config.method)
 
 
@@ -150,17 +159,12 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
     return student_of(config, student)
 
 
-def start(config: Config) -> str:
-    """Return the method that the student is trained by first, or as-is."""
-    return config.start or METHODS[config.method].start
-
-
 def start_of(config: Config, teacher: Teacher | None) -> Method | None:
     """Return the method that prepares the student; None where there is none."""
-    if start(config) == "as-is":
+    if start_name(config) == "as-is":
         return None
     target = DataSample() if teacher is None else Mix(teacher.denoiser)
-    if start(config) == "denoise":
+    if start_name(config) == "denoise":
         return Regression(target)
     return midtraining(target, jumps=METHODS[config.method].two_times, data_free=config.data_free)
 
@@ -172,10 +176,11 @@ def sampling(config: Config) -> Sampling:
 
 def budget(config: Config, of_start: bool = False) -> Optimization:
     """Return the training of the student, or that of its start. Both together have the images of the configuration."""
-    part = 0.0 if start(config) == "as-is" else config.start_part
+    part = 0.0 if start_name(config) == "as-is" else config.start_part
     images = round(config.training_images * (part if of_start else 1 - part))
+    lr = (config.start_lr or config.lr) if of_start else config.lr
     return Optimization(
-        images, config.batch_size, config.microbatch, config.lr, warmup_images=config.warmup_images,
+        images, config.batch_size, config.microbatch, lr, warmup_images=config.warmup_images,
         ema_halflife_images=config.ema_halflife_images,
     )  # fmt: skip
 

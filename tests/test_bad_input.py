@@ -37,6 +37,8 @@ BAD = {
         "--target-mix most": "accepted are auto and numbers",
         "--distance lpips": "--distance lpips is defined for 3 channels, these images have 1",
         "--method scd --weight one": "--weight means nothing to --method scd: accepted with cd, ct",
+        "--start-part 0.5": "--start-part and --start-lr describe a first training: give --start denoise or cmt too",
+        "--start-lr 1e-3": "--start-part and --start-lr describe a first training: give --start denoise or cmt too",
         "--method denoise --jvp exact": "--jvp means nothing to --method denoise: accepted with scd",
         "--target posterior-mean --target-mix 1": "choose it or --target-mix",
         "--method ict --from-scratch --student table": "--from-scratch has none: choose new",

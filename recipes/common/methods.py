@@ -84,6 +84,9 @@ class MethodFlags(Checked):
         own=lambda v: METHODS[v["method"]].start,
     )
     start_part: float = method_flag(0.25, "part of --training-images that --start takes", short=False, above=0, below=1)
+    start_lr: float | None = method_flag(
+        None, "learning rate of --start; otherwise that of the training itself", short=False, **LEARNING_RATE
+    )
     jumps: str | None = method_flag(
         None,
         "two-time methods: the length of a jump is drawn first (gap:MEAN,DEVIATION,PART_FROM_NOISE), or two times are sorted"
@@ -241,6 +244,11 @@ def steps_of(flags: MethodFlags) -> tuple[int, ...]:
     return flags.steps or METHODS[flags.method].steps
 
 
+def start_name(flags: MethodFlags) -> str:
+    """Return the method that the student is trained by first, or as-is."""
+    return flags.start or METHODS[flags.method].start
+
+
 def jumps_of(flags: MethodFlags) -> Jumps:
     """Return where the times of a two-time method are drawn. Raises ValueError for anything but gap and sorted with their numbers."""
     from distill.jumps import GapFirst, SortedTimes
@@ -288,6 +296,8 @@ def check_flags(flags: MethodFlags, student: str | None) -> None:
         if takers and flags.method not in takers and getattr(flags, field.name) != field.default:
             name = "--" + field.name.replace("_", "-")
             raise ValueError(f"{name} means nothing to --method {flags.method}: accepted with {', '.join(takers)}")
+    if start_name(flags) == "as-is" and (flags.start_lr is not None or flags.start_part != MethodFlags.start_part):
+        raise ValueError("--start-part and --start-lr describe a first training: give --start denoise or cmt too")
     if flags.target == "posterior-mean" and flags.target_mix is not None:
         raise ValueError("--target posterior-mean uses the data alone: choose it or --target-mix")
     teacher_weight(flags)
