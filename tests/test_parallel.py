@@ -17,7 +17,8 @@ import teachers
 from distill import files
 from distill.consistency import Consistency, Neighbours, truncated_snr
 from distill.decoding import ParallelDecoding
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, network_of
+from distill.landing import Landing
 from distill.matching import Matching
 from distill.regression import Regression
 from distill.regularize import Regularized
@@ -29,6 +30,7 @@ from distill.second import Second
 from distill.target import Mix, PosteriorMean
 from distill.train import BatchSplit, Optimization, train
 from recipes.data import sets
+from teachers.students import with_two_times
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +91,9 @@ def train_sharded(path):
     methods = {
         "cd": Consistency(Mix(teacher.denoiser), pairs, truncated_snr, averaged=True),
         "scd": ContinuousConsistency(Mix(teacher.denoiser), warmup=0.0),
+        "lmd": Landing(Mix(teacher.denoiser)),
+        "dmd": Matching(teacher.denoiser, Second(network_of(teacher.denoiser), period=2)),
+        "sid": Matching(teacher.denoiser, Second(network_of(teacher.denoiser), period=1), sid=1.0),
     }
     tensors = {}
     for name, method in methods.items():
@@ -96,7 +101,8 @@ def train_sharded(path):
             shard(accelerator)
         batches = data.batches(BatchSplit(32, world, accelerator.process_index), 0, name, accelerator.device, teacher.condition)
         how = Optimization(3 * 32, 32, ema_halflife_images=64)
-        for state in train(method, teacher.student(), batches, accelerator, how, seed=0, phase=name):
+        model = with_two_times(teacher) if name == "lmd" else teacher
+        for state in train(method, model.student(), batches, accelerator, how, seed=0, phase=name):
             for net in (state.student.net, state.ema.net):
                 assert all(hasattr(weight, "full_tensor") == (world > 1) for weight in net.parameters())
             assert state.ema(torch.zeros(2, 1, 8, 8), torch.tensor(0.5), **teacher.condition(torch.arange(2))).isfinite().all()
