@@ -1,5 +1,7 @@
 """Flow maps on Gaussian data, where every jump is a closed form: each loss vanishes there, and training on a mixture reaches them."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from closed_forms import MEAN, ORACLE, STD, Exact, ExactJump, Small, SmallHeads, data, mixture, rng
@@ -17,7 +19,7 @@ from distill.meanflow import MeanFlow
 from distill.midtraining import MidTraining
 from distill.rng import Rng
 from distill.samplers import ddim, heun, jump, path
-from distill.schedule import Cosine
+from distill.schedule import Cosine, Schedule, add_noise
 from distill.scm import ContinuousConsistency
 from distill.splitting import AlphaFlow, SelfSplitting, falling, fixed
 from distill.target import DataSample, Mix, teacher_of
@@ -143,6 +145,34 @@ def test_midtraining_vanishes_on_the_exact_maps_as_its_grid_refines():
             losses.append(method(student, data(640), rng=rng(640), progress=0.0).mean().item())
         assert losses[1] < 1e-3 and losses[0] / losses[1] > 8, losses
         assert MidTraining(teacher, jumps=jumps)(teacher, data(640), rng=rng(640), progress=0.0).mean() > 2e-3
+
+
+def test_the_target_of_midtraining_is_the_end_of_the_path():
+    teacher, x0 = Gaussian(Cosine(), MEAN, STD), data(16)
+    method = MidTraining(teacher, steps=4, sampler=ddim)
+    times = grid.GRIDS[method.grid](Cosine(), 4)
+    start = add_noise(Cosine(), x0[::4], rng(16).normal(x0)[::4], times[0])
+    end = ddim(teacher, start, times).repeat_interleave(4, 0)
+    loss = method(Constant(Cosine()), x0, rng=rng(16), progress=0.0)
+    torch.testing.assert_close(loss, end.square().mean(1))
+
+
+def test_psd_regresses_samples_without_a_jump_on_the_rate_of_the_teacher():
+    method = SelfSplitting(EXACT_TEACHER, apart=0.0)
+    loss = method(Constant(FLOW), data(500), rng=rng(500), progress=0.0)
+    assert loss.min() > 1e-9  # the student says 0 everywhere: its own jumps agree with each other
+    split = SelfSplitting(EXACT_TEACHER, apart=1.0)(Constant(FLOW), data(500), rng=rng(500), progress=0.0)
+    assert split.max() < 1e-12
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A student whose x0 is always 0."""
+
+    schedule: Schedule
+
+    def __call__(self, x_t, t, to=None, **cond):
+        return torch.zeros_like(x_t)
 
 
 @pytest.mark.parametrize("data_free", [False, True])
