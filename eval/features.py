@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill.files import weights_sha256
 from eval import fidelity
+from eval.clip import Clip
 from eval.metrics import Features
 from eval.names import EXTRACTORS as OWN
 from teachers.hub import first_line
@@ -103,6 +104,8 @@ def _registered(name: str, weights: str | None) -> nn.Module:
 
 def _own(name: str) -> nn.Module:
     path = Path(name)
+    if name.startswith("clip:"):
+        return Clip.load(name.removeprefix("clip:"))
     if path.suffix in (".pt", ".ts"):
         if not path.is_file():
             raise ValueError(f"{name}: there is no such file; accepted as features are {OWN}")

@@ -1,5 +1,8 @@
 """Names and texts of this package for the command line, whose --help must not import torch."""
 
 METRICS = ("all", "fid")  # tests/test_names.py compares them with `eval.collect.COLLECTORS`
-EXTRACTORS = "a TorchScript file (.pt, .ts) or 'package.module:factory' of a module: uint8 [B, 3, H, W] -> features, or (features, logits)"
+EXTRACTORS = (
+    "clip:FOLDER of transformers, a TorchScript file (.pt, .ts) or 'package.module:factory' of a module: uint8 [B, 3, H, W] -> features, or"
+    " (features, logits)"
+)
 REFERENCES = "a .safetensors reference of this project, or an .npz with mu [D] and sigma [D, D]"
