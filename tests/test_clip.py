@@ -59,15 +59,15 @@ def test_cmmd_is_the_closed_form_of_two_gaussians():
     """E k(x, y) = (s^2 / (s^2 + a^2 + b^2))^(D/2) exp(-|m - n|^2 / (2 (s^2 + a^2 + b^2))), with s of the kernel."""
     rng = torch.Generator().manual_seed(0)
     d, a, b, shift = 4, 6.0, 9.0, 5.0
-    x = a * torch.randn(20_000, d, generator=rng)
-    y = b * torch.randn(20_000, d, generator=rng) + shift
+    x = a * torch.randn(4_000, d, generator=rng)
+    y = b * torch.randn(4_000, d, generator=rng) + shift
 
     def expected(v, gap):
         total = SIGMA**2 + v
         return (SIGMA**2 / total) ** (d / 2) * math.exp(-d * gap**2 / (2 * total))
 
     exact = SCALE * (expected(2 * a * a, 0) + expected(2 * b * b, 0) - 2 * expected(a * a + b * b, shift))
-    assert cmmd(x, y) == pytest.approx(exact, rel=0.02)
+    assert cmmd(x, y) == pytest.approx(exact, rel=0.03)
     assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
 
 
