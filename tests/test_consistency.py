@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from closed_forms import MEAN, STD, Exact, data, rng
+from closed_forms import MEAN, ORACLE, STD, Exact, data, rng
 from conftest import Function, refuses
 from torch import nn
 
@@ -25,6 +25,7 @@ from distill.samplers import consistency, ddim
 from distill.schedule import EDM, VE, Cosine, Flow, add_noise
 from distill.scm import TRIG, tangent, velocity
 from distill.target import DataSample, Mix
+from recipes.common.methods import METHODS, MethodFlags
 from teachers.oracle import Gaussian
 
 
@@ -234,3 +235,12 @@ def test_gamma_0_is_ddim():
     schedule, x = Cosine(), torch.randn(10, 2).double()
     oracle, times = Gaussian(schedule, MEAN, STD), grid.uniform(schedule, 5)
     assert torch.allclose(consistency(oracle, x, times, gamma=0.0), ddim(oracle, x, times))
+
+
+def test_after_midtraining_the_derivative_is_whole_from_the_first_step():
+    """Without the derivative the target is the denoiser, which undoes what the start has learned."""
+    for name in ("scd", "meanflow"):
+        built = [
+            METHODS[name].build(MethodFlags(method=name, start=start), Mix(ORACLE), {}) for start in ("cmt", "denoise", None)
+        ]
+        assert [method.warmup for method in built] == [0.0, 0.25, 0.25]

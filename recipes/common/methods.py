@@ -176,7 +176,7 @@ def ect(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
 def scm(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
     from distill.scm import ContinuousConsistency
 
-    return ContinuousConsistency(target, jvp=flags.jvp, step=flags.jvp_step)
+    return ContinuousConsistency(target, warmup=tangent_warmup(flags), jvp=flags.jvp, step=flags.jvp_step)
 
 
 def cmt(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
@@ -194,9 +194,8 @@ def meanflow(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Met
     from distill.meanflow import MeanFlow
 
     distils = bool(teacher_weight(flags))
-    return MeanFlow(
-        target, jumps_of(flags), normalised=distils, warmup=0.25 if distils else 0.0, jvp=flags.jvp, step=flags.jvp_step
-    )
+    warmup = tangent_warmup(flags) if distils else 0.0
+    return MeanFlow(target, jumps_of(flags), normalised=distils, warmup=warmup, jvp=flags.jvp, step=flags.jvp_step)
 
 
 def alpha_flow(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
@@ -242,6 +241,14 @@ def pdd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
 def steps_of(flags: MethodFlags) -> tuple[int, ...]:
     """Return the step counts of the student."""
     return flags.steps or METHODS[flags.method].steps
+
+
+def tangent_warmup(flags: MethodFlags) -> float:
+    """Return the part of the run over which the derivative along the path comes in.
+
+    It is 0 after ``cmt``: without the derivative the target is the denoiser, and what the start has learned would be lost.
+    """
+    return 0.0 if start_name(flags) == "cmt" else 0.25
 
 
 def start_name(flags: MethodFlags) -> str:
