@@ -10,22 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from teachers.hub import component, fetch
+
+Numbers = float | list[float]  # for all channels, or for each
+SCALE_KEYS = {"AutoencoderDC": "encoder_block_out_channels", "AutoencoderKLQwenImage": "dim_mult"}  # one entry per resolution
 
 
 @dataclass(frozen=True)
 class Codec:
     """Map between images and latents. Latents are (z - ``shift``) ``scale`` of a diffusers autoencoder's z, near unit variance.
 
+    Both are one number, or one per channel. The z of an AutoencoderKLFlux2 has squares of 2x2 as channels, as its networks see it.
     ``vae``: the autoencoder (AutoencoderKL, VQModel, AutoencoderTiny, ...); None to load it from ``source`` when it is first used.
     ``source``: where it is, {"folder" (or hub id), "part", "class"}, and "variant" where its weights have one. A model's file holds
     this and not the autoencoder.
     """
 
     vae: Any = None
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: Numbers = 1.0
+    shift: Numbers = 0.0
     source: dict = field(default_factory=dict)
 
     @cached_property
@@ -41,14 +46,20 @@ class Codec:
     def decode(self, latents: Tensor) -> Tensor:
         """Return images [B, C, H, W] in [-1, 1]."""
         with torch.inference_mode(), torch.autocast(latents.device.type, enabled=False):
-            return self._on(latents).decode(latents.float() / self.scale + self.shift).sample
+            z, vae = latents.float(), self._on(latents)
+            z = z / _shaped(self.scale, z) + _shaped(self.shift, z)
+            if _has_frames(vae):
+                return vae.decode(z.unsqueeze(2)).sample[:, :, 0]
+            return vae.decode(pixel_shuffle(z, 2) if _is_patched(vae) else z).sample
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents of images in [-1, 1]; the mean if the encoder returns a distribution."""
         with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
-            out = self._on(images).encode(images.float())
-        z = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
-        return (z - self.shift) * self.scale
+            vae = self._on(images)
+            out = vae.encode(images.float().unsqueeze(2) if _has_frames(vae) else images.float())
+        z = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent if hasattr(out, "latent") else out.latents
+        z = z[:, :, 0] if _has_frames(vae) else pixel_unshuffle(z, 2) if _is_patched(vae) else z
+        return (z - _shaped(self.shift, z)) * _shaped(self.scale, z)
 
     def to(self, device: torch.device) -> Codec:
         """Move the autoencoder, if it is loaded, and return self."""
@@ -67,11 +78,11 @@ class Codec:
         Raises ValueError if the autoencoder's folder is gone. A hub id is only looked up when the autoencoder is first used.
         """
         source = {k: str(description[k]) for k in ("folder", "part", "class", "variant") if description.get(k) is not None}
-        scale, shift = (float(description[k]) for k in ("scale", "shift"))
-        if not (math.isfinite(scale) and math.isfinite(shift) and scale) or not source["class"].startswith(
-            ("Autoencoder", "VQModel")
-        ):
-            raise ValueError(f"no autoencoder of latents: scale {scale:g}, shift {shift:g}, class {source['class']}")
+        scale, shift = (_numbers(description[k]) for k in ("scale", "shift"))
+        (scales, shifts) = (value if isinstance(value, list) else [value] for value in (scale, shift))
+        fits = all(map(math.isfinite, (*scales, *shifts))) and all(scales)
+        if not fits or not source["class"].startswith(("Autoencoder", "VQModel")):
+            raise ValueError(f"no autoencoder of latents: scale {scale}, shift {shift}, class {source['class']}")
         if source["folder"].startswith("./"):
             source["folder"] = str((beside / source["folder"]).resolve())
         folder = Path(source["folder"])
@@ -81,3 +92,49 @@ class Codec:
 
     def _on(self, x: Tensor) -> Any:
         return self.network.to(x.device) if isinstance(self.network, torch.nn.Module) else self.network
+
+
+def statistics(vae: Any) -> tuple[Numbers, Numbers]:
+    """Return scale and shift of a diffusers autoencoder, as its pipelines have them.
+
+    They are the batch norm's of Flux 2, the mean and deviation per channel of Qwen-Image, or two numbers.
+    """
+    config = vae.config
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    if _is_patched(vae):
+        deviation = (vae.bn.running_var.double() + config["batch_norm_eps"]).sqrt()
+        return (1 / deviation).tolist(), vae.bn.running_mean.double().tolist()
+    if config.get("latents_mean") is not None:
+        return [scale / deviation for deviation in config["latents_std"]], [*map(float, config["latents_mean"])]
+    return scale, shift
+
+
+def latent_channels(vae: Any) -> int:
+    """Return the channels of the latents of a diffusers autoencoder."""
+    channels = vae.config["z_dim" if _has_frames(vae) else "latent_channels"]
+    return 4 * channels if _is_patched(vae) else channels
+
+
+def downsampling(vae: Any) -> int:
+    """Return by how much smaller than the image the latents of a diffusers autoencoder are along each side."""
+    resolutions = len(vae.config[SCALE_KEYS.get(type(vae).__name__, "block_out_channels")])
+    return 2 ** (resolutions if _is_patched(vae) else resolutions - 1)
+
+
+def _has_frames(vae: Any) -> bool:
+    """Return whether an autoencoder of videos encodes images as [B, C, 1, H, W]."""
+    return type(vae).__name__ == "AutoencoderKLQwenImage"
+
+
+def _is_patched(vae: Any) -> bool:
+    """Return whether networks see squares of 2x2 of an autoencoder's latents as channels, normalised by its batch norm."""
+    return type(vae).__name__ == "AutoencoderKLFlux2"
+
+
+def _numbers(value: Any) -> Numbers:
+    return [*map(float, value)] if isinstance(value, list) else float(value)
+
+
+def _shaped(value: Numbers, x: Tensor) -> Tensor | float:
+    """Return a value of `Numbers` in a form to be combined with x [B, C, H, W]."""
+    return x.new_tensor(value).view(-1, 1, 1) if isinstance(value, list) else value

@@ -9,25 +9,35 @@ from torch import nn
 
 from distill.denoiser import Denoiser
 from teachers import diffusers_scheduler, prompts
-from teachers.codec import Codec
+from teachers.codec import Codec, downsampling, latent_channels, statistics
 from teachers.hub import UNUSED, check_adapters, check_numbers, component, fetch, left_out, read_json, variant_of
 from teachers.networks import adapters, conditional, unet
+from teachers.networks.records import RECORDS
 from teachers.teacher import Teacher, frozen
 
-LABELLED = ("UNet2DModel", "DiTTransformer2DModel")  # conditioned on labels or nothing
-TEXTUAL = tuple(name for name in conditional.NETWORKS if name not in LABELLED)  # conditioned on text
-CODECS = ("AutoencoderKL", "VQModel")
+TEXTUAL = tuple(name for name, record in RECORDS.items() if record.encoders)  # conditioned on text
+LABELLED = ("UNet2DModel", *(name for name in RECORDS if name not in TEXTUAL))  # conditioned on labels or nothing
+CODECS = ("AutoencoderKL", "VQModel", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLFlux2")
+OPTIONS = {
+    "prompts": "FILE with one prompt per line",
+    "variant": "NAME of the weights, such as fp16",
+    "size": "HEIGHTxWIDTH of the images",
+    "guidance": "W, the scale for a network that embeds it",
+}
 STOCK_SCHEDULERS = ("deprecated", "stochastic_karras_ve")  # modules of diffusers with a scheduler of their own
 
 
 def load(spec: str, download: bool = True) -> Teacher:
     """Load ``PIPELINE``, or ``PIPELINE,prompts=FILE`` for a text-to-image pipeline; each line of the file is a class.
 
-    ``,variant=NAME`` chooses among several weights, such as fp16. ``download``: False accepts only what is on this machine.
+    ``,variant=NAME`` chooses among several weights, such as fp16. ``,size=HEIGHTxWIDTH`` sets the pixels of the images, for a network
+    that was trained on others than its configuration says. ``,guidance=W`` is the scale for a network that embeds it.
+    ``download``: False accepts only what is on this machine.
 
     Raises ValueError for a pipeline with missing, foreign or unsupported components.
     """
-    where, file, variant = _split(spec)
+    where, options = _split(spec)
+    file, variant = options.get("prompts"), options.get("variant")
     folder = fetch(where, variant, download)
     check_adapters(folder, where)
     index = read_json(folder / "model_index.json", "no diffusers pipeline")
@@ -47,11 +57,13 @@ def load(spec: str, download: bool = True) -> Teacher:
         )
     variant = found
     net = _network(folder, part, index[part][1], where, TEXTUAL if lines else LABELLED, variant)
-    inner, network, classes, null = _wrapped(net)
+    codec = _codec(where, folder, index, variant)
+    _check_channels(where, net, codec)
+    shape = _shape(where, net, codec, options.get("size"))
+    inner, network, classes, null = _wrapped(net, _number("guidance", options))
     outer, network = adapters.wrap(inner, network, convention.adapter)
     denoiser = Denoiser(frozen(outer), convention.schedule, convention.prediction, convention.time, convention.sigma_data)
-    codec, embeddings = _codec(where, folder, index, variant), None
-    _check_channels(where, net, codec)
+    embeddings = None
     record = {"source": where, **convention.record}
     if lines:
         embeddings = prompts.embed(name, folder, {part: net, "vae": codec and codec.vae}, lines, variant)
@@ -59,31 +71,60 @@ def load(spec: str, download: bool = True) -> Teacher:
         record["prompts"] = lines
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):
         record["without"] = without
-    return Teacher(denoiser, conditional.size_of(net), network, classes, null, convention.sampling, record, codec, embeddings)
+    return Teacher(denoiser, shape, network, classes, null, convention.sampling, record, codec, embeddings)
 
 
-def _split(spec: str) -> tuple[str, str | None, str | None]:
-    """Return the pipeline, the file of prompts and the variant of a spec. Raises ValueError for any other option."""
+def _split(spec: str) -> tuple[str, dict[str, str]]:
+    """Return the pipeline and the options of a spec. Raises ValueError for an unknown option."""
     if Path(spec).is_dir():
-        return spec, None, None
+        return spec, {}
     where, *options = spec.split(",")
     fields = dict(option.partition("=")[::2] for option in options)
-    if wrong := [f"{key}={value}" for key, value in fields.items() if key not in ("prompts", "variant") or not value]:
-        raise ValueError(
-            f"{spec!r}: unknown option {wrong[0]!r}; accepted is prompts=FILE, a text file with one prompt per line, and "
-            "variant=NAME of the weights, such as fp16"
-        )
-    return where, fields.get("prompts"), fields.get("variant")
+    if wrong := [f"{key}={value}" for key, value in fields.items() if key not in OPTIONS or not value]:
+        accepted = "; ".join(f"{key}={meaning}" for key, meaning in OPTIONS.items())
+        raise ValueError(f"{spec!r}: unknown option {wrong[0]!r}; accepted are {accepted}")
+    return where, fields
 
 
 def _accepted() -> str:
-    return f"accepted are pipelines of {', '.join(LABELLED)} and {', '.join(prompts.ENCODERS)}"
+    return f"accepted are {', '.join(dict.fromkeys(('UNet2D', *conditional.SHORT)))}; {conditional.OWN}"
+
+
+def _number(name: str, options: dict[str, str]) -> float | None:
+    try:
+        return float(options[name]) if name in options else None
+    except ValueError:
+        raise ValueError(f"{name}={options[name]}: accepted is a number") from None
+
+
+def _shape(where: str, net: Any, codec: Codec | None, size: str | None) -> tuple[int, ...]:
+    """Return the shape of one sample. ``size``: HEIGHTxWIDTH of the images, or one number for both.
+
+    Raises ValueError for a size that the network or the autoencoder cannot have.
+    """
+    if size is None:
+        return conditional.size_of(net)
+    step = 1 if codec is None else downsampling(codec.network)
+    sides = [int(side) if side.isdecimal() else 0 for side in size.split("x")]
+    height, width = sides * (3 - len(sides)) if len(sides) < 3 else (0, 0)
+    record = RECORDS.get(type(net).__name__)
+    even = step * max(record.packing if record else 1, *net.config.get("all_patch_size", (1,)))
+    if not (height and width) or height % even or width % even:
+        raise ValueError(f"size={size}: accepted are HEIGHTxWIDTH in pixels, multiples of {even}")
+    latents = height // step, width // step
+    if "sample_size" in net.config and "UNet" not in type(net).__name__:
+        raise ValueError(
+            f"size={size}: {where} has a {type(net).__name__} for one size; accepted are UNets and classes without sample_size"
+        )
+    if "sample_size" in net.config:
+        net.register_to_config(sample_size=latents)
+    return conditional.channels_of(net), *latents
 
 
 def _read_prompts(where: str, name: str, path: str | None) -> list[str]:
     if name not in prompts.ENCODERS:
         if path is not None:
-            raise ValueError(f"{where}: a {name} takes no prompts; {', '.join(prompts.ENCODERS)} do")
+            raise ValueError(f"{where}: a {name} takes no prompts; text-to-image pipelines with a record do; {conditional.OWN}")
         return []
     if path is None:
         raise ValueError(f"{where}: a {name} needs prompts: give {where},prompts=FILE, a text file with one prompt per line")
@@ -115,18 +156,21 @@ def _network(folder: Path, part: str, name: str, what: str, accepted: tuple[str,
     return net
 
 
-def _wrapped(net: Any) -> tuple[nn.Module, dict, int | None, int | None]:
+def _wrapped(net: Any, guidance: float | None) -> tuple[nn.Module, dict, int | None, int | None]:
     """Return the network as a module of this project, its description, its classes and its null label."""
     if type(net).__name__ == "UNet2DModel":
+        if guidance is not None:
+            raise ValueError(f"guidance={guidance:g}: a UNet2DModel has no such input")
         return unet.UNet(net), unet.describe(net), net.config["num_class_embeds"], None
-    return conditional.NETWORKS[type(net).__name__](net), conditional.describe(net), *conditional.classes_of(net)
+    return *conditional.wrap(net, guidance), *conditional.classes_of(net)
 
 
 def _check_channels(where: str, net: Any, codec: Codec | None) -> None:
     """Raise ValueError for a network that takes more than a noisy sample, such as one for inpainting or upscaling."""
-    takes, returns = net.config["in_channels"], net.config["out_channels"] or net.config["in_channels"]
-    holds = takes if codec is None else codec.network.config["latent_channels"]
-    if takes != holds or returns not in (takes, 2 * takes):
+    takes, given = conditional.channels_of(net), net.config["in_channels"]
+    returns = net.config.get("out_channels") or given  # of a network with packed latents, packed or not
+    holds = takes if codec is None else latent_channels(codec.network)
+    if takes != holds or returns not in (given, 2 * given, takes):
         latents = "" if codec is None else f", its latents have {holds}"
         raise ValueError(
             f"{where}: the network takes {takes} channels and returns {returns}{latents}; accepted are as many channels in as a sample "
@@ -142,8 +186,6 @@ def _codec(where: str, folder: Path, index: dict, variant: str | None) -> Codec 
     if library != "diffusers" or name not in CODECS:
         raise ValueError(f"{where}: holds an autoencoder of class {name}; accepted are {', '.join(CODECS)}")
     vae = component(folder, part, name, where, variant)
-    if vae.config.get("latents_mean") is not None:
-        raise ValueError(f"{where}: an autoencoder with a mean and deviation per channel (latents_mean) is not supported")
     source = {"folder": str(Path(where).resolve()) if Path(where).is_dir() else where, "part": part, "class": name}
     source |= {} if variant is None else {"variant": variant}
-    return Codec(frozen(vae), vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0, source)
+    return Codec(frozen(vae), *statistics(vae), source)

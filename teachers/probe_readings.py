@@ -151,7 +151,8 @@ def readings_near(stated: Reading, schedule: Schedule, codec: Codec | None) -> l
         out += [replace(stated, sigma_data=stated.sigma_data * factor) for factor in (0.5, 2.0)]
     if codec is None:
         return [*out, replace(stated, scale=0.5, shift=0.5), replace(stated, scale=2.0, shift=-1.0)]
-    scales = {codec.scale, *LATENT_SCALES} - {1.0}
+    own = () if isinstance(codec.scale, list) else (codec.scale,)
+    scales = {*own, *LATENT_SCALES} - {1.0}
     return out + [replace(stated, scale=scale) for s in sorted(scales) for scale in (s, 1 / s)]
 
 

@@ -183,7 +183,7 @@ def test_a_latent_teacher_and_its_file_give_the_pixels_of_their_own_pipeline(tmp
 
 
 def test_a_pixart_network_is_conditioned_on_the_resolution_of_the_image(tmp_path):
-    from teachers.networks.conditional import PixArt
+    from teachers.networks.records.pixart import PixArt
 
     wide = {"attention_head_dim": 12, "cross_attention_dim": 24}
     net = pixart(tmp_path, diffusers.PixArtAlphaPipeline, use_additional_conditions=True, **wide).transformer
@@ -263,7 +263,7 @@ def test_a_broken_pipeline_is_refused_in_one_line_with_the_reason(tmp_path, prom
         (nothing, str(folder), "needs prompts: give"),
         (nothing, f"{folder},prompts={tmp_path / 'empty.txt'}", "the file is empty; accepted is one prompt per line"),
         (nothing, f"{folder},prompts={tmp_path / 'none.txt'}", "not a readable text file"),
-        (nothing, f"{folder},steps=3", "unknown option 'steps=3'; accepted is prompts=FILE"),
+        (nothing, f"{folder},steps=3", "unknown option 'steps=3'; accepted are prompts=FILE"),
         (scheduler(_class_name="VQDiffusionScheduler"), given, "scheduler VQDiffusionScheduler; accepted are DDPMScheduler"),
         (scheduler(prediction_type="velocity"), given, "prediction_type 'velocity'; accepted are epsilon"),
         (scheduler(beta_schedule="mine"), given, "DDIMScheduler: mine"),
@@ -275,7 +275,7 @@ def test_a_broken_pipeline_is_refused_in_one_line_with_the_reason(tmp_path, prom
         (without("text_encoder/model.safetensors"), given, "a text encoder or tokenizer cannot be read"),
         (without("tokenizer"), given, "lacks tokenizer/"),
         (index(unet=["mine", "Net"]), given, "unet is code outside of diffusers (mine.Net), which is not run"),
-        (index(unet=["diffusers", "UNet1DModel"]), given, "class UNet1DModel; accepted are pipelines of UNet2DModel"),
+        (index(unet=["diffusers", "UNet1DModel"]), given, "class UNet1DModel; accepted are UNet2D, UNet2DCondition, ... teachers/networks/records"),
         (index(_class_name="StableDiffusionInpaintPipeline"), str(folder), "class UNet2DConditionModel; accepted are"),
         (index(_class_name="StableDiffusionInpaintPipeline"), given, "takes no prompts"),
     ):  # fmt: skip

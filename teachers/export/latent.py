@@ -17,7 +17,7 @@ from distill.grid import uniform
 from distill.schedule import Flow, Table
 from teachers.export.pixel import check_table, scheduler_of, steps_of, tcd_of
 from teachers.hub import assemble, fetch, read_json
-from teachers.networks.conditional import NETWORKS
+from teachers.networks.records import RECORDS
 from teachers.networks.unet import UNet
 from teachers.teacher import Teacher
 
@@ -26,7 +26,7 @@ def check(model: Teacher) -> None:
     """Raise ValueError if the pipeline of the model's autoencoder cannot hold the model."""
     d, sampling = model.parametric, model.sampling
     home, _, kind = origin(model)
-    accepted = NETWORKS if kind == "Transformer2DModel" else (kind,)  # as older folders of DiT and PixArt have it
+    accepted = RECORDS if kind == "Transformer2DModel" else (kind,)  # as older folders of DiT and PixArt have it
     takes_labels = "class_labels" in inspect.signature(home.__call__).parameters
     conditions = "nothing" if model.classes is None else "labels" if model.embeddings is None else "prompts"
     if type(inner(model)).__name__ not in accepted or sampling.two_times or takes_labels != (conditions == "labels"):
@@ -106,7 +106,11 @@ def table_scheduler(model: Teacher, steps: list[int]) -> Any:
 
 def call(model: Teacher, labels: list[int] | None, n: int) -> dict[str, Any]:
     """Return the arguments of the pipeline for ``n`` images of these labels or prompts, other than steps and generators."""
-    options: dict[str, Any] = {"guidance_scale": 1.0, "clean_caption": False, "use_resolution_binning": False}
+    record, scale = RECORDS.get(type(inner(model)).__name__), getattr(model.parametric.net, "guidance", None)
+    unguided = scale if scale is not None else record.unguided if record else 1.0
+    height, width = model.image_shape[1:]
+    options: dict[str, Any] = {"guidance_scale": unguided, "clean_caption": False, "use_resolution_binning": False}
+    options |= {"height": height, "width": width}
     if noisy(model):
         options["eta"] = model.sampling.fresh
     if model.embeddings is not None:

@@ -1,98 +1,53 @@
 """diffusers' networks other than UNet2DModel, as modules called as (x [B, C, H, W], t [B], **cond) -> [B, C, H, W].
 
-The second half of twice as many output channels is a learned variance; it is dropped.
+How each class is called is in its record, `teachers.networks.records`. The second half of twice as many output channels is a learned
+variance; it is dropped.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from teachers.networks.adapters import Adapter
+from teachers.networks.records import RECORDS
 
-
-class TextUNet(Adapter):
-    """Call a UNet2DConditionModel with ``text`` [B, L, D], and for SDXL with ``pooled`` [B, E] and ``time_ids`` [B, 6]."""
-
-    def forward(
-        self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None
-    ) -> Tensor:
-        added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
-        return self.net(x, t, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0][:, : x.shape[1]]
+SHORT = [name.removesuffix("Model").removesuffix("Transformer2D") for name in RECORDS]
+OWN = 'one file in teachers/networks/records adds another, see CONTRIBUTING.md, "A network of diffusers"'
 
 
-class DiT(Adapter):
-    """Call a DiTTransformer2DModel with ``labels`` [B]. Its label dropout is off: data or guidance provide the null label."""
+def wrap(net: Any, guidance: float | None = None) -> tuple[nn.Module, dict]:
+    """Return a network of a class in `RECORDS` as a module of this project, and its description, as JSON data.
 
-    def __init__(self, net: nn.Module):
-        super().__init__(net)
-        for module in net.modules():
-            if hasattr(module, "token_drop"):
-                module.dropout_prob = 0.0  # type: ignore[assignment]
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.net(x, timestep=t, class_labels=labels, return_dict=False)[0][:, : x.shape[1]]
-
-
-class PixArt(Adapter):
-    """Call a PixArtTransformer2DModel with ``text`` [B, L, D] and its ``mask`` [B, L].
-
-    A network conditioned on the size of its images also takes their ``resolution`` [B, 2] in pixels and their ``aspect_ratio`` [B, 1].
-    Older files lack these; the resolution is then 8 times that of the latents.
+    ``guidance``: the scale for a network that embeds it; by default that of its pipeline.
+    Raises ValueError for a scale that the network does not embed.
     """
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        text: Tensor,
-        mask: Tensor,
-        resolution: Tensor | None = None,
-        aspect_ratio: Tensor | None = None,
-    ) -> Tensor:
-        if self.net.use_additional_conditions and resolution is None:
-            height, width = x.shape[2:]
-            resolution = x.new_tensor([8 * height, 8 * width]).expand(len(x), 2)
-            aspect_ratio = x.new_tensor([height / width]).expand(len(x), 1)
-        added = {"resolution": resolution, "aspect_ratio": aspect_ratio}
-        output = self.net(
-            x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask, added_cond_kwargs=added, return_dict=False
-        )[0]
-        return output[:, : x.shape[1]]
-
-
-class SD3(Adapter):
-    """Call an SD3Transformer2DModel with ``text`` [B, L, D] and ``pooled`` [B, E]."""
-
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
-        cond = {"encoder_hidden_states": text, "pooled_projections": pooled}
-        return self.net(hidden_states=x, timestep=t, return_dict=False, **cond)[0]
-
-
-NETWORKS: dict[str, type[nn.Module]] = {
-    "UNet2DConditionModel": TextUNet,
-    "DiTTransformer2DModel": DiT,
-    "PixArtTransformer2DModel": PixArt,
-    "SD3Transformer2DModel": SD3,
-}
-
-
-def describe(net: Any) -> dict:
-    """Return the description of a network of a class in `NETWORKS`, as JSON data."""
+    record = RECORDS[type(net).__name__]
+    embeds = record.guidance is not None and bool(net.config.get("guidance_embeds"))
+    if guidance is not None and not embeds:
+        raise ValueError(f"guidance={guidance:g}: a {type(net).__name__} without guidance_embeds has no such input")
+    scale = {"guidance": record.guidance if guidance is None else guidance} if embeds else {}
     config = {k: v for k, v in net.config.items() if not k.startswith("_")}
-    return {"family": "stock", "config": {"class": type(net).__name__, **config}}
+    return record.call(net, **scale), {"family": "stock", "config": {"class": type(net).__name__, **scale, **config}}
 
 
 def build(config: dict) -> nn.Module:
-    """Build a network from its description's "config". Raises ValueError for a class not in `NETWORKS`."""
-    import diffusers
-
+    """Build a network from its description's "config". Raises ValueError for a class not in `RECORDS` or not in diffusers."""
     options = dict(config)
     name = options.pop("class")
-    if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}: accepted are {', '.join(NETWORKS)}")
-    return NETWORKS[name](getattr(diffusers, name).from_config(options))
+    scale = {"guidance": options.pop("guidance")} if "guidance" in options else {}
+    if name not in RECORDS:
+        raise ValueError(f"unknown network {name!r}: accepted are {', '.join(SHORT)}")
+    return RECORDS[name].call(stock(name).from_config(options), **scale)
+
+
+def stock(name: str) -> Any:
+    """Return a class of diffusers by its name. Raises ValueError if the installed diffusers does not have it."""
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}: pip install --upgrade diffusers")
+    return getattr(diffusers, name)
 
 
 def classes_of(net: Any) -> tuple[int | None, int | None]:
@@ -106,7 +61,14 @@ def classes_of(net: Any) -> tuple[int | None, int | None]:
 
 def size_of(net: Any) -> tuple[int, ...]:
     """Return the shape [C, H, W] of one sample. Raises ValueError if the configuration has no sample_size."""
-    size = net.config["sample_size"]
+    record = RECORDS.get(type(net).__name__)
+    size = net.config.get("sample_size", record and record.side)
     if size is None:
         raise ValueError("the network's config.json has no sample_size")
-    return (net.config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    return (channels_of(net), *((size, size) if isinstance(size, int) else size))
+
+
+def channels_of(net: Any) -> int:
+    """Return the channels of one sample that a network takes."""
+    record = RECORDS.get(type(net).__name__)
+    return net.config["in_channels"] // (record.packing**2 if record else 1)

@@ -1,0 +1,26 @@
+"""Lumina-Image 2: time from 0 (noise) to 1 (data), and the negative velocity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from teachers.networks.adapters import Adapter
+from teachers.networks.records.record import CPU, Encoded, Record
+
+
+class Lumina2(Adapter):
+    """Call a Lumina2Transformer2DModel with ``text`` [B, L, D] and its ``mask`` [B, L]."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        cond = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        return -self.net(x, timestep=1 - t / 1000, return_dict=False, **cond)[0]
+
+
+def encode(pipeline: Any, prompts: list[str]) -> Encoded:
+    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=CPU)
+    return {"text": (text, null), "mask": (mask, null_mask)}
+
+
+RECORD = Record(Lumina2, {"Lumina2Pipeline": encode})

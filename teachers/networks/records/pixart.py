@@ -1,0 +1,51 @@
+"""PixArt-alpha and PixArt-sigma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from teachers.networks.adapters import Adapter
+from teachers.networks.records.record import CPU, Encoded, Record, pixels
+
+
+class PixArt(Adapter):
+    """Call a PixArtTransformer2DModel with ``text`` [B, L, D] and its ``mask`` [B, L].
+
+    A network conditioned on the size of its images also takes their ``resolution`` [B, 2] in pixels and their ``aspect_ratio`` [B, 1].
+    Older files lack these; the resolution is then 8 times that of the latents.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        resolution: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> Tensor:
+        if self.net.use_additional_conditions and resolution is None:
+            height, width = x.shape[2:]
+            resolution = x.new_tensor([8 * height, 8 * width]).expand(len(x), 2)
+            aspect_ratio = x.new_tensor([height / width]).expand(len(x), 1)
+        added = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        output = self.net(
+            x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return output[:, : x.shape[1]]
+
+
+def encode(pipeline: Any, prompts: list[str]) -> Encoded:
+    """Add the size conditioning of PixArt-alpha's 1024 model (2310.00426): resolution in pixels, and height over width."""
+    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=CPU)
+    out = {"text": (text, null), "mask": (mask, null_mask)}
+    if pipeline.transformer.use_additional_conditions:
+        resolution = pixels(pipeline, pipeline.transformer).repeat(len(prompts), 1)
+        ratio = resolution[:, :1] / resolution[:, 1:]
+        out |= {"resolution": (resolution, resolution), "aspect_ratio": (ratio, ratio)}
+    return out
+
+
+RECORD = Record(PixArt, {"PixArtSigmaPipeline": encode, "PixArtAlphaPipeline": encode})

@@ -1,0 +1,31 @@
+"""Qwen-Image: squares of 2x2 latents are tokens, and time goes from 0 to 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from teachers.networks.adapters import Adapter
+from teachers.networks.records.flux import pack, unpack
+from teachers.networks.records.record import CPU, Encoded, Record, default, padded
+
+
+class QwenImage(Adapter):
+    """Call a QwenImageTransformer2DModel with ``text`` [B, L, D] and its ``mask`` [B, L]. Padding common to the batch is cut off."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        longest = int(mask.sum(1).max())
+        cond = {"encoder_hidden_states": text[:, :longest], "encoder_hidden_states_mask": mask[:, :longest]}
+        shapes = [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)
+        return unpack(self.net(pack(x), timestep=t / 1000, img_shapes=shapes, return_dict=False, **cond)[0], x)
+
+
+def encode(pipeline: Any, prompts: list[str]) -> Encoded:
+    length = default(pipeline, "max_sequence_length")
+    rows = [pipeline.encode_prompt(prompt, CPU, max_sequence_length=length)[0][0] for prompt in [*prompts, ""]]
+    text, mask = padded(rows, length)
+    return {"text": (text[:-1], text[-1:]), "mask": (mask[:-1], mask[-1:])}
+
+
+RECORD = Record(QwenImage, {"QwenImagePipeline": encode}, packing=2, side=128)

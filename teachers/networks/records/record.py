@@ -1,0 +1,53 @@
+"""The class `Record`: what this project has to be told about one class of diffusers network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+Encoded = dict[str, tuple[Tensor, Tensor]]  # condition -> rows [P, ...] of the prompts, and of the empty prompt [1 or P, ...]
+Encode = Callable[[Any, list[str]], Encoded]  # of a pipeline and its prompts
+
+
+@dataclass(frozen=True)
+class Record:
+    """Describe one class of diffusers network.
+
+    ``call``: an `Adapter`, one network call in the loop of the pipeline. Its forward(x [B, C, H, W], t [B], **cond) takes latents and
+    the scheduler's timestep, and returns what the pipeline passes to ``scheduler.step``: packing, reversed times and signs are inside.
+    ``encoders``: {class of a pipeline: function that encodes its prompts}; {} for a network conditioned on labels. All prompts of a
+    pipeline have rows of one shape. ``packing``: latents of ``in_channels / packing^2`` channels are given to the network as squares of
+    this side. ``side``: of the latents, for a class whose configuration has no ``sample_size``. ``guidance``: the pipeline's default of
+    a guidance scale that is embedded; None for two calls. ``unguided``: the ``guidance_scale`` of the pipeline that means none.
+    """
+
+    call: Callable[..., nn.Module]
+    encoders: Mapping[str, Encode] = field(default_factory=dict)
+    packing: int = 1
+    side: int | None = None
+    guidance: float | None = None
+    unguided: float = 1.0
+
+
+def pixels(pipeline: Any, net: Any) -> Tensor:
+    """Return the height and the width of a pipeline's images, float32 [2]."""
+    size = net.config.sample_size
+    return pipeline.vae_scale_factor * torch.tensor([size, size] if isinstance(size, int) else size, dtype=torch.float32)
+
+
+def padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Return rows [L_i, D] of different lengths as one tensor [P, length, D] with zeros behind them, and its mask [P, length]."""
+    text = torch.stack([torch.cat([row, row.new_zeros(length - len(row), row.shape[1])]) for row in rows])
+    return text, torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def default(pipeline: Any, name: str) -> Any:
+    """Return the default of an argument of the pipeline's call."""
+    import inspect
+
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
