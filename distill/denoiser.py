@@ -129,12 +129,14 @@ class Guided:
 
     ``null``: the conditions of an unconditional call, tensors of one row that are repeated over the batch. ``scale``: 1 means no
     guidance. Otherwise both halves are one batch of 2 B, and the memory that such a batch needs. Conditions whose shapes differ, or
-    that one half lacks, take two calls.
+    that one half lacks, take two calls. ``norm``: x_t minus the result keeps this norm of x_t - D(x, cond), as Qwen-Image needs it
+    (2508.02324); None keeps none.
     """
 
     denoiser: DenoiserLike
     null: dict[str, Tensor]
     scale: float
+    norm: Callable[[Tensor], Tensor] | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -151,7 +153,10 @@ class Guided:
             conditional, unconditional = self.denoiser(torch.cat([x_t, x_t]), *ends, **both).chunk(2)
         else:
             conditional, unconditional = (self.denoiser(x_t, t, to=to, **c) for c in (cond, cond | null))
-        return torch.lerp(unconditional, conditional, self.scale)
+        x0 = torch.lerp(unconditional, conditional, self.scale)
+        if self.norm is None:
+            return x0
+        return x_t - (x_t - x0) * (self.norm(x_t - conditional) / self.norm(x_t - x0))
 
 
 def _joined(one: Any, two: Any, batch: int) -> Any:

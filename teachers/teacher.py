@@ -117,7 +117,8 @@ class Teacher:
             return self.denoiser
         if self.null is None:
             raise ValueError("guidance needs a teacher trained with a null class; this one has none: use --guidance 1")
-        return Guided(self.denoiser, self.condition(torch.tensor([self.null])), scale)
+        norm = getattr(getattr(self.denoiser, "net", None), "guided_norm", None)  # of a network whose pipeline rescales
+        return Guided(self.denoiser, self.condition(torch.tensor([self.null])), scale, norm)
 
     def to(self, device: torch.device) -> Teacher:
         """Move the model in place, and return self."""

@@ -24,8 +24,7 @@ def unpack(tokens: Tensor, x: Tensor) -> Tensor:
 
 def positions(height: int, width: int, like: Tensor) -> Tensor:
     """Return rows (0, y, x) of a grid of tokens, [height width, 3]."""
-    axes = (torch.zeros(1), torch.arange(height), torch.arange(width))
-    return torch.cartesian_prod(*axes).to(like)
+    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).to(like)
 
 
 class Flux(Adapter):

@@ -17,6 +17,11 @@ class Lumina2(Adapter):
         cond = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
         return -self.net(x, timestep=1 - t / 1000, return_dict=False, **cond)[0]
 
+    @staticmethod
+    def guided_norm(difference: Tensor) -> Tensor:
+        """Return the norm along the width, which guidance keeps, [B, C, H, 1]."""
+        return difference.norm(dim=-1, keepdim=True)
+
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=CPU)

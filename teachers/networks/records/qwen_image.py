@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from teachers.networks.adapters import Adapter
 from teachers.networks.records.flux import pack, unpack
@@ -19,6 +20,12 @@ class QwenImage(Adapter):
         cond = {"encoder_hidden_states": text[:, :longest], "encoder_hidden_states_mask": mask[:, :longest]}
         shapes = [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)
         return unpack(self.net(pack(x), timestep=t / 1000, img_shapes=shapes, return_dict=False, **cond)[0], x)
+
+    @staticmethod
+    def guided_norm(difference: Tensor) -> Tensor:
+        """Return the norm of each token, which guidance keeps, [B, 1, H, W]."""
+        norms = pixel_unshuffle(difference, 2).norm(dim=1, keepdim=True)
+        return norms.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
