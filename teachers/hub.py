@@ -110,6 +110,15 @@ def variant_of(folder: Path, wanted: str | None, what: str) -> str | None:
     return variants.pop()
 
 
+def stock(name: str) -> Any:
+    """Return a class of diffusers by its name. Raises ValueError if the installed diffusers does not have it."""
+    import diffusers
+
+    if (cls := getattr(diffusers, name, None)) is None:
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}: pip install --upgrade diffusers")
+    return cls
+
+
 def component(folder: Path, part: str, name: str, what: str, variant: str | None = None) -> Any:
     """Load a component of a pipeline by the name of its diffusers class, in float32.
 
@@ -117,7 +126,7 @@ def component(folder: Path, part: str, name: str, what: str, variant: str | None
     """
     import diffusers
 
-    cls = getattr(diffusers, name, None)
+    cls = stock(name)
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(f"{what}: {part} is of class {name}, which is no network of diffusers")
     if not (folder / part / "config.json").is_file():

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.reading import read_text
-from teachers.hub import assemble, first_line
-from teachers.networks.conditional import stock
+from teachers.hub import assemble, first_line, stock
 from teachers.networks.records import ENCODERS as ENCODERS
 
 BATCH = 16  # prompts per call of the text encoders
@@ -39,8 +38,9 @@ def embed(name: str, folder: Path, parts: dict[str, Any], prompts: list[str], va
         import transformers  # noqa: F401
     except ImportError:
         raise ValueError(f"{folder}: text pipelines need the package transformers: pip install transformers") from None
+    cls = stock(name)
     try:
-        pipeline = assemble(stock(name), folder, parts, variant)
+        pipeline = assemble(cls, folder, parts, variant)
     except Exception as error:  # the libraries raise many types; all mean that an encoder cannot be loaded
         raise ValueError(f"{folder}: a text encoder or tokenizer cannot be read ({first_line(error)})") from None
     rows = [ENCODERS[name](pipeline, prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]

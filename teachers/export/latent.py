@@ -110,7 +110,7 @@ def call(model: Teacher, labels: list[int] | None, n: int) -> dict[str, Any]:
     unguided = scale if scale is not None else record.unguided if record else 1.0
     height, width = model.image_shape[1:]
     options: dict[str, Any] = {"guidance_scale": unguided, "clean_caption": False, "use_resolution_binning": False}
-    options |= {"height": height, "width": width}
+    options |= {"true_cfg_scale": 1.0, "height": height, "width": width}
     if noisy(model):
         options["eta"] = model.sampling.fresh
     if model.embeddings is not None:

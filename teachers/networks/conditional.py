@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from teachers.hub import stock
 from teachers.networks.records import RECORDS
 
 SHORT = [name.removesuffix("Model").removesuffix("Transformer2D") for name in RECORDS]
@@ -39,15 +40,6 @@ def build(config: dict) -> nn.Module:
     if name not in RECORDS:
         raise ValueError(f"unknown network {name!r}: accepted are {', '.join(SHORT)}")
     return RECORDS[name].call(stock(name).from_config(options), **scale)
-
-
-def stock(name: str) -> Any:
-    """Return a class of diffusers by its name. Raises ValueError if the installed diffusers does not have it."""
-    import diffusers
-
-    if not hasattr(diffusers, name):
-        raise ValueError(f"diffusers {diffusers.__version__} has no {name}: pip install --upgrade diffusers")
-    return getattr(diffusers, name)
 
 
 def classes_of(net: Any) -> tuple[int | None, int | None]:
