@@ -34,7 +34,7 @@ def fitted(denoiser: Denoiser, network: dict, shape: tuple[int, ...], classes: i
         output = denoiser.net(x, TIMES[denoiser.time](denoiser.schedule, t).to(x).expand(batch), **cond)
         reason = "" if isinstance(output, Tensor) else f"it returns a {type(output).__name__}"
     except Exception as error:  # a network may raise any type
-        reason = f"{type(error).__name__}: {first_line(error)[:80]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:64]}"
     if not reason and output.shape == (batch, 2 * shape[0], *shape[1:]):
         net, network = adapters.wrap(denoiser.net, network, {"kind": "mean"})
         return replace(denoiser, net=frozen(net)), network
@@ -43,6 +43,6 @@ def fitted(denoiser: Denoiser, network: dict, shape: tuple[int, ...], classes: i
         raise ValueError(
             f"{what} does not fit its call net(x [B, {size}], t [B]{', labels=[B]' * labels}): "
             f"{reason or f'it returns {list(output.shape)}, not {list(x.shape)}'}; "
-            f"write a wrapper, def forward(self, x, t{', labels' * labels}): return self.net(...)"
+            f"use order=t,x, labels_as=NAME, or def forward(self, x, t{', labels' * labels}): return self.net(...)"
         )
     return denoiser, network

@@ -31,8 +31,8 @@ TABLES: dict[str, dict] = {  # of published models, as diffusers spells them
 class Reading:
     """Hold one way to read a network, as made for the data ``scale`` x0 + ``shift``.
 
-    ``prediction``: a key of `PREDICTIONS`. ``time``: a key of `TIMES`. ``reverse``: the time axis is reversed. ``table``: the name and
-    value of the discrete table that the network was trained on, if it is not the stated schedule.
+    ``prediction``: a key of `PREDICTIONS`. ``time``: a key of `TIMES`. ``reverse``: the time axis is reversed. ``sign``: of the output,
+    -1 for a velocity from noise to data. ``table``: the name and value of the discrete table that the network was trained on, if it is not the stated schedule.
     """
 
     prediction: str
@@ -42,6 +42,7 @@ class Reading:
     scale: float = 1.0
     shift: float = 0.0
     table: tuple[str, Table] | None = None
+    sign: float = 1.0
 
     def against(self, stated: Reading) -> str:
         """Return the difference from the stated reading in words."""
@@ -55,7 +56,7 @@ class Reading:
         if self.table is not None:
             parts.append(f"table {self.table[0]}")
         if self.reverse:
-            parts.append("time axis reversed")
+            parts.append("time=reversed" if self.sign < 0 else "time axis reversed")
         if self.sigma_data != stated.sigma_data:
             parts.append(f"sigma_data {self.sigma_data:g}")
         if self.shift:
@@ -145,6 +146,8 @@ def readings_near(stated: Reading, schedule: Schedule, codec: Codec | None) -> l
     times = [t for t in TIMES if t != "index" or isinstance(schedule, Table)]
     out = [stated, *(replace(stated, prediction=p) for p in PREDICTIONS if p != stated.prediction)]
     out += [replace(stated, time=t) for t in times if t != stated.time] + [replace(stated, reverse=True)]
+    if stated.prediction == "flow":
+        out.append(replace(stated, reverse=True, sign=-1.0))
     if isinstance(schedule, Table):
         out += [replace(stated, table=table) for table in tables_near(schedule)]
     if stated.prediction == "edm":
@@ -206,7 +209,7 @@ def _evaluate(d: Denoiser, reading: Reading, data: ProbeData, grid: Tensor, outp
         key = (float(a), float(s), float(c_noise), float(c_in), reading.scale, reading.shift)
         if key not in outputs:
             outputs[key] = d.net(expand(c_in, x_t) * x_t, c_noise.to(x_t).expand(len(x_t)), **data.cond)
-        x0 = expand(c_skip, x_t) * x_t + expand(c_out, x_t) * outputs[key]
+        x0 = expand(c_skip, x_t) * x_t + expand(reading.sign * c_out, x_t) * outputs[key]
         x0s.append((x0 - reading.shift) / reading.scale)
         levels.append(float(schedule.logsnr(u)) + gain)
         own.append(float((1 - c_skip * a) ** 2 * data.variance.mean().cpu() + (c_skip * s / reading.scale) ** 2))

@@ -34,6 +34,25 @@ class Span(Adapter):
         return self.net(x, t * self.factor, **_scaled(cond, self.factor))
 
 
+class Reversed(Adapter):
+    """Call a network whose time is ``span`` (1 - t): noise at 0, data at ``span``. ``sign``: -1 for its velocity, from noise to data."""
+
+    def __init__(self, net: nn.Module, sign: float = 1.0, span: float = 1.0):
+        super().__init__(net)
+        self.sign, self.span = sign, span
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        ends = {"to": self.span * (1 - cond["to"])} if "to" in cond else {}
+        return self.sign * self.net(x, self.span * (1 - t), **cond | ends)
+
+
+class TimeFirst(Adapter):
+    """Call a network that takes (t, x)."""
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.net(t, x, **cond)
+
+
 class Negative(Adapter):
     """Return -F: "v_prediction" of diffusers' EDM schedulers."""
 
@@ -85,6 +104,8 @@ def _scaled(cond: dict[str, Any], factor: float) -> dict[str, Any]:
 KINDS: dict[str, type[Adapter]] = {
     "unit": Unit,
     "span": Span,
+    "reversed": Reversed,
+    "time_first": TimeFirst,
     "negative": Negative,
     "mean": Mean,
     "boundary": Boundary,
