@@ -104,7 +104,7 @@ class Protocol:
 
 def head(cell: Cell, protocol: Protocol) -> dict[str, Any]:
     """Return the part of a row that identifies its cell. A finished row with another head belongs to another cell."""
-    times = cell.sampling.times.get(cell.steps)
+    times, table = cell.sampling.times.get(cell.steps), cell.model.conditions_sha256
     return {
         "name": cell.name,
         "model": cell.label,
@@ -117,6 +117,7 @@ def head(cell: Cell, protocol: Protocol) -> dict[str, Any]:
         "images": protocol.images,
         "model_sha256": cell.model.fingerprint,
         "protocol": protocol.digest,
+        **({} if table is None else {"conditions_sha256": table}),
     }
 
 

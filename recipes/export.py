@@ -49,6 +49,7 @@ from teachers import Teacher
 from teachers.export import deliver, one_step
 from teachers.export.card import card, measured
 from teachers.hub import first_line, nulls
+from teachers.prompts import with_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def export(model: Teacher, config: Config) -> None:
     """Write all files of an export into a new folder. Raises ValueError where the model cannot be exported so."""
-    folder = Path(config.output_dir)
+    folder, model = Path(config.output_dir), with_examples(model)
     deliver.check_exportable(model)
     if config.torch_export or config.onnx:
         one_step.check_portable(model, config.onnx)

@@ -10,6 +10,7 @@ from torch import nn
 from distill.denoiser import Denoiser
 from teachers import diffusers_scheduler, prompts
 from teachers.codec import Codec, downsampling, latent_channels, statistics
+from teachers.conditions import Conditions
 from teachers.hub import UNUSED, check_adapters, check_numbers, component, fetch, left_out, read_json, variant_of
 from teachers.networks import adapters, conditional, unet
 from teachers.networks.records import RECORDS
@@ -28,7 +29,7 @@ STOCK_SCHEDULERS = ("deprecated", "stochastic_karras_ve")  # modules of diffuser
 
 
 def load(spec: str, download: bool = True) -> Teacher:
-    """Load ``PIPELINE``, or ``PIPELINE,prompts=FILE`` for a text-to-image pipeline; each line of the file is a class.
+    """Load ``PIPELINE``. A text-to-image pipeline takes its conditions from the data, or from ``PIPELINE,prompts=FILE``.
 
     ``,variant=NAME`` chooses among several weights, such as fp16. ``,size=HEIGHTxWIDTH`` sets the pixels of the images, for a network
     that was trained on others than its configuration says. ``,guidance=W`` is the scale for a network that embeds it.
@@ -43,6 +44,7 @@ def load(spec: str, download: bool = True) -> Teacher:
     index = read_json(folder / "model_index.json", "no diffusers pipeline")
     name = str(index.get("_class_name"))
     lines = _read_prompts(where, name, file)
+    textual = name in prompts.ENCODERS
     _check_parts(where, folder, index)
     part = "unet" if "unet" in index else "transformer"
     if part not in index or "scheduler" not in index:
@@ -56,7 +58,7 @@ def load(spec: str, download: bool = True) -> Teacher:
             f"{where}: {part} has no weights of variant {variant!r}; accepted without variant= is {found or 'plain'}"
         )
     variant = found
-    net = _network(folder, part, index[part][1], where, TEXTUAL if lines else LABELLED, variant)
+    net = _network(folder, part, index[part][1], where, TEXTUAL if textual else LABELLED, variant)
     codec = _codec(where, folder, index, variant)
     _check_channels(where, net, codec)
     shape = _shape(where, net, codec, options.get("size"))
@@ -65,10 +67,9 @@ def load(spec: str, download: bool = True) -> Teacher:
     denoiser = Denoiser(frozen(outer), convention.schedule, convention.prediction, convention.time, convention.sigma_data)
     embeddings = None
     record = {"source": where, **convention.record}
-    if lines:
-        embeddings = prompts.embed(name, folder, {part: net, "vae": codec and codec.vae}, lines, variant)
-        classes = null = len(lines)
-        record["prompts"] = lines
+    if textual:
+        embeddings = prompts.Encoder(where, variant).table(lines) if lines else Conditions({})
+        classes = null = embeddings.count
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):
         record["without"] = without
     return Teacher(denoiser, shape, network, classes, null, convention.sampling, record, codec, embeddings)
@@ -126,9 +127,7 @@ def _read_prompts(where: str, name: str, path: str | None) -> list[str]:
         if path is not None:
             raise ValueError(f"{where}: a {name} takes no prompts; text-to-image pipelines with a record do; {conditional.OWN}")
         return []
-    if path is None:
-        raise ValueError(f"{where}: a {name} needs prompts: give {where},prompts=FILE, a text file with one prompt per line")
-    return prompts.read_prompts(path)
+    return [] if path is None else prompts.read_prompts(path)
 
 
 def _check_parts(where: str, folder: Path, index: dict) -> None:

@@ -15,7 +15,7 @@ FORMS = {
     "digits": "the embedded teacher, a class-conditional UNet on 8x8 digits",
     "FILE.safetensors or RUN": "a model that this project wrote, or a run's directory, which stands for its last student",
     "FOLDER or OWNER/NAME": "a diffusers pipeline in a folder or on the hub; of several weights, PIPELINE,variant=fp16 chooses",
-    "PIPELINE,prompts=FILE": "a text-to-image pipeline; each line of the file is a class",
+    "PIPELINE,prompts=FILE": "a text-to-image model, or a student of one, for a few prompts: each line of the file is a class",
     "PACKAGE.MODULE:FACTORY,schedule=...,prediction=...,shape=...": "any nn.Module called as (x, t, labels); more: teachers/custom.py",
     "guided:FILE,size=SIDE,head_channels=WIDTH": "the state dict of a guided-diffusion UNet; more: teachers/adm.py",
     "experts:SPEC|SPEC,logsnr=NUMBER": "several models, each for its own range of noise levels",
@@ -48,6 +48,8 @@ def load(spec: str, trusted: bool = True) -> Teacher:
     if spec == "digits":
         return load_file(Path(__file__).parent / "digits" / "teacher.safetensors")
     path, where = Path(spec), spec.partition(",")[0]
+    if not path.exists() and (given := _with_prompts(spec)) is not None:
+        return given
     if (path / "student.safetensors").is_file():
         return load_file(path / "student.safetensors")
     if path.is_dir() or Path(where).is_dir():
@@ -64,3 +66,13 @@ def load(spec: str, trusted: bool = True) -> Teacher:
     raise ValueError(
         f"unknown model {spec!r}: accepted are digits, paths, OWNER/NAME of the hub and more; --help teacher lists all"
     )
+
+
+def _with_prompts(spec: str) -> Teacher | None:
+    """Load ``STUDENT,prompts=FILE``; None for any other spec."""
+    where, option, file = spec.partition(",prompts=")
+    if not option or not (where.endswith(".safetensors") or (Path(where) / "student.safetensors").is_file()):
+        return None
+    from teachers.prompts import read_prompts, with_prompts
+
+    return with_prompts(load(where), read_prompts(file))

@@ -1,6 +1,7 @@
 """The file format of models: one safetensors file with the weights and a description that rebuilds the model.
 
-Prompts are a tensor of their JSON text, because safetensors limits the description to 100 MB. Older files have them in the description.
+A text-to-image model is saved without its prompts, with the conditions of the empty prompt. Older files hold prompts: as a tensor of their
+JSON text, because safetensors limits the description to 100 MB, or in the description.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from distill.sampling import SEARCHED, Sampling
 from distill.schedule import Schedule, schedule_from
 from teachers import networks
 from teachers.codec import Codec
+from teachers.conditions import Conditions
 from teachers.hub import check_numbers
 from teachers.teacher import EMBEDDINGS, Teacher, frozen, require_network
 
-PROMPTS = "record.prompts"  # name of the prompts among the tensors of a file
+PROMPTS = "record.prompts"  # name of the prompts among the tensors of an older file
 
 
 def _whole(value: Any, least: int, most: int) -> bool:
@@ -49,7 +51,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "time": lambda v: isinstance(v, str),
     "sigma_data": lambda v: type(v) in (int, float) and 0 < v < 1e6,
     "shape": lambda v: isinstance(v, list),
-    "classes": lambda v: v is None or _whole(v, 1, 10**6),
+    "classes": lambda v: v is None or _whole(v, 0, 10**6),
     "null": lambda v: v is None or _whole(v, 0, 10**6),
     "sampler": lambda v: isinstance(v, dict) and all(map(partial(_timed, v), v.get("steps", []))),
     "record": lambda v: isinstance(v, dict),
@@ -66,11 +68,11 @@ def save(path: Path | str, model: Teacher) -> None:
         raise ValueError("this model cannot be saved: its Teacher has no network description (teachers.custom.wrap gives one)")
     if model.codec is not None and not model.codec.source:
         raise ValueError("this model cannot be saved: its Codec has no source, the folder of its autoencoder")
-    tensors, description = model.tensors(), model.describe()
-    if "prompts" in model.record:
-        tensors |= {PROMPTS: _encoded(model.record["prompts"])}
-        description["record"] = {key: value for key, value in model.record.items() if key != "prompts"}
-    files.save(path, tensors, description)
+    if model.embeddings is not None and not model.embeddings.null:
+        raise ValueError(
+            "this model cannot be saved: nothing was encoded yet, give PIPELINE,prompts=FILE or data with captions"
+        )
+    files.save(path, model.tensors(), model.describe())
 
 
 def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
@@ -91,7 +93,9 @@ def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
 
 def _built(path: Path, tensors: dict[str, Tensor], description: dict, net: nn.Module | None) -> Teacher:
     record = description["record"] | ({"prompts": _decoded(tensors.pop(PROMPTS))} if PROMPTS in tensors else {})
-    embeddings = {name: tensors.pop(EMBEDDINGS + name) for name in description.get("table", [])}
+    rows = {name: tensors.pop(EMBEDDINGS + name) for name in description.get("table", [])}
+    if rows:
+        embeddings = Conditions.of(rows, record.pop("prompts", ()), description.get("encoder_sha256", ""))
     codec = Codec.from_description(description["codec"], path.parent) if "codec" in description else None
     built = networks.build(description["network"], net)
     files.load_weights(built, tensors, str(path))
@@ -105,13 +109,8 @@ def _built(path: Path, tensors: dict[str, Tensor], description: dict, net: nn.Mo
         Sampling.from_description(description["sampler"]),
         record,
         codec,
-        embeddings or None,
+        embeddings if rows else None,
     )
-
-
-def _encoded(data: list[str]) -> Tensor:
-    """Return JSON data as the bytes of its text, uint8 [N]."""
-    return torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
 
 
 def _decoded(text: Tensor) -> list[str]:
@@ -148,11 +147,14 @@ def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def load_student(path: Path | str, origin: Teacher) -> Teacher:
-    """Load a student of ``origin``; into a copy of its network, if that is a module of the user's own."""
+    """Load a student of ``origin``: into a copy of its network, if that is a module of the user's own, and with its conditions."""
     network, net = origin.network or {}, require_network(origin).net
     while network.get("family") == "adapter":
         network, net = network["config"]["network"], getattr(net, "net")  # noqa: B009 (a submodule)
-    return load_file(path, copy.deepcopy(net) if network.get("family") == "given" else None)
+    student = load_file(path, copy.deepcopy(net) if network.get("family") == "given" else None)
+    if student.embeddings is None or origin.embeddings is None or not origin.embeddings.count:
+        return student
+    return student.with_conditions(origin.embeddings)
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,11 @@ class Stored:
     origin: Teacher
     fingerprint: str
     schedule: Schedule
+
+    @property
+    def conditions_sha256(self) -> str | None:
+        """The sha256 of the table that the student is used with; None for a model that takes no text."""
+        return self.origin.conditions_sha256
 
     def load(self) -> Teacher:
         """Read the student, frozen and on the CPU."""

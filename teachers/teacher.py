@@ -20,9 +20,10 @@ from distill.device import lay_out
 from distill.sampling import Sampling
 from distill.schedule import describe
 from teachers.codec import Codec
+from teachers.conditions import Conditions, as_float, described
 
-MOST_VALUES, MOST_CLASSES = 2**26, 1_000_000  # of a sample, and labels
-EMBEDDINGS = "table."  # prefix of prompt embeddings among the tensors of a file
+MOST_VALUES, MOST_CLASSES, MOST_PROMPTS = 2**26, 1_000_000, 10**10  # of a sample, labels, and rows of a table
+EMBEDDINGS = "table."  # prefix of the conditions among the tensors of a file
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Teacher:
     `teachers.networks.build` rebuilds the network, {"family", "config"}; None for oracles and experts. ``classes``: labels are
     0..classes-1; None for an unconditional model. ``null``: the label of the unconditional case, for guidance. ``sampling``: how a
     student is sampled; it has no step counts for a model that takes any. ``record``: method and provenance, as saved. ``codec``: the
-    autoencoder of a latent model. ``embeddings``: the conditions of a text-to-image model, where each class is a prompt:
-    {name: [classes + 1, ...]}; the last row is the unconditional case.
+    autoencoder of a latent model. ``embeddings``: the conditions of a text-to-image model. A label is a row of their table, which
+    comes with the data (`with_conditions`): a model without data has 0 classes. The last row is the unconditional case.
 
     Raises ValueError for a shape or a number of classes that is none, or is too large to be meant.
     """
@@ -47,7 +48,7 @@ class Teacher:
     sampling: Sampling = field(default_factory=Sampling)
     record: dict = field(default_factory=dict)
     codec: Codec | None = None
-    embeddings: dict[str, Tensor] | None = None
+    embeddings: Conditions | None = None
 
     def __post_init__(self):
         whole = all(isinstance(n, Integral) and 1 <= n <= 2**16 for n in self.shape)
@@ -55,9 +56,10 @@ class Teacher:
             raise ValueError(
                 f"samples of shape {self.shape}: accepted are 1 to 4 whole numbers, {MOST_VALUES:,} values at most"
             )
-        for name, value, least in (("classes", self.classes, 1), ("null", self.null, 0)):
-            if value is not None and not (isinstance(value, Integral) and least <= value <= MOST_CLASSES):
-                raise ValueError(f"{name} {value}: accepted are whole numbers from {least} to {MOST_CLASSES:,}")
+        most = MOST_CLASSES if self.embeddings is None else MOST_PROMPTS
+        for name, value, least in (("classes", self.classes, int(self.embeddings is None)), ("null", self.null, 0)):
+            if value is not None and not (isinstance(value, Integral) and least <= value <= most):
+                raise ValueError(f"{name} {value}: accepted are whole numbers from {least} to {most:,}")
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -80,36 +82,61 @@ class Teacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of all that determines the outputs: weights and description, or the definition of an oracle."""
+        """The sha256 of all that determines the outputs: weights and description, or the definition of an oracle.
+
+        The conditions of a text-to-image model are not part of it, see `conditions_sha256`.
+        """
         if not isinstance(self.denoiser, Denoiser):
             return hashlib.sha256(repr((self.record, self.denoiser)).encode()).hexdigest()
-        facts = {k: v for k, v in self.describe().items() if k not in ("record", "codec")}
+        facts = {k: v for k, v in self.describe().items() if k not in ("record", "codec", "table", "encoder_sha256")}
         before = [json.dumps(facts, sort_keys=True)]
-        weights = self.tensors()
+        weights = self.parametric.net.state_dict()
         if self.codec is not None:
             weights |= {"codec." + name: value for name, value in self.codec.network.state_dict().items()}
             before.append(repr((self.codec.scale, self.codec.shift)))
         return files.weights_sha256(weights, *before)
 
     @property
+    def conditions_sha256(self) -> str | None:
+        """The sha256 of the table of a text-to-image model; None for other models."""
+        return None if self.embeddings is None else self.embeddings.sha256
+
+    @property
     def conditions(self) -> str:
         """What the denoiser is conditioned on, in words."""
-        kind = "labels" if self.embeddings is None else "prompts (" + ", ".join(sorted(self.embeddings)) + ")"
-        return "no condition" if self.classes is None else f"{self.classes} {kind}"
+        if self.embeddings is not None:
+            return f"{self.classes or ''} prompts ({self.embeddings.names})".lstrip()
+        return "no condition" if self.classes is None else f"{self.classes} labels"
 
     def same_conditioning(self, other: Teacher) -> bool:
-        """Return whether both models have equal conditions for equal labels."""
-        one, two = (model.embeddings or {} for model in (self, other))
-        same = one.keys() == two.keys() and all(one[k].shape == two[k].shape and torch.equal(one[k], two[k]) for k in one)
-        return self.conditions == other.conditions and same
+        """Return whether both models have equal conditions for equal labels, or text encoders that agree."""
+        if self.embeddings is None or other.embeddings is None:
+            return self.conditions == other.conditions
+        return self.embeddings.agrees_with(other.embeddings)
+
+    def with_conditions(self, table: Conditions) -> Teacher:
+        """Return a text-to-image model whose labels are the rows of ``table``.
+
+        Raises ValueError for any other model, and for a table of another text encoder.
+        """
+        if self.embeddings is None:
+            raise ValueError(f"the model takes {self.conditions}, not text: accepted are text-to-image models")
+        if not self.embeddings.agrees_with(table):
+            one, other = (some.encoder[:12] or some.names for some in (table, self.embeddings))
+            raise ValueError(
+                f"the conditions were made by another text encoder or tokenizer ({one}) than the model's ({other}): "
+                "encode them with the model, by recipes/latents.py"
+            )
+        return dataclasses.replace(self, classes=table.count, null=table.count, embeddings=table)
 
     def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
-        """Return the denoiser's conditions for labels [B]: {} for an unconditional model or without labels."""
+        """Return the denoiser's conditions for labels [B], on their device: {} for an unconditional model or without labels.
+
+        Raises ValueError for a text-to-image model without a table.
+        """
         if self.classes is None or labels is None:
             return {}
-        if self.embeddings is None:
-            return {"labels": labels}
-        return {name: rows[labels.to(rows.device)].to(labels.device) for name, rows in self.embeddings.items()}
+        return {"labels": labels} if self.embeddings is None else self.embeddings(labels)
 
     def guided(self, scale: float) -> DenoiserLike:
         """Return the denoiser under classifier-free guidance; unchanged for scale 1. Raises ValueError without a null class."""
@@ -118,16 +145,18 @@ class Teacher:
         if self.null is None:
             raise ValueError("guidance needs a teacher trained with a null class; this one has none: use --guidance 1")
         norm = getattr(getattr(self.denoiser, "net", None), "guided_norm", None)  # of a network whose pipeline rescales
-        return Guided(self.denoiser, self.condition(torch.tensor([self.null])), scale, norm)
+        if self.embeddings is None:
+            null = {"labels": torch.tensor([self.null])}
+        else:
+            null = {name: as_float(row, "cpu") for name, row in self.embeddings.null.items()}
+        return Guided(self.denoiser, null, scale, norm)
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the model in place, and return self."""
+        """Move the model in place, and return self. Conditions stay where they are."""
         if isinstance(self.denoiser, Denoiser):
             lay_out(self.denoiser.net.to(device), device)
         if self.codec is not None:
             self.codec.to(device)
-        if self.embeddings is not None:
-            self.embeddings.update({name: rows.to(device) for name, rows in self.embeddings.items()})
         return self
 
     def times(self, steps: int) -> Tensor:
@@ -139,12 +168,13 @@ class Teacher:
         return dataclasses.replace(self.parametric, net=copy.deepcopy(self.parametric.net).requires_grad_(True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that a file of the model holds: weights and prompt embeddings."""
-        return self.parametric.net.state_dict() | {EMBEDDINGS + name: rows for name, rows in (self.embeddings or {}).items()}
+        """Return all tensors that a file of the model holds: weights, and the conditions of the empty prompt."""
+        null = {} if self.embeddings is None else self.embeddings.null
+        return self.parametric.net.state_dict() | {EMBEDDINGS + name: row for name, row in null.items()}
 
     def describe(self) -> dict:
-        """Return everything but the tensors as JSON data."""
-        d = self.parametric
+        """Return everything but the tensors as JSON data. A text-to-image model is described without its prompts."""
+        d, text = self.parametric, self.embeddings is not None
         return {
             "network": self.network,
             "schedule": describe(d.schedule),
@@ -152,11 +182,11 @@ class Teacher:
             "time": d.time,
             "sigma_data": d.sigma_data,
             "shape": list(self.shape),
-            "classes": self.classes,
-            "null": self.null,
+            "classes": 0 if text else self.classes,
+            "null": 0 if text else self.null,
             "sampler": self.sampling.describe(),
             "record": self.record,
-            **({} if self.embeddings is None else {"table": sorted(self.embeddings)}),
+            **described(self.embeddings),
             **({} if self.codec is None else {"codec": self.codec.describe()}),
         }
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import teachers
 from distill.denoiser import Denoiser
-from distill.schedule import Cosine, Flow, add_noise
+from distill.schedule import Cosine, Flow
 from teachers.custom import wrap
 from teachers.probe import probe
 

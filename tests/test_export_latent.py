@@ -29,7 +29,7 @@ def student(tmp_path, made, sampler, steps):
         for p in teacher.denoiser.net.parameters():
             p.mul_(1.05)
     teachers.save(tmp_path / "s.safetensors", replace(teacher, sampling=Sampling.parse(sampler, steps=steps)))
-    return teachers.load(str(tmp_path / "s.safetensors"))
+    return teachers.load(f"{tmp_path / 's.safetensors'}" + (f",prompts={tmp_path / 'prompts.txt'}" if prompted else ""))
 
 
 CASES = dict.fromkeys(FAMILIES, ("consistency:0.5", (1, 2, 4)))

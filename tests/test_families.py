@@ -171,6 +171,8 @@ def test_a_latent_teacher_and_its_file_give_the_pixels_of_their_own_pipeline(tmp
     noise = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(5))
     copy = again(teacher, tmp_path)
     assert copy.describe() == teacher.describe() and copy.fingerprint == teacher.fingerprint
+    if prompted:  # a file holds no prompts
+        copy = teachers.load(f"{tmp_path / 'model.safetensors'},prompts={tmp_path / 'prompts.txt'}")
     scales = (1.0,) if teacher.classes is None else (1.0, 3.0)
     for guidance in scales:
         expected = stock(pipeline, guidance)
@@ -218,10 +220,10 @@ def test_a_flow_networks_x0_is_x_minus_sigma_v_for_any_shift_of_its_grid(tmp_pat
 
 def test_a_text_teacher_is_conditioned_on_the_embeddings_of_its_prompts_in_place_of_labels(prompted):
     teacher = teachers.load(f"{prompted[0]},prompts={prompted[1]}")
-    assert teacher.classes == teacher.null == 2 and teacher.record["prompts"] == ["a cat", "two dogs"]
+    assert teacher.classes == teacher.null == 2 and teacher.embeddings.prompts == ["a cat", "two dogs"]
     labels = torch.tensor([1, 0, 1])
     cond = teacher.condition(labels)
-    assert torch.equal(cond["text"], teacher.embeddings["text"][labels]) and "labels" not in cond
+    assert torch.equal(cond["text"], teacher.embeddings.lookup.rows["text"][labels]) and "labels" not in cond
     student = teacher.student()
     x, t = torch.randn(3, *teacher.shape), torch.tensor(0.5)
     assert torch.equal(student(x, t, **cond), teacher.denoiser(x, t, **cond))
@@ -260,7 +262,6 @@ def test_a_broken_pipeline_is_refused_in_one_line_with_the_reason(tmp_path, prom
 
     nothing, given = lambda: None, f"{folder},prompts={lines}"
     for change, spec, message in (
-        (nothing, str(folder), "needs prompts: give"),
         (nothing, f"{folder},prompts={tmp_path / 'empty.txt'}", "the file is empty; accepted is one prompt per line"),
         (nothing, f"{folder},prompts={tmp_path / 'none.txt'}", "not a readable text file"),
         (nothing, f"{folder},steps=3", "unknown option 'steps=3'; accepted are prompts=FILE"),

@@ -44,7 +44,7 @@ def test_a_pixart_of_1024_is_given_the_resolution_that_its_own_pipeline_gives(tm
     noise, plain = torch.randn(2, 4, 128, 128), {"use_resolution_binning": False, "clean_caption": False}
     expected = pipeline(PROMPTS[:2], num_inference_steps=1, latents=noise, **plain, **ONE).images
     teachers.save(tmp_path / "m.safetensors", teacher)
-    for model in (teacher, teachers.load(str(tmp_path / "m.safetensors"))):
+    for model in (teacher, teachers.load(f"{tmp_path / 'm.safetensors'}{prompts}")):
         with torch.no_grad():
             found = model.denoiser(noise, torch.tensor(1.0), **model.condition(torch.tensor([0, 1])))
         assert float((found - expected).abs().max() / expected.std()) < 1e-4
@@ -164,7 +164,7 @@ def test_weights_that_a_pipeline_has_only_as_a_variant_are_found_in_all_of_its_c
     found, expected = (teachers.load(f"{tmp_path / name}{prompts}") for name in ("pipeline", "plain"))
     teachers.save(tmp_path / "m.safetensors", found)
     x, t = torch.randn(2, *found.shape), torch.tensor(0.5)
-    for model in (found, teachers.load(str(tmp_path / "m.safetensors"))):
+    for model in (found, teachers.load(f"{tmp_path / 'm.safetensors'}{prompts}")):
         outputs = [m.denoiser(x, t, **m.condition(torch.tensor([0, 1]))) for m in (model, expected)]
         assert torch.equal(*outputs) and torch.equal(model.decode(x), expected.decode(x))
         made = latent.stock(model, [1], None)  # the pipeline of an export

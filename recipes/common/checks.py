@@ -27,7 +27,7 @@ def check_match(teacher: Teacher, data: Data, training: bool = False) -> Data:
     Raises ValueError where the teacher cannot be measured on the data or, with ``training``, cannot be distilled on them.
     """
     if teacher.embeddings is not None and data.captions is not None:
-        data = data.captioned(teacher.record.get("prompts", []))
+        data = data.captioned(list(teacher.embeddings.prompts))
     if data.latents is not None:
         _check_latents(teacher, data)
     elif training and teacher.codec is not None:

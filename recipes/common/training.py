@@ -41,6 +41,7 @@ from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.export import deliver
+from teachers.prompts import with_examples
 from teachers.saved import Stored, load_student
 from teachers.teacher import require_network
 
@@ -269,8 +270,7 @@ class Experiment:
             run.accelerator.free_memory()
             net = model.student().net
             net.load_state_dict(weights)
-            prompts = {key: model.record[key] for key in ("prompts",) if key in model.record}
-            record = prompts | self.record | {"trained_images": budget.trained_images}
+            record = self.record | {"trained_images": budget.trained_images}
             made = replace(made, denoiser=replace(model.parametric, net=net), record=record)
             teachers.save(folder / "student.safetensors", made)
         run.accelerator.free_memory()
@@ -305,7 +305,7 @@ def export_pipelines(run: Run, model: Teacher) -> None:
     if not run.main:
         return
     try:
-        for name, worst in deliver.export_pipelines(model, run.folder).items():
+        for name, worst in deliver.export_pipelines(with_examples(model), run.folder).items():
             run.say(f"{name}/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
     except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # the student itself is saved
         if isinstance(error, OSError) and error.errno is not None:

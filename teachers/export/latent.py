@@ -34,8 +34,8 @@ def check(model: Teacher) -> None:
             f"the autoencoder's pipeline is a {home.__name__}, which cannot hold a {type(inner(model)).__name__} conditioned on "
             f"{conditions} and sampled by {sampling.label}"
         )
-    if model.embeddings is not None and "prompts" not in model.record:
-        raise ValueError("this model's file lacks its prompts, so no pipeline can be exported; accepted is safetensors")
+    if model.embeddings is not None and not model.embeddings.prompts:
+        raise ValueError("this model has no prompts to compare a pipeline on: accepted is MODEL,prompts=FILE")
     steps = steps_of(model)
     if wrong := [n for n in steps if not torch.equal(model.times(n), uniform(d.schedule, n))]:
         raise ValueError(f"no pipeline supports the time grid of {wrong[0]} steps; accepted is a model on the uniform grid")
@@ -114,7 +114,7 @@ def call(model: Teacher, labels: list[int] | None, n: int) -> dict[str, Any]:
     if noisy(model):
         options["eta"] = model.sampling.fresh
     if model.embeddings is not None:
-        images: dict[str, Any] = {"prompt": [model.record["prompts"][i] for i in labels or []]}
+        images: dict[str, Any] = {"prompt": [model.embeddings.prompts[i] for i in labels or []]}
     else:
         images = {"batch_size": n} if labels is None else {"class_labels": labels}
     parameters = inspect.signature(origin(model)[0].__call__).parameters

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record
+from teachers.networks.records.record import Encoded, Record, device
 
 
 def pack(x: Tensor) -> Tensor:
@@ -53,12 +53,12 @@ class Chroma(Flux):
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
-    text, pooled, _ = pipeline.encode_prompt([*prompts, ""], None, device=CPU)
+    text, pooled, _ = pipeline.encode_prompt([*prompts, ""], None, device=device(pipeline))
     return {"text": (text[:-1], text[-1:]), "pooled": (pooled[:-1], pooled[-1:])}
 
 
 def encode_chroma(pipeline: Any, prompts: list[str]) -> Encoded:
-    text, _, mask, null, _, null_mask = pipeline.encode_prompt(prompts, device=CPU)
+    text, _, mask, null, _, null_mask = pipeline.encode_prompt(prompts, device=device(pipeline))
     return {"text": (text, null), "mask": (mask, null_mask)}
 
 

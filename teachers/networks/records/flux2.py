@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record
+from teachers.networks.records.record import Encoded, Record, device
 
 
 class Flux2(Adapter):
@@ -32,7 +32,7 @@ class Flux2(Adapter):
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
-    text, _ = pipeline.encode_prompt([*prompts, ""], CPU)
+    text, _ = pipeline.encode_prompt([*prompts, ""], device(pipeline))
     return {"text": (text[:-1], text[-1:])}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record
+from teachers.networks.records.record import Encoded, Record, device
 
 
 class Lumina2(Adapter):
@@ -24,7 +24,7 @@ class Lumina2(Adapter):
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
-    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=CPU)
+    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=device(pipeline))
     return {"text": (text, null), "mask": (mask, null_mask)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record, pixels
+from teachers.networks.records.record import Encoded, Record, device, pixels
 
 
 class PixArt(Adapter):
@@ -39,7 +39,7 @@ class PixArt(Adapter):
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     """Add the size conditioning of PixArt-alpha's 1024 model (2310.00426): resolution in pixels, and height over width."""
-    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=CPU)
+    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=device(pipeline))
     out = {"text": (text, null), "mask": (mask, null_mask)}
     if pipeline.transformer.use_additional_conditions:
         resolution = pixels(pipeline, pipeline.transformer).repeat(len(prompts), 1)

@@ -9,7 +9,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from teachers.networks.adapters import Adapter
 from teachers.networks.records.flux import pack, unpack
-from teachers.networks.records.record import CPU, Encoded, Record, default, padded
+from teachers.networks.records.record import Encoded, Record, default, device, padded
 
 
 class QwenImage(Adapter):
@@ -30,7 +30,7 @@ class QwenImage(Adapter):
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     length = default(pipeline, "max_sequence_length")
-    rows = [pipeline.encode_prompt(prompt, CPU, max_sequence_length=length)[0][0] for prompt in [*prompts, ""]]
+    rows = [pipeline.encode_prompt(prompt, device(pipeline), max_sequence_length=length)[0][0] for prompt in [*prompts, ""]]
     text, mask = padded(rows, length)
     return {"text": (text[:-1], text[-1:]), "mask": (mask[:-1], mask[-1:])}
 

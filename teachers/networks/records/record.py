@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CPU = torch.device("cpu")
 Encoded = dict[str, tuple[Tensor, Tensor]]  # condition -> rows [P, ...] of the prompts, and of the empty prompt [1 or P, ...]
 Encode = Callable[[Any, list[str]], Encoded]  # of a pipeline and its prompts
 
@@ -32,6 +31,11 @@ class Record:
     side: int | None = None
     guidance: float | None = None
     unguided: float = 1.0
+
+
+def device(pipeline: Any) -> torch.device:
+    """Return where the text encoders of a pipeline are."""
+    return pipeline.text_encoder.device
 
 
 def pixels(pipeline: Any, net: Any) -> Tensor:

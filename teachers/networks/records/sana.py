@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record, default
+from teachers.networks.records.record import Encoded, Record, default, device
 
 
 class Sana(Adapter):
@@ -22,7 +22,9 @@ class Sana(Adapter):
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     """Put the pipeline's instruction before each prompt, as its call does; the empty prompt has none."""
     instruction = default(pipeline, "complex_human_instruction")
-    text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=CPU, complex_human_instruction=instruction)
+    text, mask, null, null_mask = pipeline.encode_prompt(
+        prompts, device=device(pipeline), complex_human_instruction=instruction
+    )
     return {"text": (text, null), "mask": (mask, null_mask)}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record, pixels
+from teachers.networks.records.record import Encoded, Record, device, pixels
 
 
 class TextUNet(Adapter):
@@ -22,12 +22,12 @@ class TextUNet(Adapter):
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
-    return {"text": pipeline.encode_prompt(prompts, CPU, 1, True)}
+    return {"text": pipeline.encode_prompt(prompts, device(pipeline), 1, True)}
 
 
 def encode_xl(pipeline: Any, prompts: list[str]) -> Encoded:
     """Add SDXL's size conditioning (2307.01952) of uncropped images: original size, crop (0, 0), target size."""
-    text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, device=CPU)
+    text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, device=device(pipeline))
     size = pixels(pipeline, pipeline.unet)
     ids = torch.cat([size, torch.zeros(2), size]).repeat(len(prompts), 1)
     return {"text": (text, null), "pooled": (pooled, null_pooled), "time_ids": (ids, ids)}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record
+from teachers.networks.records.record import Encoded, Record, device
 
 
 class SD3(Adapter):
@@ -19,7 +19,7 @@ class SD3(Adapter):
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
-    text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, None, None, device=CPU)
+    text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, None, None, device=device(pipeline))
     return {"text": (text, null), "pooled": (pooled, null_pooled)}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import CPU, Encoded, Record, default, padded
+from teachers.networks.records.record import Encoded, Record, default, device, padded
 
 
 class ZImage(Adapter):
@@ -21,7 +21,7 @@ class ZImage(Adapter):
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     length = default(pipeline, "max_sequence_length")
-    rows, _ = pipeline.encode_prompt([*prompts, ""], CPU, False, max_sequence_length=length)
+    rows, _ = pipeline.encode_prompt([*prompts, ""], device(pipeline), False, max_sequence_length=length)
     text, mask = padded(rows, length)
     return {"text": (text[:-1], text[-1:]), "mask": (mask[:-1], mask[-1:])}
 
