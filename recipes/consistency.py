@@ -64,7 +64,7 @@ from distill.sampling import Sampling
 from distill.target import DataSample, Mix
 from distill.train import Method, Optimization
 from recipes.common.building import method_of, student_of
-from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of
+from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of, conditioned
 from recipes.common.interrupts import interruptible
 from recipes.common.training import Experiment
 from recipes.data import sets
@@ -120,6 +120,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
         )
     config.check_precision(teacher)
     if teacher is not None:
+        teacher, data = conditioned(teacher, data, config)
         data = check_match(teacher, data, training=True)
     student = initial_student(config, teacher, data)
     data = check_match(student, data, training=True)
@@ -156,6 +157,8 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
         student = teacher
     if teacher is not None and not student.same_conditioning(teacher):
         raise ValueError(f"the student takes {student.conditions} and the teacher {teacher.conditions}: they must be the same")
+    if teacher is not None and teacher.embeddings is not None:
+        student = student.with_conditions(teacher.embeddings)
     return student_of(config, student)
 
 

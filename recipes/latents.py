@@ -1,26 +1,26 @@
-"""Encode a data set once with a latent model's autoencoder, so that training needs no images.
+"""Encode a data set once with a latent model's autoencoder and text encoders, so that training needs neither images nor encoders.
 
     python recipes/latents.py --model PIPELINE --data IMAGES,size=256 --output-dir latents/mine
     accelerate launch --num_processes 8 recipes/latents.py --model PIPELINE --data wds:SHARDS --output-dir latents/mine
     accelerate launch recipes/progressive.py --teacher PIPELINE --data latents/mine --reference fid-reference.npz ...
 
 The folder holds latents-00000.safetensors, ... with latents [n, ...], and labels [n] and captions if the data has them. The latents
-are scaled and shifted as the denoiser expects them. An encoder that outputs a distribution gives its mean. index.json records model,
-autoencoder, scale, shift and count. A command that was interrupted keeps its finished shards in a hidden folder beside the new one, and
-goes on there when it is started again, on any number of processes.
+are scaled and shifted as the denoiser expects them. An encoder that outputs a distribution gives its mean. For a text-to-image model it
+also holds conditions-00000.safetensors, ... with a row for each different caption, and conditions.safetensors with the empty prompt's.
+index.json records model, count, and the sha256 of the autoencoder and of the text encoders. Training maps all files into memory. A
+command that was interrupted keeps its finished shards in a hidden folder beside the new one, and goes on there when it is started
+again, on any number of processes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from recipes.common.accepted import BATCH, THREADS
 from recipes.common.cli import REQUIRED, flag, flags_first, machine_flag, model_flag, one_line_errors, parse
@@ -38,10 +38,12 @@ class Config(MachineFlags):
     model: str = model_flag(REQUIRED, "the latent model (accepted: --help teacher)")
     data: str = model_flag("digits", "the images (accepted: --help data)")
     most: int = model_flag(0, "largest number of images; 0 for all", at_least=0, at_most=10**10)
-    dtype: str = model_flag("float16", "number format of the latents", choices=("float16", "float32"))
+    dtype: str = model_flag("float16", "number format of latents and conditions", choices=("float16", "float32"))
+    encoder_precision: str = model_flag("fp32", "precision of the text encoders", choices=("fp32", "bf16"), short=False)
     output_dir: str = machine_flag("runs/latents", "a new directory", path="folder")
     shard_images: int = machine_flag(8192, "latents per file", at_least=1, at_most=1_000_000)
-    batch_size: int = machine_flag(16, "images encoded per batch", **BATCH)
+    shard_captions: int = machine_flag(1024, "captions per file", short=False, at_least=1, at_most=1_000_000)
+    batch_size: int = machine_flag(16, "images, and captions, encoded per batch", **BATCH)
     threads: int = machine_flag(0, "CPU threads per process; 0 for torch's default", short=False, **THREADS)
 
 
@@ -49,8 +51,6 @@ flags_first(__name__, Config, __doc__, PRESETS)
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import Tensor
 
 import teachers
 from distill import files
@@ -58,121 +58,44 @@ from distill.images import from_uint8
 from eval.features import fingerprint
 from eval.progress import progress
 from recipes.common.checks import check_match
+from recipes.common.encoding import Encoding, row_bytes
 from recipes.common.interrupts import interruptible
-from recipes.common.run import agreed, finished_file, lock, unlock
+from recipes.common.plan import check_disk, gigabytes
+from recipes.common.shards import (
+    Shard,
+    finished_shards,
+    refuse_existing,
+    shared_folder,
+    stored,
+    unfinished,
+    write_everywhere,
+)
 from recipes.data import sets as datasets
-from recipes.data.latent_shards import DTYPES, LATENTS, codec_sha256
+from recipes.data.condition_shards import distinct
+from recipes.data.latent_shards import DTYPES, LATENTS, PATTERN, codec_sha256
 from teachers import Teacher
+from teachers.prompts import Encoder
 
-
-@dataclass(frozen=True)
-class Shard:
-    """Hold the contents of one file: latents [n, ...], labels [n] and captions [n]."""
-
-    latents: Tensor
-    labels: Tensor | None
-    captions: list[str] | None
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def encoded(
     model: Teacher, data: datasets.Data, config: Config, state: PartialState, finished: Container[str] = ()
-) -> Iterator[tuple[int, Shard]]:
-    """Yield number and contents of this process's shards that are not ``finished``: every ``num_processes``-th, in the data's order.
+) -> Iterator[Shard]:
+    """Yield this process's shards that are not ``finished``: every ``num_processes``-th, in the data's order.
 
-    Raises ValueError if a latent overflows the number format.
+    They hold latents [n, ...], and labels [n] and captions [n] if the data have them. Raises ValueError if a latent overflows the number
+    format.
     """
     assert model.codec is not None
     for number, images, labels, captions in data.walk(
         config.shard_images, config.most or None, state.process_index, state.num_processes
     ):
-        if name_of(number) in finished:
+        if (name := f"latents-{number:05d}.safetensors") in finished:
             continue
         codes = (model.codec.encode(from_uint8(part, state.device)) for part in images.split(config.batch_size))
-        latents = torch.cat([z.to(DTYPES[config.dtype]).cpu() for z in codes])
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"latents of {data.name} are not finite in {config.dtype}; --dtype float32 is accepted too")
-        yield number, Shard(latents, labels, captions)
-
-
-def name_of(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"latents-{number:05d}.safetensors"
-
-
-def unfinished(folder: Path) -> Path:
-    """Return where the shards are until all are written."""
-    return folder.with_name(f".{folder.name}.unfinished")
-
-
-def finished_shards(folder: Path, identity: dict) -> dict[str, list[int]]:
-    """Return {file name: shape of its latents} of the shards that an interrupted command left.
-
-    Raises ValueError for a damaged shard, and for those of other settings.
-    """
-    shapes = {}
-    for path in sorted(folder.glob("latents-*.safetensors")):
-        with finished_file():
-            tensors, description = files.load(path)
-        if description.get("made_with") != identity:
-            raise ValueError(f"{folder} holds shards of other settings: delete it, or choose another --output-dir")
-        shapes[path.name] = list(tensors["latents"].shape)
-    return shapes
-
-
-def write(folder: Path, shards: Iterable[tuple[int, Shard]], identity: dict) -> dict[str, list[int]]:
-    """Write one file per shard. Returns {file name: shape of its latents}."""
-    shapes = {}
-    for number, shard in shards:
-        tensors = {"latents": shard.latents} | ({} if shard.labels is None else {"labels": shard.labels})
-        files.save(folder / name_of(number), tensors, {"captions": shard.captions, "made_with": identity})
-        shapes[name_of(number)] = list(shard.latents.shape)
-    return shapes
-
-
-def write_everywhere(folder: Path, shards: Iterable[tuple[int, Shard]], identity: dict) -> dict[str, list[int]]:
-    """Write the shards of all processes. Returns the shapes of all; raises ValueError or OSError in all if one process fails."""
-    shapes: dict[str, list[int]] = {}
-    problem = None
-    try:
-        shapes = write(folder, shards, identity)
-    except (ValueError, OSError) as error:
-        problem = OSError(str(error)) if isinstance(error, OSError) else ValueError(str(error))
-    parts: Any = gather_object([(shapes, problem)])
-    if wrong := next((error for _, error in parts if error), None):
-        raise wrong
-    return {name: shape for some, _ in parts for name, shape in some.items()}
-
-
-@contextmanager
-def shared_folder(folder: Path, state: PartialState) -> Iterator[Path]:
-    """Yield `unfinished` to all processes. On success the main process renames it to ``folder``; on ValueError it removes it.
-
-    After a signal and on a full disk it stays, so that the same command continues. Raises ValueError if another process writes there.
-    """
-    aside = unfinished(folder)
-
-    def claim() -> None:
-        lock(aside)
-        files.clear_aside(aside)
-
-    agreed(claim)
-    try:
-        yield aside
-    except ValueError:
-        if state.is_main_process:
-            shutil.rmtree(aside)
-            unlock(aside)
-        raise
-    if state.is_main_process:
-        refuse_existing(folder)  # another run may have written it in the meantime
-        unlock(aside)
-        aside.rename(folder)
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise ValueError if ``folder`` exists."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; choose another --output-dir")
+        latents = torch.cat([stored(z, DTYPES[config.dtype], f"latents of {data.name}") for z in codes])
+        yield name, {"latents": latents} | ({} if labels is None else {"labels": labels}), {"captions": captions}
 
 
 def describe(model: Teacher, data: datasets.Data, config: Config) -> dict:
@@ -199,8 +122,33 @@ def load_pair(config: Config) -> tuple[Teacher, datasets.Data]:
     data = datasets.load(config.data)
     if data.latents is not None:
         raise ValueError(f"{config.data} holds latents already; accepted are images")
+    if model.embeddings is not None and data.captions is None:
+        raise ValueError(
+            f"{config.model} is conditioned on text, and {data.name} has no captions; --help data says who has them"
+        )
     check_match(model, data)
     return model, data
+
+
+def captions_of(folder: Path) -> list[str]:
+    """Return the captions of all shards of latents, in order."""
+    shards = (files.load(path, check=False) for path in sorted(folder.glob(PATTERN)))
+    return [caption for _, description in shards for caption in description["captions"]]
+
+
+def announce(data: datasets.Data, model: Teacher, config: Config, row: int) -> None:
+    """Say how much will be written, and check that the disk has it. ``row``: bytes of the conditions of one caption."""
+    assert data.images is not None
+    count = min(len(data.images), config.most or len(data.images))
+    known = [] if data.captions is None else distinct(data.captions[:count])
+    each = math.prod(model.shape) * DTYPES[config.dtype].itemsize
+    if data.stream is not None:
+        texts = f" and {gigabytes(1e6 * row)} for each million different captions" if row else ""
+        print(f"{gigabytes(1e6 * each)} of latents for each million images{texts}")
+        return
+    texts = f" and {gigabytes(row * len(known))} of conditions for {len(known):,} different captions" if row else ""
+    print(f"{gigabytes(each * count)} of latents{texts}")
+    check_disk(unfinished(Path(config.output_dir)), each * count + row * len(known))
 
 
 @interruptible()
@@ -214,22 +162,33 @@ def main(argv: list[str] | None = None) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         model, data = load_pair(config)
-        model.to(state.device)
+        encoding = None if model.embeddings is None else encoding_of(model, config, state)
+        if state.is_main_process:
+            announce(data, model, config, 0 if encoding is None else row_bytes(encoding.null()))
         index = describe(model, data, config)
         total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
         settings = {"shard_images": config.shard_images, "batch_size": config.batch_size, "most": config.most}
         made_with = json.loads(json.dumps(index | settings | {"images_sha256": fingerprint(data.images)}))
-        finished = finished_shards(unfinished(folder), made_with)
+        finished = finished_shards(unfinished(folder), PATTERN, made_with)
         with shared_folder(folder, state) as aside:
             shards = encoded(model, data, config, state, finished)
             bar = progress(shards, show=state.is_main_process, desc="latents", unit="shard", total=total)
             shapes = finished | write_everywhere(aside, bar, made_with)
             sizes = {name: shape[0] for name, shape in sorted(shapes.items())}
             index |= {"count": sum(sizes.values()), "shape": next(iter(shapes.values()))[1:], "shards": sizes}
+            if encoding is not None:
+                encoding.write(aside, distinct(captions_of(aside)), state)
+                index["encoder_sha256"] = encoding.encoder.sha256
             if state.is_main_process:
                 files.write_json(aside / "index.json", index)
         if state.is_main_process:
             print(f"{index['count']:,} latents of {data.name}: {folder}")
+
+
+def encoding_of(model: Teacher, config: Config, state: PartialState) -> Encoding:
+    """Return how the captions are encoded: by the model's own text encoders, on the device of this process."""
+    encoder = Encoder.of(model, device=state.device, dtype=PRECISIONS[config.encoder_precision])
+    return Encoding(encoder, DTYPES[config.dtype], config.batch_size, config.shard_captions)
 
 
 if __name__ == "__main__":

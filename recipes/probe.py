@@ -41,7 +41,7 @@ import torch
 
 import teachers
 from distill.likelihood import bits, bound, flow
-from recipes.common.checks import check_match, probed
+from recipes.common.checks import check_match, conditioned, probed
 from recipes.data import sets as datasets
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__, PRESETS, argv)
         if config.threads:
             torch.set_num_threads(config.threads)
-        model = teachers.load(config.model)
-        data = check_match(model, datasets.load(config.data))
+        model, data = conditioned(teachers.load(config.model), datasets.load(config.data))
+        data = check_match(model, data)
         found = probed(model, data, config.seed)
         print("\n".join(found.lines()[:-1]))
         print(LEGEND)

@@ -89,7 +89,7 @@ from distill.rng import seed_of
 from distill.sampling import Sampling
 from distill.target import Mix
 from distill.train import Optimization
-from recipes.common.checks import check_match, check_steps
+from recipes.common.checks import check_match, check_steps, conditioned
 from recipes.common.interrupts import interruptible
 from recipes.common.training import Experiment
 from recipes.data import sets
@@ -192,6 +192,7 @@ def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
     Raises ValueError in one line, before anything is written, where they do not.
     """
     names = " -> ".join(map(str, [config.start_steps, *ladder(config)]))
+    teacher, data = conditioned(teacher, data, config)
     data = check_match(teacher, data, training=True)
     require_network(teacher)
     check_steps(teacher, (config.start_steps,))

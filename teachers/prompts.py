@@ -163,6 +163,26 @@ def with_prompts(model: Teacher, prompts: list[str]) -> Teacher:
     return model.with_conditions(Encoder.of(model).table(prompts))
 
 
+@dataclass(frozen=True)
+class Online:
+    """Encode the prompts of each batch when they are needed. The encoders stay in memory."""
+
+    encoder: Encoder
+    prompts: list[str]
+
+    def __call__(self, index: Tensor) -> dict[str, Tensor]:
+        rows, place = index.unique(return_inverse=True)
+        texts = [self.prompts[i] for i in rows.tolist() if i < len(self.prompts)]
+        found = self.encoder(texts or [""])
+        return {name: torch.cat([some[: len(texts)], null])[place] for name, (some, null) in found.items()}
+
+
+def online(encoder: Encoder, prompts: list[str]) -> Conditions:
+    """Return conditions of prompts that are encoded in each batch."""
+    null = {name: row for name, (_, row) in encoder([""]).items()}
+    return Conditions(null, len(prompts), Online(encoder, prompts), prompts, encoder.sha256)
+
+
 def with_examples(model: Teacher) -> Teacher:
     """Return a text-to-image model with a few prompts: the first ones of its table, else `EXAMPLES`. Others are returned unchanged.
 

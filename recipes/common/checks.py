@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 import teachers
 from distill.denoiser import Denoiser
 from distill.sampling import Sampling
 from distill.schedule import Table
+from recipes.common.encoding import Encoding, cached
+from recipes.data.condition_shards import distinct
 from recipes.data.latent_shards import codec_sha256
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.codec import Codec
+from teachers.conditions import Conditions
 from teachers.probe import Probe, probe
+from teachers.prompts import Encoder, online
 
 QUICK: dict[str, Any] = {"levels": 6, "samples": 16}  # the probe before a distillation
 IMAGES = 1024  # of the data, for the probe
+CHECKED = 2**16  # samples that are read before a run; recipes/latents.py refuses others that are not finite
 
 
 def check_match(teacher: Teacher, data: Data, training: bool = False) -> Data:
@@ -26,24 +33,64 @@ def check_match(teacher: Teacher, data: Data, training: bool = False) -> Data:
 
     Raises ValueError where the teacher cannot be measured on the data or, with ``training``, cannot be distilled on them.
     """
-    if teacher.embeddings is not None and data.captions is not None:
+    if teacher.embeddings is not None and teacher.classes and data.captions is not None:
         data = data.captioned(list(teacher.embeddings.prompts))
     if data.latents is not None:
         _check_latents(teacher, data)
+    elif data.imageless:
+        data = data.shaped(teacher.shape)
     elif training and teacher.codec is not None:
         raise ValueError(f"the teacher works on latents, {data.name} holds images: recipes/latents.py makes latents of them")
     elif teacher.image_shape != data.shape:
         raise ValueError(
             f"the teacher makes images of shape {teacher.image_shape}, {data.name} holds {data.shape}: they must agree"
         )
-    if teacher.classes is not None and data.labels is None:
+    if teacher.classes and data.labels is None:
         raise ValueError(f"the teacher is conditional on {teacher.classes} classes, {data.name} has no labels")
-    if teacher.classes is not None and data.classes is not None and data.classes > teacher.classes:
+    if teacher.classes and data.classes is not None and data.classes > teacher.classes:
         raise ValueError(f"{data.name} has {data.classes} classes, the teacher has {teacher.classes}")
     if training:
         check_finite_weights(teacher)
         check_finite_data(data)
     return data
+
+
+def conditioned(teacher: Teacher, data: Data, config: Any = None) -> tuple[Teacher, Data]:
+    """Return a text-to-image teacher with the conditions of the data's captions, and the data with their rows as labels.
+
+    A teacher with prompts of its own, and one that takes no text, are returned with the data unchanged. ``config``: with --conditions
+    cached, captions that recipes/latents.py did not encode are encoded into a cache beside the run; online encodes each batch, and so
+    does --dry-run, which writes nothing. Without ``config`` they are encoded in memory.
+
+    Raises ValueError for data without captions, and for conditions of another text encoder.
+    """
+    if teacher.embeddings is None and data.imageless:
+        raise ValueError(f"{data.name} holds prompts alone, and the teacher takes {teacher.conditions}: accepted are images")
+    if teacher.embeddings is None or teacher.classes:
+        return teacher, data
+    if data.captions is None:
+        raise ValueError(
+            f"the teacher is conditioned on text, and {data.name} has no captions: accepted are sets with captions"
+        )
+    if data.table is None or getattr(config, "conditions", "") == "online":
+        table = encoded(teacher, distinct(data.captions), config)
+    else:
+        table, own = data.table, teacher.embeddings
+        if not own.encoder and not own.null:
+            teacher = replace(teacher, embeddings=replace(own, encoder=Encoder.of(teacher).sha256))
+    return teacher.with_conditions(table), data.captioned(list(table.prompts))
+
+
+def encoded(teacher: Teacher, prompts: list[str], config: Any = None) -> Conditions:
+    """Return the conditions of distinct prompts by the teacher's own text encoders, see `conditioned`."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if config is None:
+        return Encoder.of(teacher, device=state.device).table(prompts)
+    if config.conditions == "online" or config.dry_run:
+        precision = torch.bfloat16 if state.device.type == "cuda" else torch.float32
+        return online(Encoder.of(teacher, device=state.device, dtype=precision), prompts)
+    encoding = Encoding(Encoder.of(teacher, device=state.device))
+    return cached(Path(config.output_dir).absolute().parent, prompts, encoding, state)
 
 
 def check_finite_weights(model: Teacher) -> None:
@@ -59,9 +106,9 @@ def check_finite_weights(model: Teacher) -> None:
 
 
 def check_finite_data(data: Data) -> Data:
-    """Return the data. Raises ValueError that names the first image or latent with NaN or infinity."""
-    if data.images.is_floating_point():
-        for start in range(0, len(data.images), 4096):
+    """Return the data. Raises ValueError that names the first image or latent with NaN or infinity, of the first `CHECKED`."""
+    if data.images.is_floating_point() and not data.imageless:
+        for start in range(0, min(len(data.images), CHECKED), 4096):
             finite = data.images[start : start + 4096].isfinite().flatten(1).all(1)
             if not finite.all():
                 first = start + int((~finite).nonzero()[0])

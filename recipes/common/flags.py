@@ -106,6 +106,12 @@ class DistillationFlags(RunFlags, TrainingFlags, SweepFlags):
 
     teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")
     data: str = model_flag("digits", "the training data (accepted: --help data)")
+    conditions: str = model_flag(
+        "cached",
+        "captions of a text-to-image teacher: encoded once beside the run, unless the data are, or online for each batch",
+        choices=("cached", "online"),
+        short=False,
+    )
     force: bool = model_flag(False, "distil even if the probe finds that the teacher is not a denoiser", short=False)
     replay: str | None = machine_flag(
         None,

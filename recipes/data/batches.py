@@ -90,14 +90,18 @@ def batches(
             made = on_cpu(step) if device.type == "cpu" else ahead(on_cpu(step))
         with closing(made):  # ends the thread
             for images, labels in made:
-                yield data.scaled(images, device), condition(None if labels is None else send(labels, device))
+                # on the CPU, where the rows of a table are
+                cond = {name: rows if rows is None else send(rows, device) for name, rows in condition(labels).items()}
+                yield data.scaled(images, device), cond
 
     return microbatches
 
 
 def take(images: Tensor, index: Tensor) -> Tensor:
     """Return the rows ``index`` [b] of images [N, ...], contiguous. Each row is copied in the order in which it is in memory."""
-    if images.ndim == 4 and (stored := images.permute(0, 2, 3, 1)).is_contiguous():  # of an .npz file
+    if (
+        isinstance(images, Tensor) and images.ndim == 4 and (stored := images.permute(0, 2, 3, 1)).is_contiguous()
+    ):  # of an .npz file
         return stored.index_select(0, index).permute(0, 3, 1, 2).contiguous()
     return images.index_select(0, index)
 

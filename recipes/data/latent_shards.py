@@ -11,8 +11,10 @@ from torch import Tensor
 from distill import files, reading
 from distill.reading import first_line, regular
 from teachers.codec import Codec
+from teachers.conditions import Rows
 
-LATENTS = "fewstep-latents/1"
+LATENTS, PATTERN = "fewstep-latents/1", "latents-*.safetensors"
+IN_MEMORY = 2**28  # bytes of latents that are read and checked; more are mapped into memory
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -22,37 +24,38 @@ def is_latents(folder: Path) -> bool:
     return index.is_file() and LATENTS in reading.read_text(index)
 
 
-def read_latents(folder: Path) -> tuple[Tensor, Tensor | None, list[str] | None, dict]:
+def read_latents(folder: Path) -> tuple[Tensor | Rows, Tensor | None, list[str] | None, dict]:
     """Return latents [N, ...], labels [N], captions and the index of a folder.
 
+    Latents of more than `IN_MEMORY` bytes are mapped into memory, and their sha256 is not checked, which would read them all.
     Raises ValueError for an incomplete index, and for a shard that does not agree with it.
     """
     try:
         index = _checked_index(reading.read_json(folder / "index.json"), folder)
-        latents = torch.empty(index["count"], *index["shape"], dtype=DTYPES[index["dtype"]])
+        dtype, size = DTYPES[index["dtype"]], index["count"] * math.prod(index["shape"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
             f"{folder / 'index.json'}: not a whole index of latents ({first_line(error)}); accepted is one that recipes/latents.py wrote"
         ) from None
-    count, shape, sizes = index["count"], tuple(index["shape"]), index["shards"]
+    count, shape, sizes, small = index["count"], tuple(index["shape"]), index["shards"], size * dtype.itemsize <= IN_MEMORY
+    latents: list[Tensor] = []
     labels: list[Tensor] = []
     captions: list[str] = []
-    start = 0
     for name, n in sizes.items():
-        tensors, description = files.load(folder / Path(name).name)
+        tensors, description = files.load(folder / Path(name).name, check=small)
         part = tensors.get("latents")
-        if part is None or part.shape != (n, *shape) or part.dtype != latents.dtype or start + n > count:
+        if part is None or part.shape != (n, *shape) or part.dtype != dtype:
             found = "none" if part is None else f"{part.dtype} {tuple(part.shape)}"
-            raise ValueError(f"{folder / name}: latents are {found}, the index has {latents.dtype} {(n, *shape)}")
-        latents[start : start + n] = part
+            raise ValueError(f"{folder / name}: latents are {found}, the index has {dtype} {(n, *shape)}")
+        latents.append(part)
         labels += [tensors["labels"].long()] if "labels" in tensors else []
         captions += description.get("captions") or []
-        start += n
-    if start != count or sum(map(len, labels)) not in (0, count) or len(captions) not in (0, count):
+    if (start := sum(map(len, latents))) != count or sum(map(len, labels)) not in (0, count) or len(captions) not in (0, count):
         raise ValueError(
             f"{folder}: {start} latents, {sum(map(len, labels))} labels, {len(captions)} captions; the index has {count}"
         )
-    return latents, torch.cat(labels) if labels else None, captions or None, index
+    held = torch.cat(latents) if small else Rows(latents)
+    return held, torch.cat(labels) if labels else None, captions or None, index
 
 
 def _checked_index(index: dict, folder: Path) -> dict:

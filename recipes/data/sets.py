@@ -14,13 +14,15 @@ from distill.device import send
 from distill.images import from_uint8, to_uint8
 from distill.train import Batches, BatchSplit
 from eval.features import fingerprint
-from recipes.data import folders, huggingface, latent_shards, webdataset
+from recipes.data import condition_shards, folders, huggingface, latent_shards, webdataset
 from recipes.data.batches import batches as make_batches
 from recipes.data.decode import Source, check_label, decode_blocks, format_of, read_all
 from recipes.data.npz import read_npz
 from recipes.data.spec import ACCEPTED as ACCEPTED
 from recipes.data.spec import parse
 from recipes.data.stream import Stream
+from teachers.conditions import Conditions
+from teachers.prompts import read_prompts
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class Data:
     """Hold a data set.
 
     ``images``: uint8 [N, C, H, W]; for latents, floats [N, ...] in the denoiser's own space. ``flip``: mirror each training image with
-    probability 1/2. ``latents``: the index of a folder of latents, else None. ``stream``: the source of training batches if the set
-    does not fit in memory; ``images`` are then the first of the set, and the reference is computed from them. ``known_classes``: the
-    number of classes, if known; the labels may not show all.
+    probability 1/2. ``latents``: the index of a folder of latents, else None; large ones are `Rows`, mapped into memory. ``stream``: the
+    source of training batches if the set does not fit in memory; ``images`` are then the first of the set, and the reference is
+    computed from them. ``known_classes``: the number of classes, if known; the labels may not show all. ``table``: the conditions of
+    the captions, if they are encoded. ``imageless``: the set has prompts alone, see `of_prompts`.
     """
 
     name: str
@@ -41,6 +44,17 @@ class Data:
     latents: dict | None = None
     stream: Stream | None = None
     known_classes: int | None = None
+    table: Conditions | None = None
+    imageless: bool = False
+
+    @classmethod
+    def of_prompts(cls, prompts: list[str], name: str) -> Data:
+        """Return a set of prompts without images. `shaped` gives it the shape of a model's samples."""
+        return cls(name, torch.zeros(1).expand(len(prompts), 1), captions=prompts, imageless=True)
+
+    def shaped(self, shape: tuple[int, ...]) -> Data:
+        """Return the set with samples of this shape, where it has no images: zeros [N, *shape] that take no memory."""
+        return replace(self, images=torch.zeros(1).expand(len(self.images), *shape)) if self.imageless else self
 
     @classmethod
     def of(cls, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None, name: str | None = None) -> Data:
@@ -80,8 +94,9 @@ class Data:
 
     def require_pixels(self) -> Tensor:
         """Return the images as uint8. Raises ValueError for latents, which FID cannot be measured against."""
-        if self.latents is not None:
-            raise ValueError(f"{self.name} holds latents, which FID cannot be measured against; give a stored --reference")
+        if self.latents is not None or self.imageless:
+            what = "prompts alone" if self.imageless else "latents"
+            raise ValueError(f"{self.name} holds {what}, which FID cannot be measured against; give a stored --reference")
         return self.images
 
     def x0(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
@@ -90,7 +105,7 @@ class Data:
 
     def scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
         """Return images or latents of this set, as it stores them, as float32 [B, ...] on ``device``."""
-        return from_uint8(images, device) if self.latents is None else send(images.contiguous(), device).float()
+        return send(images.contiguous(), device).float() if images.is_floating_point() else from_uint8(images, device)
 
     def captioned(self, prompts: list[str]) -> Data:
         """Return the set with each image's caption as label: its position in ``prompts``.
@@ -104,7 +119,7 @@ class Data:
         if unknown:
             raise ValueError(
                 f"{self.name}: the caption {unknown[0]!r} is none of the teacher's {len(prompts)} prompts; "
-                "accepted are the lines of prompts=FILE"
+                "accepted are the lines of prompts=FILE, or conditions that recipes/latents.py wrote"
             )
         labels = torch.tensor([place[caption.strip()] for caption in self.captions or []])
         stream = None if self.stream is None else self.stream.captioned(place)
@@ -162,7 +177,10 @@ def load(spec: str) -> Data:
         return Data("digits", *digits(), flip=flip)
     if kind == "latents":
         latents, labels, captions, index = latent_shards.read_latents(Path(where))
-        return Data(Path(where).absolute().name, latents, labels, captions, latents=index)
+        table = condition_shards.read_conditions(Path(where))
+        return Data(Path(where).absolute().name, latents, labels, captions, latents=index, table=table)  # type: ignore[arg-type]
+    if kind == "prompts":
+        return Data.of_prompts(read_prompts(where), Path(where).stem)
     if kind == "npz":
         return Data(Path(where).stem, *read_npz(Path(where)), flip=flip)
     if kind in folders.TORCHVISION:

@@ -12,7 +12,8 @@ FORMS = {
     "digits": "the 1,797 handwritten digits of scikit-learn, 8x8",
     "FOLDER": "a folder of images; if all of them are in sub-folders, each sub-folder is a class; transparent images are put on white",
     "FILE.npz": "images uint8 [N, H, W, C]; optionally labels [N] and captions [N]",
-    "LATENTS": "a folder of latents that recipes/latents.py wrote",
+    "LATENTS": "a folder of latents and conditions that recipes/latents.py wrote",
+    "prompts:FILE": "prompts without images, one per line, for methods that begin at pure noise",
     "hf:NAME": "a set of the Hugging Face hub (needs the package datasets)",
     "hf:FOLDER": "a folder that the package datasets can load, or saved with save_to_disk",
     "wds:PATTERN": "WebDataset shards, such as wds:a-{000..127}.tar",
@@ -34,6 +35,7 @@ OPTIONS: dict[str, frozenset[str]] = {
     "digits": frozenset({"flip"}),
     "npz": frozenset({"flip"}),
     "latents": frozenset(),
+    "prompts": frozenset(),
     "folder": DECODED,
     "wds": DECODED | {"classes"},
     "hf": DECODED | {"classes", "split", "config", "image", "label", "caption"},
@@ -67,7 +69,7 @@ def _kind(where: str) -> tuple[str, str]:
     path = Path(where)
     if where == "digits":
         return "digits", where
-    if place and (prefix in ("hf", "wds") or prefix in TORCHVISION):
+    if place and (prefix in ("hf", "wds", "prompts") or prefix in TORCHVISION):
         return prefix, place
     if where and path.is_dir():
         from recipes.data.latent_shards import is_latents  # not above: --help shows `ACCEPTED` without torch
