@@ -32,7 +32,8 @@ class Reading:
     """Hold one way to read a network, as made for the data ``scale`` x0 + ``shift``.
 
     ``prediction``: a key of `PREDICTIONS`. ``time``: a key of `TIMES`. ``reverse``: the time axis is reversed. ``sign``: of the output,
-    -1 for a velocity from noise to data. ``table``: the name and value of the discrete table that the network was trained on, if it is not the stated schedule.
+    -1 for a velocity from noise to data. ``table``: the name and value of the discrete table that the network was trained on, if it is
+    not the stated schedule.
     """
 
     prediction: str

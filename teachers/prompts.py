@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from distill.reading import read_text
 from teachers.conditions import Conditions
