@@ -128,14 +128,14 @@ class Guided:
     """Apply classifier-free guidance (2207.12598): D(x, null) + scale (D(x, cond) - D(x, null)).
 
     ``null``: the conditions of an unconditional call, tensors of one row that are repeated over the batch. ``scale``: 1 means no
-    guidance. Otherwise both halves are one batch of 2 B, and the memory that such a batch needs. Conditions whose shapes differ, or
-    that one half lacks, take two calls. ``norm``: x_t minus the result keeps this norm of x_t - D(x, cond), as Qwen-Image needs it
-    (2508.02324); None keeps none.
+    guidance; None takes the scale of each sample from the condition ``guidance`` [B]. Both halves are one batch of 2 B, and the memory
+    that such a batch needs. Conditions whose shapes differ, or that one half lacks, take two calls. ``norm``: x_t minus the result keeps
+    this norm of x_t - D(x, cond), as Qwen-Image needs it (2508.02324); None keeps none.
     """
 
     denoiser: DenoiserLike
     null: dict[str, Tensor]
-    scale: float
+    scale: float | None
     norm: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -145,6 +145,7 @@ class Guided:
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
         if self.scale == 1:
             return self.denoiser(x_t, t, to=to, **cond)
+        scale = expand(cond.pop("guidance"), x_t) if self.scale is None else self.scale
         null = {k: send(v, x_t.device).expand(x_t.shape[0], *v.shape[1:]) for k, v in self.null.items()}
         if all(isinstance(cond.get(k), Tensor) and cond[k].shape == v.shape for k, v in null.items()):
             batch = len(x_t)
@@ -153,7 +154,7 @@ class Guided:
             conditional, unconditional = self.denoiser(torch.cat([x_t, x_t]), *ends, **both).chunk(2)
         else:
             conditional, unconditional = (self.denoiser(x_t, t, to=to, **c) for c in (cond, cond | null))
-        x0 = torch.lerp(unconditional, conditional, self.scale)
+        x0 = torch.lerp(unconditional, conditional, scale)
         if self.norm is None:
             return x0
         return x_t - (x_t - x0) * (self.norm(x_t - conditional) / self.norm(x_t - x0))

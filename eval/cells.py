@@ -65,8 +65,8 @@ class Cell:
 
     @property
     def cost(self) -> int:
-        """The network evaluations per image, at most."""
-        return self.sampling.calls(self.steps) * (2 if self.guidance != 1 else 1)
+        """The network evaluations per image, at most. Guidance doubles them, unless the network takes its scale."""
+        return self.sampling.calls(self.steps) * (2 if self.guidance != 1 and self.model.guidance is None else 1)
 
     @property
     def denoiser(self) -> DenoiserLike:

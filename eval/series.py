@@ -15,7 +15,8 @@ def series(row: dict) -> str:
     """Return the name of the curve that a row belongs to: the student's run, or the teacher and its sampler."""
     searched = " searched" if row["times"] and row["grid"] == "searched" else ""
     if row["role"] == "student":
-        return f"{row.get('run') or 'student'}{searched}"
+        guidance = row.get("guidance", 1)
+        return f"{row.get('run') or 'student'}{searched}{'' if guidance == 1 else f' w={guidance:g}'}"
     return f"{row['model']}, {row['sampler']}{searched}"
 
 

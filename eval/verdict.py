@@ -59,12 +59,14 @@ def equivalent_nfe(row: dict, teachers: list[dict]) -> float | None:
 def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
     """Return the rows with their comparison to the teacher. ``kept``: name -> first images of the cell, uint8 [n, C, H, W].
 
-    Adds ``ratio`` (FID over the FID of `reference_row`), ``diversity`` (`eval.variety.spread` over that of `reference_row`) and ``drift``,
+    The reference of a row is the `reference_row` of its guidance scale, or of all rows where the teacher was not measured at that scale.
+    Adds ``ratio`` (FID over the FID of the reference), ``diversity`` (`eval.variety.spread` over that of the reference) and ``drift``,
     for students also ``equivalent_nfe`` and the `break_even`.
     """
-    baseline, teachers = reference_row(rows), _of("teacher", rows)
-    out = []
+    teachers, out = _of("teacher", rows), []
     for row in rows:
+        alike = [other for other in rows if other.get("guidance") == row.get("guidance")]
+        baseline = reference_row(alike) or reference_row(rows)
         if "error" not in row:
             new: dict = {}
             if baseline is not None:
@@ -137,7 +139,7 @@ def verdict(rows: list[dict]) -> str:
     equal = "No sampler of the teacher in this report reaches this FID."
     if nfe is not None:
         equal = f"The teacher's samplers need about {nfe:.1f} evaluations to reach this FID."
-    who = f" {series(last)}" if len({series(row) for row in students}) > 1 else ""
+    who = f" {series(last).removeprefix('student ')}" if len({series(row) for row in students}) > 1 else ""
     there = {series(row) for row in students if row["nfe"] == last["nfe"]}
     among = f", the lowest of {len(there)} students" if len(there) > 1 else ""
     return (

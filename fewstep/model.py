@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from eval.generate import chunks, images
 from eval.image_grid import contact_sheet, write_folder
 from eval.machine import default_device
 from recipes.common.checks import check_sampler, probed
+from recipes.common.guidance import outside
 from recipes.data.sets import Data
 from teachers.custom import wrap
 from teachers.probe import Probe
@@ -112,13 +114,14 @@ class Model:
         labels: Iterable[int] | None = None,
         seed: int = 0,
         sampler: str | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         device: torch.device | str | None = None,
     ) -> Samples:
         """Draw ``n`` images. Image i of a seed is the same whatever n is.
 
         ``steps``: default a student's fewest, else 64. ``labels``: classes, repeated in turn; default drawn. ``sampler``: default the
-        student's, else "ddim". Raises ValueError for step counts that a student was not made for, and for labels without a class.
+        student's, else "ddim". ``guidance``: the scale, 1 is none; default 1, or that of a student that takes the scale, which warns of
+        scales that it was not trained for. Raises ValueError for step counts that a student was not made for, and for labels without a class.
         """
         sampling, classes = self.inner.sampling, self.inner.classes
         chosen = None if labels is None else list(labels)
@@ -130,6 +133,8 @@ class Model:
         if sampler is not None:
             sampling = replace(Sampling.parse(sampler), grid=sampling.grid, times=sampling.times)
         check_sampler(self.inner, sampling)
+        if warning := outside(self.inner, guidance):
+            warnings.warn(warning, stacklevel=2)
         device = default_device() if device is None else torch.device(device)
         model = self.inner.to(device)
         label_of = None if chosen is None else lambda i: chosen[i % len(chosen)]

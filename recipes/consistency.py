@@ -19,6 +19,7 @@ from recipes.common.methods import (
     METHODS,
     MethodFlags,
     check_flags,
+    check_range,
     midtraining,
     start_name,
     steps_of,
@@ -29,8 +30,12 @@ from recipes.common.methods import (
 PRESETS: dict[str, dict] = {
     "default": {},  # cd: FID / teacher's 1.75, 0.67, 0.64 at 1, 2, 4 steps (n = 10,000); 8 to 15 minutes on two CPU cores
     "full": {"training_images": 1_600_000, "images": 10_000},  # cd: 1.36, 0.60, 0.60; about 50 minutes
+    "lcm": {  # latent consistency models (2310.04378) of a text-to-image teacher: pairs of a grid of 50 DDIM steps, scales as an input
+        "grid_steps": 50, "substeps": 1, "order": 1, "weight": "one", "averaged_target": True, "sampler": "consistency",
+        "guidance_range": (3.0, 15.0),
+    },
     "smoke": {"training_images": 1024, "images": 200, "sweep_steps": (1, 2), "steps": (1, 2)},  # about a minute, no quality
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ from distill.target import DataSample, Mix
 from distill.train import Method, Optimization
 from recipes.common.building import method_of, student_of
 from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of, conditioned
+from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.training import Experiment
 from recipes.data import sets
@@ -97,7 +103,7 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     """
     teacher, student = e.teacher, e.student
     if teacher is not None:
-        teacher = replace(teacher, denoiser=under_autocast(teacher.denoiser, config.autocast_of_teacher))
+        teacher = replace(teacher, denoiser=under_autocast(guided(config, teacher, student), config.autocast_of_teacher))
     device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
     method, first = method_of(config, teacher, student, e.data, config.seed, device), start_of(config, teacher)
     if plan:
@@ -129,14 +135,19 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
     if teacher is not None:
         check_levels(teacher, student)
     schedule = student.denoiser.schedule
-    record = {
+    record: dict = {
         "method": config.method,
         "of": None if teacher is None else config.teacher,
         "data": data.name,
         "boundary": f"f(x, t) = x at t = {schedule.t_clean:g}, t_min = {schedule.t_min:g}",
     }
     title = f"{config.method} {'from scratch' if teacher is None else 'from ' + config.teacher}"
-    trial = method_of(config, teacher, student, data, config.seed)
+    if student.guidance is not None:
+        record["guidance"] = student.guidance.describe()
+    elif config.guidance != 1:
+        record["guidance"] = config.guidance
+    target = teacher and replace(teacher, denoiser=guided(config, teacher, student))
+    trial = method_of(config, target, student, data, config.seed)
     return Experiment.open(config, teacher, student, data, title=title, record=record, trial=trial, averaged=True)
 
 
@@ -159,7 +170,10 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
         raise ValueError(f"the student takes {student.conditions} and the teacher {teacher.conditions}: they must be the same")
     if teacher is not None and teacher.embeddings is not None:
         student = student.with_conditions(teacher.embeddings)
-    return student_of(config, student)
+    student = taking_scale(config, teacher, student_of(config, student))
+    if student.guidance is not None:
+        check_range(config)
+    return student
 
 
 def start_of(config: Config, teacher: Teacher | None) -> Method | None:

@@ -42,7 +42,12 @@ class Config(flags.RunFlags):
         64, "DDIM steps of the teacher that ratios are taken against; 0 for none", short=False, **(STEPS | {"at_least": 0})
     )
     samplers: tuple[str, ...] = method_flag(names.BASELINES, f"for models that were not distilled: {names.SAMPLER_TEXT}")
-    guidance: float = method_flag(1.0, "classifier-free guidance of models that were not distilled; 1 is none", **GUIDANCE)
+    guidance: tuple[float, ...] | None = method_flag(
+        None,
+        "guidance scales of students that take the scale, and of models that were not distilled; 1 is none",
+        own=lambda v: "1, or the scale of a student that takes it",
+        **(GUIDANCE | {"distinct": True}),
+    )
     search_grid: bool = method_flag(
         False, f"also measure {', '.join(ON_SEARCHED_GRIDS)} on a time grid found by dynamic programming", short=False
     )
@@ -86,6 +91,7 @@ from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
 from recipes.common.checks import check_match, check_sampler, check_steps, stages_of
+from recipes.common.guidance import outside
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
 from recipes.common.run import Run
@@ -125,8 +131,11 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
         if data is not None:
             check_match(model, data)
     cells = cells_of(config, models)
+    warned = {warning for cell in cells if (warning := outside(cell.model, cell.guidance))}
     extractor.fits(cells[0].model.image_shape)
     run = Run.open(config)
+    for warning in sorted(warned):
+        run.say(f"warning: {warning}")
     for cell in cells:
         cell.model.to(run.device)
     if config.search_grid:
@@ -159,7 +168,10 @@ def cells_of(config: Config, models: Models) -> list[Cell]:
             if model.distilled:
                 name = f"{Path(spec).stem} " if several else ""
                 label = f"{name}student@{'/'.join(map(str, model.sampling.steps))}"
-                mine += student_cells(model, label, config.steps, training_seconds(Path(path)), run_of(spec) if several else "")
+                run = run_of(spec) if several else ""
+                for ending, scale in ({"": None} if model.guidance is None else scales_of(config, 1)).items():
+                    own = f"{label}{ending}"
+                    mine += student_cells(model, own, config.steps, training_seconds(Path(path)), run, scale)
             else:
                 mine += teacher_cells(config, model, spec if several else "teacher")
         if not mine:
@@ -169,6 +181,15 @@ def cells_of(config: Config, models: Models) -> list[Cell]:
     if len({cell.name for cell in cells}) < len(cells):
         raise ValueError("two models would have one name in the report: give each only once, in directories of different names")
     return cells
+
+
+def scales_of(config: Config, least: int) -> dict[str, float | None]:
+    """Return the guidance scales by the ending that they give a model's name, where there are ``least`` or more; None: its own."""
+    given = config.guidance
+    if given is None:
+        return {"": None}
+    scales = given if isinstance(given, tuple) else (given,)  # Python's callers may give one number
+    return {f" w={scale:g}" if len(scales) >= least else "": scale for scale in scales}
 
 
 def run_of(spec: str) -> str:
@@ -187,8 +208,11 @@ def teacher_cells(config: Config, model: Teacher, label: str) -> list[Cell]:
     check_steps(model, (*config.steps, *baseline))
     for name in config.samplers:
         check_sampler(model, Sampling.parse(name))
-    cells = baselines(model, label, config.steps, config.samplers, config.guidance)
-    cells += baselines(model, label, baseline, ("ddim",), config.guidance)
+    cells: list[Cell] = []
+    for ending, scale in scales_of(config, 2).items():
+        scale = model.own_scale if scale is None else scale
+        cells += baselines(model, f"{label}{ending}", config.steps, config.samplers, scale)
+        cells += baselines(model, f"{label}{ending}", baseline, ("ddim",), scale)
     return list({cell.name: cell for cell in cells}.values())
 
 
@@ -196,8 +220,8 @@ def searched_cells(config: Config, cells: list[Cell], run: Run) -> list[Cell]:
     """Return cells on time grids that dynamic programming finds along a fine trajectory of a few hundred images."""
     found: list[Cell] = []
     steps = [n for n in config.steps if n > 1]
-    for label, model in {cell.label: cell.model for cell in cells if cell.role == "teacher"}.items():
-        denoiser = model.guided(config.guidance)
+    for label, cell in {cell.label: cell for cell in cells if cell.role == "teacher"}.items():
+        model, denoiser = cell.model, cell.denoiser
         fine = Sampling().on_best_grid(denoiser.schedule, FINE_STEPS).times_for(denoiser.schedule, FINE_STEPS)
         indices = range(config.images, config.images + SEARCH_IMAGES)
         begin = initial_noise(indices, model.shape, model.classes, config.seed, run.device)
@@ -208,7 +232,7 @@ def searched_cells(config: Config, cells: list[Cell], run: Run) -> list[Cell]:
         times = run.from_main(partial(_cheapest, costs, fine, steps))
         samplings = [Sampling.parse(name, grid=SEARCHED) for name in ON_SEARCHED_GRIDS if name in config.samplers]
         found += [
-            Cell(label, "teacher", model, replace(sampling, times={n: times[n]}), n, config.guidance)
+            Cell(label, "teacher", model, replace(sampling, times={n: times[n]}), n, cell.guidance)
             for sampling in samplings
             for n in steps
         ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from recipes.common import flags
-from recipes.common.accepted import Checked
+from recipes.common.accepted import GUIDANCE, Checked
 from recipes.common.cli import flag, flags_first, machine_flag, model_flag, one_line_errors, parse
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
@@ -25,6 +25,12 @@ class Config(Checked):
     preset: str = flag("default", "both are the same here", choices=PRESETS)
     model: str = model_flag("digits", "the model (accepted: --help teacher)")
     output_dir: str = machine_flag("runs/export", "a new directory", path="new")
+    guidance: float | None = flag(
+        None,
+        "the scale of a student that takes it, in pipelines of pixels and one-step programs, which take none; others have it as an input",
+        own=lambda v: "the student's own",
+        **GUIDANCE,
+    )
     variants: tuple[str, ...] = flag(
         (), "also weights in half precision, as variants of each pipeline", choices=("fp16", "bf16")
     )
@@ -45,6 +51,7 @@ import teachers
 from distill.files import replacing_folder, write_text
 from eval.generate import images
 from eval.image_grid import contact_sheet
+from recipes.common.guidance import outside
 from teachers import Teacher
 from teachers.export import deliver, one_step
 from teachers.export.card import card, measured
@@ -65,12 +72,23 @@ def main(argv: list[str] | None = None) -> None:
 def export(model: Teacher, config: Config) -> None:
     """Write all files of an export into a new folder. Raises ValueError where the model cannot be exported so."""
     folder, model = Path(config.output_dir), with_examples(model)
+    if config.guidance is not None:
+        model = at_scale(model, config.guidance)
     deliver.check_exportable(model)
     if config.torch_export or config.onnx:
         one_step.check_portable(model, config.onnx)
     with replacing_folder(folder) as aside:
         _write(config, model, aside)
     print(f"export: {folder}")
+
+
+def at_scale(model: Teacher, scale: float) -> Teacher:
+    """Return a student that takes the guidance scale, with another one for calls that name none. Raises ValueError outside of its range."""
+    if model.guidance is None:
+        raise ValueError(f"--guidance {scale:g}: this model takes no guidance scale; accepted is a student of --guidance-range")
+    if warning := outside(model, scale):
+        raise ValueError(f"--guidance: {warning}")
+    return replace(model, guidance=replace(model.guidance, chosen=scale))
 
 
 def _write(config: Config, model: Teacher, folder: Path) -> None:

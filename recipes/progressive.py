@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from distill import names
 from recipes.common import flags
-from recipes.common.accepted import GUIDANCE, LEARNING_RATE, STEPS, TRAINED
+from recipes.common.accepted import LEARNING_RATE, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, method_flag, model_flag, one_line_errors, parse, training_flag
 
 PRESETS: dict[str, dict] = {
@@ -71,7 +71,6 @@ class Config(flags.DistillationFlags):
         short=False,
         **STEPS,
     )
-    guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none", **GUIDANCE)
 
     MAY_CHANGE: ClassVar = (*flags.DistillationFlags.MAY_CHANGE, "rerun")
 
@@ -90,6 +89,7 @@ from distill.sampling import Sampling
 from distill.target import Mix
 from distill.train import Optimization
 from recipes.common.checks import check_match, check_steps, conditioned
+from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.training import Experiment
 from recipes.data import sets
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 def distil(config: Config, e: Experiment) -> None:
     """Train and measure the students of all stages."""
     with e:
-        e.add_baselines(config.start_steps, config.guidance)
+        e.add_baselines(config.start_steps)
         learn(config, e)
 
 
@@ -118,16 +118,16 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     """Salimans & Ho 2202.00512, Alg. 2. ``plan``: say first what it will take."""
     assert e.teacher is not None
     steps, student, precision = ladder(config), e.student, config.autocast_of_teacher
-    target = under_autocast(e.teacher.guided(config.guidance), precision)
+    target = under_autocast(guided(config, e.teacher, student), precision)
     pairs = list(pairwise([config.start_steps, *steps]))
     if plan:
         first = stage_loss(config, on_schedule(target, student.denoiser.schedule), *pairs[0])
         more = sum(budget(config, n).trained_images * (m // n - pairs[0][0] // pairs[0][1]) for m, n in pairs)
-        warm = [config.start_steps] if needs_warm_start(config, student) else []
+        warm = [config.start_steps] if warm_start(config, e.teacher, student) else []
         e.plan(first, [budget(config, n) for n in (*warm, *steps)], steps, more=more)
     restart(config, e, steps)
-    if needs_warm_start(config, student):
-        student = e.stage("v", as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
+    if name := warm_start(config, e.teacher, student):
+        student = e.stage(name, as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
         target = under_autocast(student.denoiser, precision)
     for before, n in pairs:  # N <- N / 2
         student, go_on = climb(config, e, student, stage_loss(config, target, before, n), n)
@@ -196,11 +196,12 @@ def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
     data = check_match(teacher, data, training=True)
     require_network(teacher)
     check_steps(teacher, (config.start_steps,))
-    student = on_table(teacher) if config.student else teacher
-    teacher.guided(config.guidance)  # raises where the teacher has no null label
+    student = taking_scale(config, teacher, on_table(teacher) if config.student else teacher)
     record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
+    if student.guidance is not None:
+        record["guidance"] = student.guidance.describe()
     title = f"Progressive distillation of {config.teacher}: {names} steps"
-    stages = len(ladder(config)) + needs_warm_start(config, student)
+    stages = len(ladder(config)) + bool(warm_start(config, teacher, student))
     return Experiment.open(config, teacher, student, data, title=title, record=record, stages=stages)
 
 
@@ -246,16 +247,21 @@ def budget(config: Config, steps: int) -> Optimization:
     )
 
 
-def needs_warm_start(config: Config, student: Teacher) -> bool:
-    """Return whether the student has to learn the teacher's E[x0 | x_t] as a v network first.
+def warm_start(config: Config, teacher: Teacher, student: Teacher) -> str:
+    """Return the name of the stage in which the student learns the teacher's E[x0 | x_t] first; "" where there is none.
 
-    eps and score networks cannot give x0 at pure noise, and the weights for another table do not fit it yet.
+    "v": eps and score networks cannot give x0 at pure noise, and the weights for another table do not fit it yet. "guided": the student
+    takes the guidance scale and the teacher does not, so that it learns guidance first (Meng et al. 2210.03142, stage one).
     """
-    return config.student is not None or student.parametric.prediction in ("eps", "score")
+    if student.guidance is not None and teacher.guidance is None:
+        return "guided"
+    return "v" if config.student is not None or student.parametric.prediction in ("eps", "score") else ""
 
 
 def as_v(model: Teacher) -> Teacher:
-    """Return the same weights read as a v prediction, where v and eps agree near the data."""
+    """Return the weights of an eps or score network read as a v prediction, where v and eps agree near the data; others unchanged."""
+    if model.parametric.prediction not in ("eps", "score"):
+        return model
     return replace(model, denoiser=replace(model.parametric, prediction="v"))
 
 

@@ -31,7 +31,9 @@ class Config(Checked):
     )
     sampler: str | None = method_flag(None, names.SAMPLER_TEXT, own=lambda v: "the student's, else ddim")
     grid: str | None = method_flag(None, "time grid", choices=names.GRIDS, own=lambda v: "the student's, else uniform")
-    guidance: float = method_flag(1.0, "classifier-free guidance; 1 is none", **GUIDANCE)
+    guidance: float | None = method_flag(
+        None, "classifier-free guidance; 1 is none", own=lambda v: "1, or the scale of a student that takes it", **GUIDANCE
+    )
     columns: int = machine_flag(10, "columns of a PNG", at_least=1, at_most=1000)
     chunk: int = machine_flag(256, "images generated at once", **BATCH)
     seed: int = machine_flag(0, "seed of noise and labels", **SEED)
@@ -41,6 +43,8 @@ class Config(Checked):
 
 
 flags_first(__name__, Config, __doc__, PRESETS)
+
+import sys
 
 import torch
 
@@ -52,6 +56,7 @@ from eval.image_grid import contact_sheet, write_folder
 from eval.machine import default_device
 from eval.progress import progress
 from recipes.common.checks import check_sampler, check_steps, stage_of
+from recipes.common.guidance import outside
 from teachers import Teacher
 
 
@@ -63,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         model = teachers.load(stage_of(config.model, config.steps)).to(device)
         sampling, steps = settings(model, config)
         denoiser = model.guided(config.guidance)
+        if warning := outside(model, config.guidance):
+            print(f"warning: {warning}", file=sys.stderr)
         labels = config.labels
         if labels is not None and (model.classes is None or not all(0 <= c < model.classes for c in labels)):
             raise ValueError(f"--labels: this model has {model.classes or 'no'} classes")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from distill.denoiser import Denoiser
+from distill.guidance import GuidanceRange
 from teachers import diffusers_scheduler, prompts
 from teachers.codec import Codec, downsampling, latent_channels, statistics
 from teachers.conditions import Conditions
@@ -25,6 +26,8 @@ OPTIONS = {
     "size": "HEIGHTxWIDTH of the images",
     "guidance": "W, the scale for a network that embeds it",
 }
+SCALES = "_guidance_range"  # in the configuration of an exported network that takes the guidance scale
+ANY_SCALE = [0.0, 1000.0, 7.5]  # of one from elsewhere, which does not state its range; 7.5 is the default of its pipeline
 STOCK_SCHEDULERS = ("deprecated", "stochastic_karras_ve")  # modules of diffusers with a scheduler of their own
 
 
@@ -72,7 +75,8 @@ def load(spec: str, download: bool = True) -> Teacher:
         classes = null = embeddings.count
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):
         record["without"] = without
-    return Teacher(denoiser, shape, network, classes, null, convention.sampling, record, codec, embeddings)
+    guidance = _scales(folder / part, net)
+    return Teacher(denoiser, shape, network, classes, null, convention.sampling, record, codec, embeddings, guidance)
 
 
 def _split(spec: str) -> tuple[str, dict[str, str]]:
@@ -150,9 +154,14 @@ def _network(folder: Path, part: str, name: str, what: str, accepted: tuple[str,
     found = name if net is None else type(net).__name__
     if found not in accepted:
         raise ValueError(f"{what}: holds a {part} of class {found}; {_accepted()}")
-    if net.config.get("time_cond_proj_dim") is not None:
-        raise ValueError(f"{what}: networks conditioned on the guidance scale (time_cond_proj_dim) are not accepted")
     return net
+
+
+def _scales(folder: Path, net: Any) -> GuidanceRange | None:
+    """Return the guidance scales that a network takes; None for one that takes none."""
+    if net.config.get("time_cond_proj_dim") is None:
+        return None
+    return GuidanceRange.of(read_json(folder / "config.json", "not readable").get(SCALES, ANY_SCALE))
 
 
 def _wrapped(net: Any, guidance: float | None) -> tuple[nn.Module, dict, int | None, int | None]:

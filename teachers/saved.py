@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from distill import files
 from distill.denoiser import Denoiser
+from distill.guidance import GuidanceRange
 from distill.reading import malformed
 from distill.sampling import SEARCHED, Sampling
 from distill.schedule import Schedule, schedule_from
@@ -110,6 +111,7 @@ def _built(path: Path, tensors: dict[str, Tensor], description: dict, net: nn.Mo
         record,
         codec,
         embeddings if rows else None,
+        GuidanceRange.of(description["guidance"]) if "guidance" in description else None,
     )
 
 
@@ -173,6 +175,11 @@ class Stored:
     def conditions_sha256(self) -> str | None:
         """The sha256 of the table that the student is used with; None for a model that takes no text."""
         return self.origin.conditions_sha256
+
+    @property
+    def guidance(self) -> GuidanceRange | None:
+        """The guidance scales of the student, if its network takes them."""
+        return self.origin.guidance
 
     def load(self) -> Teacher:
         """Read the student, frozen and on the CPU."""

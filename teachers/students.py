@@ -1,4 +1,5 @@
-"""Networks that students start from: a new UNet, or a teacher's weights with two times, with a slow time, or on a discrete table."""
+"""Networks that students start from: a new UNet, or a teacher's weights with a second time, a slow time, heads, the guidance scale, or
+on a discrete table."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ import torch
 
 from distill.decoding import decoding_times
 from distill.denoiser import TIMES, Denoiser
+from distill.guidance import GuidanceRange
 from distill.sampling import Sampling
 from distill.schedule import Schedule
+from teachers import networks
 from teachers.diffusers_scheduler import table_of
 from teachers.networks import unet
 from teachers.networks.unet import UNet
 from teachers.teacher import Teacher, frozen
 
+SCALE_WIDTH = 256  # of the embedding of the guidance scale in a UNet2DConditionModel, as in 2310.04378
 COSINE_ZERO_SNR = {"num_train_timesteps": 1024, "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}
 
 
@@ -30,6 +34,7 @@ def with_two_times(model: Teacher) -> Teacher:
         raise ValueError("a two-time network can be made only of a UNet2DModel with a positional time embedding")
     if net.two_times:
         return model
+    _refuse_guided(net, "a second time")
     assert model.network is not None
     ends = torch.tensor([schedule.t_max, schedule.t_clean])
     first, last = TIMES[model.parametric.time](schedule, ends).tolist()
@@ -57,6 +62,7 @@ def with_slow_time(model: Teacher) -> Teacher:
         raise ValueError("a slow time embedding can be given only to a UNet2DModel with a positional time embedding")
     if net.slow is not None:
         return model
+    _refuse_guided(net, "a slow time embedding")
     assert model.network is not None
     if net.two_times:
         raise ValueError("a slow time embedding can be given only to a network with one time")
@@ -102,6 +108,46 @@ def with_heads(model: Teacher, heads: int) -> Teacher:
     return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=model.network | {"config": config})
 
 
+def with_guidance(model: Teacher, over: GuidanceRange) -> Teacher:
+    """Return the model as a network that takes the guidance scale and at first ignores it (Meng et al. 2210.03142).
+
+    A UNet2DModel gets `unet.GuidedTime`, a UNet2DConditionModel diffusers' ``time_cond_proj_dim``; a network that takes the scale
+    already stays. Raises ValueError for any other network, without a null class, and for a range beyond that of the network.
+    """
+    if model.guidance is not None:
+        model.guided_over(over)  # raises where the range is wider
+        return replace(model, guidance=over)
+    if model.null is None:
+        raise ValueError("a guidance range needs a teacher trained with a null class; this one has none: leave the range out")
+    network = _taking_scale(model.network or {"family": "none"}, over)
+    net, twin = model.parametric.net, networks.build(network)
+    kept = {k.replace("unet.time_proj.", "unet.time_proj.projection."): v for k, v in net.state_dict().items()}
+    added = {k: torch.zeros_like(v) for k, v in twin.state_dict().items() if k not in kept}
+    twin.load_state_dict(kept | added)
+    twin.train(net.training)
+    return replace(model, denoiser=replace(model.parametric, net=frozen(twin)), network=network, guidance=over)
+
+
+def _taking_scale(network: dict, over: GuidanceRange) -> dict:
+    """Return the description of a network that also takes the guidance scale."""
+    family, config = network["family"], network.get("config", {})
+    if family == "adapter":
+        more: dict = {"network": _taking_scale(config["network"], over)}
+    elif family == "unet2d":
+        more = {"guidance": over.describe()[:2]}
+    elif family == "stock" and config["class"] == "UNet2DConditionModel":
+        more = {"time_cond_proj_dim": SCALE_WIDTH}
+    else:
+        name = config.get("class", family)
+        raise ValueError(f"{name} cannot take the guidance scale: accepted are a UNet2DModel and a UNet2DConditionModel")
+    return network | {"config": config | more}
+
+
+def _refuse_guided(net: UNet, what: str) -> None:
+    if net.guided:
+        raise ValueError(f"{what} cannot be given to a network that takes the guidance scale: accepted is one that does not")
+
+
 def on_table(model: Teacher) -> Teacher:
     """Return the weights of a UNet2DModel as a v network on the cosine table of `untrained`, which stock schedulers support.
 
@@ -112,6 +158,7 @@ def on_table(model: Teacher) -> Teacher:
     inner = net if isinstance(net, UNet) else getattr(net, "net", None)
     if not isinstance(inner, UNet) or inner.two_times:
         raise ValueError("only a UNet2DModel with one time input can be put on a discrete table")
+    _refuse_guided(inner, "another table")
     tables = (table_of(COSINE_ZERO_SNR | {"num_train_timesteps": 2**k}) for k in range(10, 0, -1))
     fits = (table for table in tables if _lowest_level(table) >= _lowest_level(model.denoiser.schedule) / 2)
     denoiser = Denoiser(inner, next(fits, table_of(COSINE_ZERO_SNR)), "v", "index")

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from distill import files
 from distill.denoiser import Denoiser, DenoiserLike, Guided
 from distill.device import lay_out
+from distill.guidance import AtScale, GuidanceRange
 from distill.sampling import Sampling
 from distill.schedule import describe
 from teachers.codec import Codec
@@ -35,7 +37,8 @@ class Teacher:
     0..classes-1; None for an unconditional model. ``null``: the label of the unconditional case, for guidance. ``sampling``: how a
     student is sampled; it has no step counts for a model that takes any. ``record``: method and provenance, as saved. ``codec``: the
     autoencoder of a latent model. ``embeddings``: the conditions of a text-to-image model. A label is a row of their table, which
-    comes with the data (`with_conditions`): a model without data has 0 classes. The last row is the unconditional case.
+    comes with the data (`with_conditions`): a model without data has 0 classes. The last row is the unconditional case. ``guidance``:
+    the scales of a network that takes the guidance scale as a condition; None for any other.
 
     Raises ValueError for a shape or a number of classes that is none, or is too large to be meant.
     """
@@ -49,6 +52,7 @@ class Teacher:
     record: dict = field(default_factory=dict)
     codec: Codec | None = None
     embeddings: Conditions | None = None
+    guidance: GuidanceRange | None = None
 
     def __post_init__(self):
         whole = all(isinstance(n, Integral) and 1 <= n <= 2**16 for n in self.shape)
@@ -132,24 +136,60 @@ class Teacher:
     def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
         """Return the denoiser's conditions for labels [B], on their device: {} for an unconditional model or without labels.
 
-        Raises ValueError for a text-to-image model without a table.
+        A network that takes the guidance scale gets that of `GuidanceRange.scale`. Raises ValueError for a text-to-image model without
+        a table.
         """
         if self.classes is None or labels is None:
             return {}
-        return {"labels": labels} if self.embeddings is None else self.embeddings(labels)
+        rows = {"labels": labels} if self.embeddings is None else self.embeddings(labels)
+        return rows | self._scale(labels)
 
-    def guided(self, scale: float) -> DenoiserLike:
-        """Return the denoiser under classifier-free guidance; unchanged for scale 1. Raises ValueError without a null class."""
-        if scale == 1:
+    def _scale(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the guidance scale of a call that names none, for a network that takes it, [B]."""
+        if self.guidance is None:
+            return {}
+        return {"guidance": torch.full(like.shape[:1], self.guidance.scale, device=like.device)}
+
+    @property
+    def own_scale(self) -> float:
+        """The guidance scale of the denoiser where none is named: 1, no guidance, unless its network takes another."""
+        return 1.0 if self.guidance is None else self.guidance.scale
+
+    def guided(self, scale: float | None) -> DenoiserLike:
+        """Return the denoiser with guidance of this scale: classifier-free, or as a condition of a network that takes it.
+
+        ``scale``: None for `own_scale`. Raises ValueError without a null class.
+        """
+        if scale is None or (scale == 1 and self.guidance is None):
             return self.denoiser
+        if self.guidance is not None:
+            return AtScale(self.denoiser, scale)
+        return Guided(self.denoiser, self._null_condition(), scale, self._guided_norm)
+
+    def guided_over(self, wanted: GuidanceRange) -> DenoiserLike:
+        """Return the denoiser with guidance of each sample's own scale, its condition ``guidance`` [B], anywhere in a range.
+
+        Raises ValueError without a null class, and where the network takes the scale and was not trained for all of the range.
+        """
+        if self.guidance is None:
+            return Guided(self.denoiser, self._null_condition(), None, self._guided_norm)
+        if wanted.low not in self.guidance or wanted.high not in self.guidance:
+            raise ValueError(
+                f"guidance range {wanted}: the teacher takes scales of {self.guidance}; accepted are ranges within"
+            )
+        return self.denoiser
+
+    @property
+    def _guided_norm(self) -> Any:
+        """The norm that guidance keeps, of a network whose pipeline rescales; else None."""
+        return getattr(getattr(self.denoiser, "net", None), "guided_norm", None)
+
+    def _null_condition(self) -> dict[str, Tensor]:
         if self.null is None:
             raise ValueError("guidance needs a teacher trained with a null class; this one has none: use --guidance 1")
-        norm = getattr(getattr(self.denoiser, "net", None), "guided_norm", None)  # of a network whose pipeline rescales
         if self.embeddings is None:
-            null = {"labels": torch.tensor([self.null])}
-        else:
-            null = {name: as_float(row, "cpu") for name, row in self.embeddings.null.items()}
-        return Guided(self.denoiser, null, scale, norm)
+            return {"labels": torch.tensor([self.null])}
+        return {name: as_float(row, "cpu") for name, row in self.embeddings.null.items()}
 
     def to(self, device: torch.device) -> Teacher:
         """Move the model in place, and return self. Conditions stay where they are."""
@@ -188,6 +228,7 @@ class Teacher:
             "record": self.record,
             **described(self.embeddings),
             **({} if self.codec is None else {"codec": self.codec.describe()}),
+            **({} if self.guidance is None else {"guidance": self.guidance.describe()}),
         }
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import teachers
 from eval.names import REFERENCES
-from recipes.common.accepted import BATCH, GENERATED, LEARNING_RATE, SEED, STEPS, THREADS, TRAINED, Checked
-from recipes.common.cli import TRACKERS, machine_flag, measuring_flag, model_flag, training_flag
+from recipes.common.accepted import BATCH, GENERATED, GUIDANCE, LEARNING_RATE, SEED, STEPS, THREADS, TRAINED, Checked
+from recipes.common.cli import TRACKERS, machine_flag, measuring_flag, method_flag, model_flag, training_flag
 from recipes.data import spec
 
 TOPICS = {
@@ -101,7 +101,28 @@ class SweepFlags(Checked):
 
 
 @dataclass(frozen=True)
-class DistillationFlags(RunFlags, TrainingFlags, SweepFlags):
+class GuidanceFlags(Checked):
+    """Guidance of the teacher that the student learns: one scale, or a range of scales that become an input of the student."""
+
+    guidance: float = method_flag(1.0, "classifier-free guidance of the teacher, learnt by the student; 1 is none", **GUIDANCE)
+    guidance_range: tuple[float, ...] | None = method_flag(
+        None,
+        "lowest and highest guidance scale of a student that takes the scale as an input",
+        own=lambda v: "that of the teacher, if its network takes the scale",
+        short=False,
+        **GUIDANCE,
+    )
+    sweep_guidance: tuple[float, ...] | None = measuring_flag(
+        None,
+        "with a range: the scales at which student and teacher are measured",
+        own=lambda v: "both ends of the range",
+        short=False,
+        **(GUIDANCE | {"distinct": True}),
+    )
+
+
+@dataclass(frozen=True)
+class DistillationFlags(RunFlags, TrainingFlags, SweepFlags, GuidanceFlags):
     """A teacher, data, and the groups above: what every recipe that distils has."""
 
     teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")

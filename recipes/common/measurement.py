@@ -49,16 +49,19 @@ def student_cells(
     steps: tuple[int, ...] | None = None,
     training_seconds: float | None = None,
     run: str = "",
+    guidance: float | None = None,
 ) -> list[Cell]:
     """Return the cells of a student at the step counts that it was made for, or at those of them that are in ``steps``.
 
-    ``run``: the run that it comes from, where one report holds the students of several runs.
+    ``run``: the run that it comes from, where one report holds the students of several runs. ``guidance``: of a student that takes the
+    scale; None for its own. Any other student is measured as it is.
     """
-    made = student.sampling
+    made, scale = student.sampling, student.own_scale
+    if student.guidance is not None and guidance is not None:
+        scale = guidance
     own = {n: {n: made.times[n]} if n in made.times else {} for n in made.steps if steps is None or n in steps}
     return [
-        Cell(label, "student", student, replace(made, times=times), n, training_seconds=training_seconds, run=run)
-        for n, times in own.items()
+        Cell(label, "student", student, replace(made, times=times), n, scale, training_seconds, run) for n, times in own.items()
     ]
 
 

@@ -324,6 +324,14 @@ def check_flags(flags: MethodFlags, student: str | None) -> None:
         raise ValueError(f"--target-mix {flags.target_mix} needs a teacher and --from-scratch has none")
 
 
+def check_range(flags: MethodFlags) -> None:
+    """Raise ValueError where the method cannot train a student that takes the guidance scale: it needs the guided teacher alone."""
+    if flags.method in ("dmd", "sid"):
+        raise ValueError(f"--method {flags.method} trains for one guidance scale: accepted is --guidance, or another method")
+    if flags.target == "posterior-mean" or teacher_weight(flags) != 1:
+        raise ValueError("data have no guidance scale: accepted with a guidance range are --target mix and --target-mix 1")
+
+
 def teacher_weight(flags: MethodFlags) -> float | str:
     """Return the teacher weight in the target, or "auto". Raises ValueError for anything else."""
     if flags.target_mix is None:

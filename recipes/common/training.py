@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ import teachers
 from distill.denoiser import Denoiser
 from distill.divergence import Diverged
 from distill.files import write_json
+from distill.guidance import OverRange
 from distill.replay import SavedStep
 from distill.resume import Resumable, whole
 from distill.rng import Rng
@@ -34,6 +35,7 @@ from recipes.common.checks import check_denoiser, check_steps
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.flags import DistillationFlags
 from recipes.common.forecast import Forecast, sweep_seconds
+from recipes.common.guidance import measured
 from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
 from recipes.common.plan import check_disk, disk_bytes, gigabytes, measure_step_time, memory_text, size_of, training_memory
@@ -109,7 +111,7 @@ class Experiment:
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
         if trial is not None:
             try_method(trial, student, data)
-        cells = stages + len(BASELINES) * len(config.sweep_steps)
+        cells = (stages + len(BASELINES) * len(config.sweep_steps)) * len(measured(config, student))
         disk = disk_bytes(student, data, extractor, stages=stages, cells=cells, images=config.images, averaged=averaged)
         check_disk(Path(config.output_dir), disk)
         run = Run.open(config)
@@ -129,11 +131,12 @@ class Experiment:
         c = self.config
         return Measurement.of(self.extractor, self.real, self.run, images=c.images, chunk=c.chunk, seed=c.seed)
 
-    def add_baselines(self, steps: int, guidance: float = 1.0) -> None:
-        """Add the cells of the teacher: all training-free samplers, and DDIM at ``steps``, which ratios are taken against."""
+    def add_baselines(self, steps: int, samplers: Iterable[str] = BASELINES) -> None:
+        """Add the cells of the teacher: training-free ``samplers``, and DDIM at ``steps``, which ratios are taken against."""
         assert self.teacher is not None
-        self.cells += baselines(self.teacher, "teacher", self.config.sweep_steps, BASELINES, guidance)
-        self.cells += baselines(self.teacher, "teacher", (steps,), ("ddim",), guidance)
+        for ending, guidance in measured(self.config, self.student).items():
+            self.cells += baselines(self.teacher, f"teacher{ending}", self.config.sweep_steps, samplers, guidance)
+            self.cells += baselines(self.teacher, f"teacher{ending}", (steps,), ("ddim",), guidance)
 
     def plan(self, method: Method, budgets: list[Optimization], steps: Sequence[int], more: int = 0) -> None:
         """Say what will be done, and the time, memory and disk it should take, measured on a few training steps and calls.
@@ -148,7 +151,8 @@ class Experiment:
         training, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
         weights = sum(p.numel() for p in student.parametric.net.parameters())
         c, real = self.config, len(self.data.images) if isinstance(self.real, Data) else self.real[1].images
-        sweep = sweep_seconds(self.cells, student, steps, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
+        made = [*steps] * len(measured(c, student))
+        sweep = sweep_seconds(self.cells, student, made, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
         memory = self._memory(method, budgets, x0, cond)  # after the steps and calls that load what is loaded once
         whole = not (self.run.folder / "stages").exists()
         self.forecast = Forecast((images * training + more * call) / world, sweep, images, self.run.device, whole)
@@ -195,9 +199,11 @@ class Experiment:
         """Train a copy of ``model`` by ``method`` and return it from its file. A finished stage is read from there at once.
 
         ``sampling``: how the student is sampled and measured; None for a stage that only prepares the next one. ``label``: its name in
-        the report.
+        the report. A model that takes the guidance scale is trained over its range, whatever the method.
         """
         file = self.file(name)
+        if model.guidance is not None:
+            method = OverRange(method, model.guidance)
         if self.replay is not None and self.replay.step.phase == name:
             self._replay(method, model)
         if not file.exists():
@@ -215,9 +221,11 @@ class Experiment:
             label = label or f"student@{name}"
             stored = Stored(file, self.student, student.fingerprint, student.denoiser.schedule)
             self.students |= dict.fromkeys(sampling.steps, stored)
-            cells = student_cells(student, label, training_seconds=self.seconds)
-            self.cells = [cell for cell in self.cells if cell.label != label]  # of an earlier try
-            self.cells += [replace(cell, model=stored) for cell in cells]
+            for ending, guidance in measured(self.config, student).items():
+                named = f"{label}{ending}"
+                cells = student_cells(student, named, training_seconds=self.seconds, guidance=guidance)
+                self.cells = [cell for cell in self.cells if cell.label != named]  # of an earlier try
+                self.cells += [replace(cell, model=stored) for cell in cells]
         return student
 
     def file(self, name: str, kind: str = "student") -> Path:

@@ -61,6 +61,7 @@ def card(
         "schedule": type(model.parametric.schedule).__name__,
         "boundary": record.get("boundary"),
         "sampler": sampling.label,
+        "guidance scales": model.guidance and f"{model.guidance}, pipelines of pixels at {model.guidance.scale:g}",
         "steps": ", ".join(map(str, sampling.steps)) or "any",
         "sample shape": "x".join(map(str, model.shape)),
         "classes": model.classes,

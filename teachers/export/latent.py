@@ -15,6 +15,7 @@ import torch
 
 from distill.grid import uniform
 from distill.schedule import Flow, Table
+from teachers.diffusers_pipeline import SCALES
 from teachers.export.pixel import check_table, scheduler_of, steps_of, tcd_of
 from teachers.hub import assemble, fetch, read_json
 from teachers.networks.records import RECORDS
@@ -76,8 +77,11 @@ def stock(model: Teacher, steps: list[int], only: int | None) -> Any:
     logging.disable_progress_bar()
     assert model.codec is not None
     home, part, _ = origin(model)
+    network = inner(model)
+    if model.guidance is not None:
+        network.register_to_config(**{SCALES: model.guidance.describe()})
     parts = {
-        part: inner(model),
+        part: network,
         "scheduler": table_scheduler(model, steps) if only is None else flow_scheduler(only),
         model.codec.source["part"]: model.codec.network,
     }
@@ -106,10 +110,11 @@ def table_scheduler(model: Teacher, steps: list[int]) -> Any:
 
 def call(model: Teacher, labels: list[int] | None, n: int) -> dict[str, Any]:
     """Return the arguments of the pipeline for ``n`` images of these labels or prompts, other than steps and generators."""
-    record, scale = RECORDS.get(type(inner(model)).__name__), getattr(model.parametric.net, "guidance", None)
-    unguided = scale if scale is not None else record.unguided if record else 1.0
+    record, fixed = RECORDS.get(type(inner(model)).__name__), getattr(model.parametric.net, "guidance", None)
+    unguided = record.unguided if record and model.guidance is None else model.own_scale
     height, width = model.image_shape[1:]
-    options: dict[str, Any] = {"guidance_scale": unguided, "clean_caption": False, "use_resolution_binning": False}
+    scale = unguided if fixed is None else fixed
+    options: dict[str, Any] = {"guidance_scale": scale, "clean_caption": False, "use_resolution_binning": False}
     options |= {"true_cfg_scale": 1.0, "height": height, "width": width}
     if noisy(model):
         options["eta"] = model.sampling.fresh

@@ -33,6 +33,7 @@ class OneStep(nn.Module):
         self.c_noise = nn.Buffer(TIMES[d.time](d.schedule, t).float())
         self.end = nn.Buffer(TIMES[d.time](d.schedule, times[1:]).float())
         self.two_times = model.sampling.two_times
+        self.scale = None if model.guidance is None else nn.Buffer(torch.tensor(model.guidance.scale))
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         x, batch = self.prior_std * noise, noise.shape[:1]
@@ -40,6 +41,8 @@ class OneStep(nn.Module):
         cond = {} if labels is None else {"labels": labels}
         if self.two_times:
             cond["to"] = end
+        if self.scale is not None:
+            cond["guidance"] = self.scale.expand(batch)
         return self.c_skip * x + self.c_out * self.net(self.c_in * x, c_noise, **cond)
 
 

@@ -2,8 +2,9 @@
 
 On a table of T entries, a `DDIMScheduler` with "trailing" timesteps visits T, T (1 - 1/N), ...: the uniform grid. Any other time grid
 is baked in. The network gets a learned time embedding with one entry per step, and the scheduler's table has these entries only, so
-that the pipeline accepts this step count alone. Consistency sampling adds noise between its steps. It is baked in with a
-`TCDScheduler`, whose gamma is fixed at 0.3; other gammas are reached through the noise levels that the table has at the entries between.
+that the pipeline accepts this step count alone. A guidance scale is baked in likewise. Consistency sampling adds noise between its
+steps. It is baked in with a `TCDScheduler`, whose gamma is fixed at 0.3; other gammas are reached through the noise levels that the
+table has at the entries between.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def needs_baking(model: Teacher, steps: int) -> bool:
     schedule = model.parametric.schedule
     assert isinstance(schedule, Table)
     net: Any = model.parametric.net
-    if net.two_times or net.slow is not None or (steps > 1 and model.sampling.fresh):
+    if net.two_times or net.guided or net.slow is not None or (steps > 1 and model.sampling.fresh):
         return True
     return bool(schedule.steps % steps) or not torch.equal(model.times(steps), uniform(schedule, steps))
 
@@ -120,7 +121,8 @@ def baked(model: Teacher, steps: int) -> tuple[Any, Any]:
     net: Any = d.net
     unet: Any = net.unet
     c_noise = TIMES[d.time](d.schedule, grid).float().to(unet.device)
-    times, embedding = grid[1:], net.embedding(c_noise[1:], c_noise[:-1] if sampling.two_times else None)
+    scale = None if model.guidance is None else torch.full_like(c_noise[1:], model.guidance.scale)
+    times, embedding = grid[1:], net.embedding(c_noise[1:], c_noise[:-1] if sampling.two_times else None, scale)
     table = d.schedule.alpha(times).square()
     if sampling.fresh and steps > 1:
         below = d.schedule.alpha(partial_noise_time(d.schedule, times[:-1], sampling.fresh)).square()

@@ -56,6 +56,28 @@ class SlowTime(nn.Module):
         return self.linear(self.waves(t))
 
 
+class GuidedTime(nn.Module):
+    """Replace a UNet's time projection P by P(t) + A (u, cos(k pi u), sin(k pi u)), k = 1..4, u = (w - low) / (high - low).
+
+    w is the guidance ``scale`` (Fourier features beside the time, Meng et al. 2210.03142). A starts at 0, so that a converted network
+    first ignores w.
+    """
+
+    def __init__(self, projection: nn.Module, width: int, low: float, high: float):
+        super().__init__()
+        self.projection, self.low, self.high = projection, low, high
+        self.scale_linear = nn.Linear(9, width, bias=False)
+        nn.init.zeros_(self.scale_linear.weight)
+        self.scale: Tensor | None = None
+
+    def forward(self, t: Tensor) -> Tensor:
+        scale, self.scale = self.scale, None
+        assert scale is not None
+        u = ((scale - self.low) / (self.high - self.low))[:, None].to(self.scale_linear.weight.dtype)
+        angles = torch.arange(1, 5, device=u.device) * math.pi * u
+        return self.projection(t) + self.scale_linear(torch.cat([u, angles.cos(), angles.sin()], 1))
+
+
 class Heads(nn.Module):
     """Replace a UNet's last convolution by N of them, one for each step of a grid, and return a weighted mean of their outputs.
 
@@ -112,6 +134,7 @@ class UNet(nn.Module):
     ``reach``: the longest jump, in the network's time input, of a two-time network; None for one time. A two-time network also takes
     ``to`` [B], the end of the jump from t, by default t. ``slow``: (first, last) time input of a network with `SlowTime`.
     ``heads``: (inputs, times) of a network with `Heads`, which takes ``to``, or ``head`` [B], the number of a single one.
+    ``guidance``: (low, high), the scales of a network with `GuidedTime`, which takes the scale ``guidance`` [B].
     """
 
     def __init__(
@@ -120,9 +143,10 @@ class UNet(nn.Module):
         reach: float | None = None,
         slow: tuple[float, float] | None = None,
         heads: tuple[list[float], list[float]] | None = None,
+        guidance: tuple[float, float] | None = None,
     ):
         super().__init__()
-        self.unet, self.slow, self.heads = unet, slow, heads is not None
+        self.unet, self.slow, self.heads, self.guided = unet, slow, heads is not None, guidance is not None
         self.two_times = reach is not None or self.heads
         if heads is not None:
             unet.conv_out = Heads(unet.conv_out, *heads)  # type: ignore[arg-type]
@@ -131,39 +155,52 @@ class UNet(nn.Module):
             unet.time_proj = SlowTime(width, *slow)
         if reach is not None:
             unet.time_proj = TwoTimes(unet.time_proj, width, reach)  # type: ignore[arg-type]
+        if guidance is not None:
+            unet.time_proj = GuidedTime(unet.time_proj, width, *guidance)  # type: ignore[arg-type]
 
     def forward(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, to: Tensor | None = None, head: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        to: Tensor | None = None,
+        head: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        self._set_length(t, to)
+        self._set_inputs(t, to, guidance)
         if self.heads:
             last: Any = self.unet.conv_out
             last.weights = last.weights_of(t, to, head)
         return self.unet(x, t, class_labels=labels, return_dict=False)[0][:, : x.shape[1]]
 
-    def embedding(self, t: Tensor, to: Tensor | None = None) -> Tensor:
+    def embedding(self, t: Tensor, to: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """Return the output of the time projection, [B, width]."""
-        self._set_length(t, to)
+        self._set_inputs(t, to, guidance)
         return self.unet.time_proj(t)  # type: ignore[operator]
 
-    def _set_length(self, t: Tensor, to: Tensor | None) -> None:
+    def _set_inputs(self, t: Tensor, to: Tensor | None, guidance: Tensor | None) -> None:
+        projection: Any = self.unet.time_proj
+        if self.guided != (guidance is not None):
+            raise ValueError(f"this network {'needs' if self.guided else 'does not accept'} a guidance scale")
+        if self.guided:
+            projection.scale, projection = guidance, projection.projection
         if self.heads:
             return
         if self.two_times:
-            self.unet.time_proj.length = t - (t if to is None else to)  # type: ignore[union-attr]
+            projection.length = t - (t if to is None else to)
         elif to is not None:
             raise ValueError("this network has one time input and does not accept the end of a jump")
 
 
 def build(config: dict) -> UNet:
-    """Build a network from its description's "config": the options of UNet2DModel, and perhaps "reach", "slow" and "heads"."""
+    """Build a network from its description's "config": the options of UNet2DModel, and perhaps "reach", "slow", "heads" and "guidance"."""
     for package in ("diffusers.models.transformers", "diffusers.models.unets"):
         delay(package)  # they import transformers and scipy, which a UNet2DModel does not use
     from diffusers import UNet2DModel
 
     config = dict(config)
-    reach, slow, heads = (config.pop(key, None) for key in ("reach", "slow", "heads"))
-    return UNet(UNet2DModel(**config), reach, *(None if value is None else tuple(value) for value in (slow, heads)))  # type: ignore
+    reach, *pairs = (config.pop(key, None) for key in ("reach", "slow", "heads", "guidance"))
+    return UNet(UNet2DModel(**config), reach, *(None if pair is None else tuple(pair) for pair in pairs))  # type: ignore
 
 
 def describe(unet: nn.Module) -> dict:
