@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,16 +35,17 @@ class TextUNet(Adapter):
         return output[0][:, : x.shape[1]]
 
     def _embedded(self, guidance: Tensor | None, x: Tensor) -> Tensor | None:
-        """Return diffusers' embedding of the scale, whose scales count from 0: sin and cos of 1000 (w - 1)."""
+        """Return the scale as diffusers' pipelines embed it, who count from 0: sin and cos of 1000 (w - 1) f, f from 1 to 1/10000."""
         config: Any = self.net.config
         width = config.get("time_cond_proj_dim")
         if (width is None) != (guidance is None):
             raise ValueError(f"this network {'needs' if guidance is None else 'does not accept'} a guidance scale")
-        if guidance is None or width is None:
+        if guidance is None:
             return None
-        from diffusers.models.embeddings import get_timestep_embedding
-
-        return get_timestep_embedding(1000 * (guidance - 1), width, downscale_freq_shift=1).to(x.dtype)
+        half = width // 2
+        f = torch.exp(torch.arange(half, dtype=x.dtype, device=x.device) * -(math.log(10_000) / (half - 1)))
+        angles = 1000 * (guidance - 1).to(x.dtype)[:, None] * f
+        return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
