@@ -144,7 +144,7 @@ def train(
     rollbacks: int = 2,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[State]:
-    """Train ``student.net`` in place and yield the `State` after every step. One step is
+    """Train those weights of ``student.net`` in place that require a gradient, and yield the `State` after every step. One step is
 
         loss = mean(method(student, x0)); clip the reduced gradient; Adam; EMA with beta = 2^(-batch / halflife)
 
@@ -164,7 +164,8 @@ def train(
     waiting = waits(accelerator.device)  # where the host reads from the device at some steps only
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     lay_out(student.net, accelerator.device, sharded)
-    adam = torch.optim.AdamW(student.net.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
+    trained = [weight for weight in student.net.parameters() if weight.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
     average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
     if zero.is_zero(accelerator):
         net, optimizer = zero.prepare(accelerator, student.net, adam, o.clip_norm)
@@ -175,7 +176,7 @@ def train(
     if average is not None:
         average = _placed(average, module, accelerator)
     averaging = None if average is None else _Average(average, module)
-    weights = list(net.parameters())
+    weights = [weight for weight in net.parameters() if weight.requires_grad]
     ema = dataclasses.replace(student, net=average if average is not None else module)
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
     identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
@@ -267,15 +268,16 @@ def _placed(average: nn.Module, module: nn.Module, accelerator: Accelerator) -> 
 
 
 class _Average:
-    """Move the average of weights towards them: a = beta a + (1 - beta) w. Each process does so for its own shards.
+    """Move the average of trained weights towards them: a = beta a + (1 - beta) w. Each process does so for its own shards.
 
     Tensors are collected once: the walk through the modules would cost more than the sum.
     """
 
     def __init__(self, average: nn.Module, module: nn.Module):
         self.sharded = [part for part in average.modules() if isinstance(part, FSDPModule)]
-        self.averages: list[Tensor] = list(average.parameters())
-        self.weights: list[Tensor] = list(module.parameters())
+        pairs = [(a, w) for a, w in zip(average.parameters(), module.parameters(), strict=True) if w.requires_grad]
+        self.averages: list[Tensor] = [a for a, _ in pairs]
+        self.weights: list[Tensor] = [w for _, w in pairs]
         self.buffers, self.sources = list(average.buffers()), list(module.buffers())
 
     @torch.no_grad()

@@ -72,6 +72,7 @@ from recipes.common.building import method_of, student_of
 from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of, conditioned
 from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
+from recipes.common.lora import with_lora
 from recipes.common.training import Experiment
 from recipes.data import sets
 from recipes.data.sets import Data
@@ -128,7 +129,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
     if teacher is not None:
         teacher, data = conditioned(teacher, data, config)
         data = check_match(teacher, data, training=True)
-    student = initial_student(config, teacher, data)
+    teacher, student = with_lora(config, teacher, initial_student(config, teacher, data), config.teacher, config.seed)
     data = check_match(student, data, training=True)
     check_sampler(student, sampling(config))
     check_steps(student, (*steps_of(config), config.grid_steps))

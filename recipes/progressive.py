@@ -91,6 +91,7 @@ from distill.train import Optimization
 from recipes.common.checks import check_match, check_steps, conditioned
 from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
+from recipes.common.lora import with_lora
 from recipes.common.training import Experiment
 from recipes.data import sets
 from recipes.data.sets import Data
@@ -197,6 +198,8 @@ def prepare(config: Config, teacher: Teacher, data: Data) -> Experiment:
     require_network(teacher)
     check_steps(teacher, (config.start_steps,))
     student = taking_scale(config, teacher, on_table(teacher) if config.student else teacher)
+    shared, student = with_lora(config, teacher, student, config.teacher, config.seed)
+    teacher = shared or teacher
     record = {"method": "progressive", "of": config.teacher, "data": data.name, "guidance": config.guidance}
     if student.guidance is not None:
         record["guidance"] = student.guidance.describe()

@@ -25,18 +25,19 @@ ACCEPTED = "\n".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
-def load(spec: str, trusted: bool = True) -> Teacher:
+def load(spec: str, trusted: bool = True, base: bool = False) -> Teacher:
     """Load a model from its spec, frozen and on the CPU.
 
     ``trusted``: the user gave the spec, so a factory in it may run, and a hub id may be downloaded. False for a spec that a file holds:
-    `trust` must name its factory, and nothing is downloaded.
+    `trust` must name its factory, and nothing is downloaded. ``base``: of a LoRA adapter, so that it may have none itself.
 
     Raises ValueError for a spec that is not among `FORMS`, and for a factory that is not trusted.
     """
     from teachers import adm, custom, diffusers_pipeline, experts, oracle  # not above: --help shows `ACCEPTED` without torch
     from teachers.hub import quiet
-    from teachers.saved import load_file
+    from teachers.saved import load_file as read_file
 
+    load_file = partial(read_file, find=None if base else partial(load, trusted=False, base=True))
     prefixes = {
         "experts:": lambda text: experts.load(text, partial(load, trusted=trusted)),
         "oracle:": oracle.load,

@@ -25,7 +25,7 @@ from distill.guidance import GuidanceRange
 from distill.reading import malformed
 from distill.sampling import SEARCHED, Sampling
 from distill.schedule import Schedule, schedule_from
-from teachers import networks
+from teachers import lora, networks
 from teachers.codec import Codec
 from teachers.conditions import Conditions
 from teachers.hub import check_numbers
@@ -76,10 +76,11 @@ def save(path: Path | str, model: Teacher) -> None:
     files.save(path, model.tensors(), model.describe())
 
 
-def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
+def load_file(path: Path | str, net: nn.Module | None = None, find: Callable[[str], Teacher] | None = None) -> Teacher:
     """Load a model that `save` wrote, frozen and on the CPU.
 
     ``net``: for a model made with `teachers.custom.wrap`, a module of its class. The weights are loaded into it, and it is frozen.
+    ``find``: loads the base of a LoRA adapter from its spec; `teachers.load` passes itself.
 
     Raises ValueError for any other file, for a file that needs ``net`` and for one that does not.
     """
@@ -89,22 +90,29 @@ def load_file(path: Path | str, net: nn.Module | None = None) -> Teacher:
         raise ValueError(f"{path}: holds no model; it may be the checkpoint of an unfinished run")
     with malformed(path), warnings.catch_warnings(action="ignore"):
         _check(description, tensors)
-        return _built(path, tensors, description, net)
+        return _built(path, tensors, description, net, find)
 
 
-def _built(path: Path, tensors: dict[str, Tensor], description: dict, net: nn.Module | None) -> Teacher:
+def _built(
+    path: Path,
+    tensors: dict[str, Tensor],
+    description: dict,
+    net: nn.Module | None,
+    find: Callable[[str], Teacher] | None,
+) -> Teacher:
     record = description["record"] | ({"prompts": _decoded(tensors.pop(PROMPTS))} if PROMPTS in tensors else {})
     rows = {name: tensors.pop(EMBEDDINGS + name) for name in description.get("table", [])}
     if rows:
         embeddings = Conditions.of(rows, record.pop("prompts", ()), description.get("encoder_sha256", ""))
     codec = Codec.from_description(description["codec"], path.parent) if "codec" in description else None
-    built = networks.build(description["network"], net)
+    network = description["network"]
+    built = lora.build(network["config"], net, find) if network["family"] == "lora" else networks.build(network, net)
     files.load_weights(built, tensors, str(path))
     schedule = schedule_from(description["schedule"])
     return Teacher(
         Denoiser(frozen(built), schedule, description["prediction"], description["time"], description["sigma_data"]),
         tuple(description["shape"]),
-        description["network"],
+        network,
         description["classes"],
         description["null"],
         Sampling.from_description(description["sampler"]),
@@ -149,11 +157,13 @@ def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def load_student(path: Path | str, origin: Teacher) -> Teacher:
-    """Load a student of ``origin``: into a copy of its network, if that is a module of the user's own, and with its conditions."""
+    """Load a student of ``origin``, with its conditions: into a copy of its network, if that is a module of the user's own or has a LoRA
+    adapter. A copy with an adapter shares the weights of its base.
+    """
     network, net = origin.network or {}, require_network(origin).net
     while network.get("family") == "adapter":
         network, net = network["config"]["network"], getattr(net, "net")  # noqa: B009 (a submodule)
-    student = load_file(path, copy.deepcopy(net) if network.get("family") == "given" else None)
+    student = load_file(path, copy.deepcopy(net) if network.get("family") in ("given", "lora") else None)
     if student.embeddings is None or origin.embeddings is None or not origin.embeddings.count:
         return student
     return student.with_conditions(origin.embeddings)

@@ -14,7 +14,13 @@ MAY_IMPORT = {
     "recipes": set(PACKAGES) - {"fewstep"},
     "fewstep": set(PACKAGES),
 }
-FOREIGN = {"diffusers": {"teachers"}, "torch_fidelity": {"eval"}, "sklearn": {"teachers"}, "matplotlib": {"eval"}}
+FOREIGN = {
+    "diffusers": {"teachers"},
+    "torch_fidelity": {"eval"},
+    "sklearn": {"teachers"},
+    "matplotlib": {"eval"},
+    "peft": {"teachers"},
+}
 FILES = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
 
 

@@ -83,6 +83,24 @@ class TrainingFlags(Checked):
 
 
 @dataclass(frozen=True)
+class LoraFlags(Checked):
+    """Train an adapter instead of all weights (`recipes.common.lora`)."""
+
+    lora_rank: int = training_flag(
+        0,
+        "train a LoRA adapter of this rank, which shares the teacher's weights; 0 trains all weights",
+        at_least=0,
+        at_most=1024,
+    )
+    lora_targets: tuple[str, ...] | None = training_flag(
+        None, "layers with an adapter, by the ends of their names", short=False, own=lambda v: "the attention projections"
+    )
+    base_precision: str = training_flag(
+        "fp32", "weights that teacher and adapter share; bf16 needs half of the memory", choices=("fp32", "bf16"), short=False
+    )
+
+
+@dataclass(frozen=True)
 class SweepFlags(Checked):
     """How the finished students and the teacher's samplers are measured."""
 
@@ -122,7 +140,7 @@ class GuidanceFlags(Checked):
 
 
 @dataclass(frozen=True)
-class DistillationFlags(RunFlags, TrainingFlags, SweepFlags, GuidanceFlags):
+class DistillationFlags(RunFlags, TrainingFlags, LoraFlags, SweepFlags, GuidanceFlags):
     """A teacher, data, and the groups above: what every recipe that distils has."""
 
     teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")

@@ -27,6 +27,7 @@ from recipes.common.cost import Cost, cost
 from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
 from teachers import Teacher
+from teachers.networks.lora import is_adapter
 
 PAGE = 8_000_000  # bytes of report, pictures, metrics and configuration
 
@@ -40,7 +41,7 @@ def measure_step_time(
     """
     student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
     rng = Rng.seeded(0, x0.device, len(x0))
-    adam = torch.optim.AdamW(student.net.parameters(), lr=0.0, fused=True)
+    adam = torch.optim.AdamW([weight for weight in student.net.parameters() if weight.requires_grad], lr=0.0, fused=True)
 
     of: Second | None = getattr(method, "second", None)
     other = (
@@ -135,6 +136,13 @@ def memory_text(needed: Cost, rest: float) -> str:
     return f"{gigabytes(needed.memory + rest)}: {', '.join(parts)}; program and data {gigabytes(rest)}"
 
 
+def weights_of(model: Teacher) -> tuple[list[Tensor], list[Tensor]]:
+    """Return all weights of a model's network, and those that training changes: of an adapter, or all of them."""
+    weights = dict(model.parametric.net.named_parameters())
+    adapter = [weight for name, weight in weights.items() if is_adapter(name)]
+    return list(weights.values()), adapter or list(weights.values())
+
+
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -149,14 +157,14 @@ def disk_bytes(
     pipelines, the pictures of ``cells`` of ``images`` images each, and the features of the data.
     """
     net = student.parametric.net
-    file, weights, trained = size_of(student.tensors().values()), size_of(net.state_dict().values()), size_of(net.parameters())
+    file, saved, whole = size_of(student.tensors().values()), size_of(net.state_dict().values()), size_of(net.parameters())
     codec = 0 if student.codec is None else size_of(student.codec.network.state_dict().values())
-    checkpoint = weights * (2 if averaged else 1) + 2 * trained
+    checkpoint = saved * (2 if averaged else 1) + 2 * min(saved, whole)  # that of an adapter is its own
     picture = int(torch.Size(student.image_shape).numel())
     kept = min(images, max(16, min(KEPT, KEPT_BYTES // picture))) * picture
     known = torch.zeros(1, *student.image_shape, dtype=torch.uint8)
     features = 0 if data.latents is not None else len(data.images) * size_of([extractor(known).fid])
-    return (stages + 1) * file + 3 * checkpoint + 2 * (weights + codec) + cells * kept + features + PAGE
+    return (stages + 1) * file + 3 * checkpoint + 2 * (max(saved, whole) + codec) + cells * kept + features + PAGE
 
 
 def check_disk(folder: Path, needed: int) -> None:

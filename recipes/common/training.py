@@ -38,7 +38,16 @@ from recipes.common.forecast import Forecast, sweep_seconds
 from recipes.common.guidance import measured
 from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
-from recipes.common.plan import check_disk, disk_bytes, gigabytes, measure_step_time, memory_text, size_of, training_memory
+from recipes.common.plan import (
+    check_disk,
+    disk_bytes,
+    gigabytes,
+    measure_step_time,
+    memory_text,
+    size_of,
+    training_memory,
+    weights_of,
+)
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -149,7 +158,7 @@ class Experiment:
         batches = self.data.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
         x0, cond = next(iter(batches(0)))
         training, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
-        weights = sum(p.numel() for p in student.parametric.net.parameters())
+        weights, trained = (sum(map(torch.Tensor.numel, ws)) for ws in weights_of(student))
         c, real = self.config, len(self.data.images) if isinstance(self.real, Data) else self.real[1].images
         made = [*steps] * len(measured(c, student))
         sweep = sweep_seconds(self.cells, student, made, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
@@ -158,7 +167,7 @@ class Experiment:
         self.forecast = Forecast((images * training + more * call) / world, sweep, images, self.run.device, whole)
         for line in (
             self.title,
-            f"  network   {weights / 1e6:.2f} M weights",
+            f"  network   {weights / 1e6:.2f} M weights" + (f", {trained / 1e6:.2f} M trained" if trained < weights else ""),
             f"  data      {self.data.name}: {len(self.data.images):,} images of {'x'.join(map(str, self.data.shape))}",
             f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
             f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
@@ -177,7 +186,8 @@ class Experiment:
         """Return the memory of a process in training, for people. A ladder also keeps the student of the stage before."""
         models = [model.denoiser for model in (self.teacher, self.student) if model is not None]
         nets = {id(model.net): model.net for model in models if isinstance(model, Denoiser)}
-        held = [size_of(net.state_dict().values()) for net in nets.values()]
+        distinct = {weight.data_ptr(): weight for net in nets.values() for weight in (*net.parameters(), *net.buffers())}
+        held = [size_of(distinct.values())]  # a base is shared by the networks with its adapters
         rest = resident_bytes(self.run.device) - sum(held)
         if len(budgets) > 1:
             held.append(size_of(self.student.parametric.net.state_dict().values()))

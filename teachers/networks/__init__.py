@@ -37,3 +37,12 @@ def build(network: dict, given: nn.Module | None = None) -> nn.Module:
     if family not in FAMILIES:
         raise ValueError(f"unknown network family {family!r}: accepted are adapter, given, {', '.join(FAMILIES)}")
     return FAMILIES[family](config)
+
+
+def around(network: dict, model: nn.Module) -> nn.Module:
+    """Return the modules that a description puts around a ``model`` of diffusers, its pipeline's own network."""
+    family, config = network["family"], dict(network["config"])
+    if family == "adapter":
+        inner = config.pop("network")
+        return adapters.wrap(around(inner, model), inner, config)[0]
+    return unet.UNet(model) if family == "unet2d" else conditional.NETWORKS[type(model).__name__](model)

@@ -85,6 +85,17 @@ class Boundary(Adapter):
         return (sd**2 / (above**2 + sd**2)).to(x) * x + (above * sd / scale).to(x) * output
 
 
+class Rounded(Adapter):
+    """Hold a network whose weights are rounded to bfloat16, in place. x and its conditions are rounded too, times are not."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__(net.to(torch.bfloat16))
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        halves = {k: v.to(torch.bfloat16) if v.is_floating_point() and k != "to" else v for k, v in cond.items()}
+        return self.net(x.to(torch.bfloat16), t, **halves).to(x.dtype)
+
+
 class Renamed(Adapter):
     """Pass labels to a network under its own keyword ``name``."""
 
@@ -110,6 +121,7 @@ KINDS: dict[str, type[Adapter]] = {
     "mean": Mean,
     "boundary": Boundary,
     "renamed": Renamed,
+    "rounded": Rounded,
 }
 
 
