@@ -55,7 +55,9 @@ from recipes.common.guidance import outside
 from teachers import Teacher
 from teachers.export import deliver, one_step
 from teachers.export.card import card, measured
+from teachers.export.lora import export_lora
 from teachers.hub import first_line, nulls
+from teachers.lora import merged
 from teachers.prompts import with_examples
 
 
@@ -93,7 +95,9 @@ def at_scale(model: Teacher, scale: float) -> Teacher:
 
 def _write(config: Config, model: Teacher, folder: Path) -> None:
     pipelines = deliver.export_pipelines(model, folder)
-    kept = model
+    write_lora(model, folder)
+    fingerprint = model.fingerprint
+    kept = model = merged(model)
     if model.codec is not None:  # the export has its own copy of the autoencoder
         source = model.codec.source | {"folder": f"./{next(iter(pipelines))}"}
         kept = replace(model, codec=replace(model.codec, source=source))
@@ -109,10 +113,20 @@ def _write(config: Config, model: Teacher, folder: Path) -> None:
     shown = draw_samples(model, folder / "samples.png")
     labels = None if model.classes is None else [i % model.classes for i in range(4)]
     call = deliver.form_of(model).call(model, labels, 4)
-    rows = measured(config.model, model.fingerprint)
+    rows = measured(config.model, fingerprint)
     without = nulls(folder / next(iter(pipelines)))
     text = card(model, list(pipelines), call, rows, config.license, shown, config.push_to_hub, without)
     write_text(folder / "README.md", text)
+
+
+def write_lora(model: Teacher, folder: Path) -> None:
+    """Write the adapter of a LoRA student, or say why no pipeline can load it."""
+    try:
+        worst = export_lora(model, folder)
+    except ValueError as error:
+        return print(f"no LoRA file: {error}")
+    if worst is not None:
+        print(f"lora: same pixels in the teacher's own pipeline (largest difference {worst:.1g})")
 
 
 def draw_samples(model: Teacher, path: Path) -> str | None:

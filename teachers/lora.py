@@ -57,7 +57,7 @@ def merged(model: Teacher) -> Teacher:
     if not isinstance(net, Adapted):
         return model
     network = (model.network or {})["config"]["network"]
-    plain = network["config"]["network"] if _is_rounded(network) else network
+    plain = network["config"]["network"] if is_rounded(network) else network
     return replace(model, denoiser=replace(model.parametric, net=frozen(net.merged())), network=plain)
 
 
@@ -79,7 +79,7 @@ def build(config: dict, given: nn.Module | None, find: Callable[[str], Teacher] 
 
 
 def _base(network: dict, source: dict, find: Callable[[str], Teacher] | None) -> nn.Module:
-    if _is_rounded(network):
+    if is_rounded(network):
         return adapters.wrap(_base(network["config"]["network"], source, find), network, {"kind": "rounded"})[0]
     if "folder" in source:
         folder, variant = fetch(source["folder"], source.get("variant"), download=False), source.get("variant")
@@ -107,5 +107,6 @@ def _source_of(model: Teacher, spec: str) -> dict[str, Any]:
     return {"spec": str(Path(spec).resolve()) if Path(spec).exists() else spec}
 
 
-def _is_rounded(network: dict) -> bool:
+def is_rounded(network: dict) -> bool:
+    """Return whether a description is that of a network in bfloat16 (`rounded`)."""
     return network["family"] == "adapter" and network["config"]["kind"] == "rounded"

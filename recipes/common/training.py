@@ -52,6 +52,7 @@ from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.export import deliver
+from teachers.export.lora import export_lora
 from teachers.prompts import with_examples
 from teachers.saved import Stored, load_student
 from teachers.teacher import require_network
@@ -319,16 +320,29 @@ class Experiment:
 
 
 def export_pipelines(run: Run, model: Teacher) -> None:
-    """Write the diffusers pipelines of a student, compared with our sampler, or say why no stock class can carry it."""
+    """Write the diffusers pipelines of a student, compared with our sampler, or say why no stock class can carry it.
+
+    A LoRA student also gets the file of its adapter.
+    """
     if not run.main:
         return
-    try:
-        for name, worst in deliver.export_pipelines(with_examples(model), run.folder).items():
-            run.say(f"{name}/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
-    except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # the student itself is saved
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk; those of diffusers have no number
-        run.say(f"no diffusers pipeline: {error}")
+    for write in (_export_pipelines, _export_lora):
+        try:
+            write(run, model)
+        except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # the student itself is saved
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk; those of diffusers have no number
+            run.say(f"no {'LoRA file' if write is _export_lora else 'diffusers pipeline'}: {error}")
+
+
+def _export_pipelines(run: Run, model: Teacher) -> None:
+    for name, worst in deliver.export_pipelines(with_examples(model), run.folder).items():
+        run.say(f"{name}/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
+
+
+def _export_lora(run: Run, model: Teacher) -> None:
+    if (worst := export_lora(with_examples(model), run.folder)) is not None:
+        run.say(f"lora/ gives the same pixels in the teacher's own pipeline (largest difference {worst:.1g})")
 
 
 @contextmanager

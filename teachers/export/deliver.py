@@ -17,6 +17,7 @@ from distill.files import FILE_MODE, replacing_folder
 from distill.schedule import prior_std
 from teachers.export import latent, pixel
 from teachers.hub import nulls
+from teachers.lora import merged
 from teachers.teacher import Teacher, require_network
 
 TOLERANCE = 1e-4  # largest accepted difference of a pixel in [0, 1]
@@ -29,10 +30,15 @@ STOCK = """
 import json, sys
 import diffusers, numpy, torch
 from diffusers import DiffusionPipeline
-folder, out, steps, call, seeds, options = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+folder, out, steps, call, seeds, options, lora = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 diffusers.utils.logging.disable_progress_bar()
 pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **options)
 pipeline.set_progress_bar_config(disable=True)
+if lora:
+    if lora["rounded"]:
+        getattr(pipeline, lora["rounded"]).to(torch.bfloat16).to(torch.float32)
+    pipeline.load_lora_weights(lora["folder"])
+    pipeline.scheduler = getattr(diffusers, lora["class"]).from_pretrained(lora["folder"], subfolder=lora["scheduler"])
 for n in steps:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = pipeline(**call, num_inference_steps=n, generator=generators, output_type="np").images
@@ -48,7 +54,7 @@ def form_of(model: Teacher) -> Any:
 
 def check_exportable(model: Teacher) -> None:
     """Raise ValueError if no stock pipeline can hold the model."""
-    require_network(model)
+    require_network(model := merged(model))
     if model.sampling.name not in EXPORTED:
         raise ValueError(f"no stock scheduler takes the steps of {model.sampling.label!r}: accepted are {', '.join(EXPORTED)}")
     form_of(model).check(model)
@@ -57,10 +63,12 @@ def check_exportable(model: Teacher) -> None:
 def export_pipelines(model: Teacher, folder: Path) -> dict[str, float]:
     """Write ``folder``/pipeline, and ``folder``/pipeline-N for each step count N that needs its own; move the model to the CPU.
 
+    They hold the merged weights of a model with a LoRA adapter.
     If all step counts need their own, the lowest is in pipeline. Returns {name: largest difference of a pixel to our sampler}.
 
     Raises ValueError if no stock pipeline can hold the model, and RuntimeError if one gives other pixels; it is then removed.
     """
+    model = merged(model)
     check_exportable(model)
     model.to(torch.device("cpu"))
     form, out = form_of(model), {}
@@ -118,10 +126,18 @@ def own_pixels(model: Teacher, steps: int, labels: list[int] | None, seeds: list
     return (model.decode(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def verify(model: Teacher, folder: Path, steps: list[int], variant: str | None = None, tolerance: float = TOLERANCE) -> float:
+def verify(
+    model: Teacher,
+    folder: Path,
+    steps: list[int],
+    variant: str | None = None,
+    tolerance: float = TOLERANCE,
+    lora: dict | None = None,
+) -> float:
     """Return the largest difference of a pixel between our sampler and the pipeline, run in a process with diffusers alone.
 
     For a VQ autoencoder it is the difference of the median image, because rounding can change the nearest code of a latent.
+    ``lora``: an adapter for the pipeline, with its scheduler (`teachers.export.lora`).
 
     Raises RuntimeError if it is more than ``tolerance``.
     """
@@ -132,7 +148,11 @@ def verify(model: Teacher, folder: Path, steps: list[int], variant: str | None =
     quantised = model.codec is not None and hasattr(model.codec.network, "quantize")
     with tempfile.TemporaryDirectory() as out:
         call = form_of(model).call(model, labels, len(seeds))
-        arguments = [str(folder.resolve()), out, *map(json.dumps, (steps, call, seeds, nulls(folder) | {"variant": variant}))]
+        arguments = [
+            str(folder.resolve()),
+            out,
+            *map(json.dumps, (steps, call, seeds, nulls(folder) | {"variant": variant}, lora)),
+        ]
         subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=out)
         differences = []
         for n in steps:
