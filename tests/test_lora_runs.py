@@ -18,6 +18,8 @@ from distill.progressive import Progressive
 from distill.rng import Rng
 from distill.sampling import Sampling
 from recipes import evaluate, export, progressive
+from recipes.common.flags import LoraFlags
+from recipes.common.lora import with_lora
 from teachers.export import deliver
 from teachers.export.lora import export_lora
 from teachers.lora import merged, rounded, with_adapter
@@ -144,13 +146,13 @@ def test_a_ladder_of_adapters_is_trained_measured_loaded_and_exported(tmp_path, 
     assert torch.allclose(plain.denoiser(x, t, **cond), last.denoiser(x, t, **cond), atol=1e-5)
 
 
-def test_a_rounded_base_and_an_adapter_as_a_teacher_are_trained_further(tmp_path, stock_here):
-    common = "--preset smoke --images-per-stage 128 --images 64 --start-steps 2 --sweep-steps 1 --threads 1 --output-dir"
-    lora = words("--lora-rank 4 --base-precision bf16 --lora-targets", *TARGETS)
-    progressive.main([*words(common, tmp_path / "a"), *lora])
-    again = ["--teacher", str(tmp_path / "a"), "--force"]
-    progressive.main([*words(common, tmp_path / "b"), *again, "--lora-rank", "4"])
-    progressive.main([*words(common, tmp_path / "c"), *again])
-    first, adapter, plain = (teachers.load(str(tmp_path / name)) for name in "abc")
-    assert adapter.network == first.network and plain.network["family"] == "unet2d"
-    assert {weight.dtype for weight in plain.denoiser.net.parameters()} == {torch.float32}
+def test_an_adapter_on_a_rounded_base_is_trained_and_is_a_teacher_of_adapters_and_of_whole_networks(tmp_path, stock_here):
+    common = words("--preset smoke --images-per-stage 128 --images 64 --start-steps 2 --sweep-steps 1 --output-dir", tmp_path)
+    here(progressive.main, *common, "--lora-rank 4 --base-precision bf16 --lora-targets", *TARGETS)
+    made = teachers.load(str(tmp_path))
+    assert {weight.dtype for weight in made.denoiser.net.parameters()} == {torch.bfloat16, torch.float32}
+    _, again = with_lora(LoraFlags(lora_rank=4), made, made, str(tmp_path), 0)
+    _, plain = with_lora(LoraFlags(), made, made, str(tmp_path), 0)
+    assert again is made and plain.network["family"] == "unet2d"
+    assert {weight.dtype for weight in plain.student().net.parameters()} == {torch.float32}
+    assert all(weight.requires_grad for weight in plain.student().net.parameters())

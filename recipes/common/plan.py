@@ -138,7 +138,7 @@ def memory_text(needed: Cost, rest: float) -> str:
 
 def weights_of(model: Teacher) -> tuple[list[Tensor], list[Tensor]]:
     """Return all weights of a model's network, and those that training changes: of an adapter, or all of them."""
-    weights = dict(model.parametric.net.named_parameters())
+    weights: dict[str, Tensor] = dict(model.parametric.net.named_parameters())
     adapter = [weight for name, weight in weights.items() if is_adapter(name)]
     return list(weights.values()), adapter or list(weights.values())
 

@@ -43,8 +43,8 @@ def export_lora(model: Teacher, folder: Path) -> float | None:
             scheduler = latent.table_scheduler(plain, steps) if only is None else latent.flow_scheduler(only)
             name = pipeline.replace("pipeline", "scheduler")
             scheduler.save_pretrained(aside / name)
-            how = {"folder": str(aside.resolve()), "class": type(scheduler).__name__, "scheduler": name}
-            how |= {"rounded": part if is_rounded(network) else None}
+            halved = part if is_rounded(network) else None
+            how = {"folder": str(aside.resolve()), "class": type(scheduler).__name__, "scheduler": name, "rounded": halved}
             differences.append(deliver.verify(plain, base, steps, variant, lora=how))
     return max(differences)
 
