@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HALF = 2  # bytes of a bfloat16
 FULL = 4  # bytes of a float32, in which weights, gradients, Adam's state and averages are kept
+ADAM = {"adamw": 2 * FULL, "adamw8bit": 2}  # bytes of its two moments of a weight
+CARDS = (24, 48, 80)  # GB of GPUs in use
+USABLE = 0.9  # part of a GPU's memory that tensors can have, beside its driver, workspaces and fragments
 SHARDING = ("none", "gradients", "weights", "zero2")
 
 
@@ -46,6 +50,7 @@ def cost(
     calls: int = 1,
     target_calls: int = 0,
     gathered_bytes: int = FULL,
+    adam_bytes: int = ADAM["adamw"],
 ) -> Cost:
     """Return the cost of a step of one microbatch.
 
@@ -56,6 +61,7 @@ def cost(
     weights outside of all blocks, which stay gathered between the passes. ``teacher``: its weights, whole in each process.
     ``activations``: bytes of one microbatch. ``calls``: student calls with a gradient. ``target_calls``: calls of student or average
     without one. ``gathered_bytes``: of a gathered weight, 2 in bf16.
+    ``adam_bytes``: a value of `ADAM`.
 
     Raises ValueError for another ``sharding``.
     """
@@ -71,7 +77,7 @@ def cost(
     return Cost(
         weights=own + (FULL if whole else gathered_bytes) * held,
         gradients=own + (FULL * block if shards > 1 else 0),
-        adam=2 * own,
+        adam=adam_bytes * own // FULL,
         average=(FULL * trained if whole else own) if averaged else 0,
         teacher=teacher_bytes * teacher,
         activations=activations,
@@ -79,3 +85,18 @@ def cost(
         gathered=gathered if world > 1 else 0,
         sent=ring * ((2 if sharding == "none" else 1) * reduced + gathered),
     )
+
+
+def largest_batch(needed: Cost, batch: int, gigabytes: float) -> int:
+    """Return how many samples at once fit on a GPU of so many GB, by the ``needed`` memory of ``batch`` samples; 0 if none does."""
+    free = USABLE * 1e9 * gigabytes - (needed.memory - needed.activations)
+    return max(0, int(free * batch // needed.activations)) if needed.activations else 0
+
+
+def calls_of_a_step(teacher_calls: int, adapter: bool, recomputed: bool) -> int:
+    """Return what a training step computes, in forward passes of the network.
+
+    A backward pass takes two, of gradients of inputs and of weights. That of an adapter takes one: its own weights are few. Checkpoints add
+    a forward pass.
+    """
+    return 1 + (1 if adapter else 2) + (1 if recomputed else 0) + teacher_calls

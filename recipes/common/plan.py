@@ -6,8 +6,9 @@ import copy
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from distill.train import Method
 from distill.zero import BUCKET
 from eval.features import Extractor
 from eval.sweep import KEPT, KEPT_BYTES
-from recipes.common.cost import Cost, cost
+from recipes.common.cost import CARDS, Cost, cost, largest_batch
+from recipes.common.footprint import saved_bytes as saved_bytes
 from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -63,28 +65,6 @@ def measure_step_time(
     return seconds[0] / len(x0), seconds[1] / len(x0)
 
 
-def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Return the bytes that ``forward`` saves for its backward pass, beside the ``weights``. It stops at gradients of `torch.func`."""
-    known, saved = {weight.untyped_storage().data_ptr() for weight in weights}, {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        try:
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
-        except RuntimeError:  # a wrapper of `torch.func` has no storage; what it wraps is counted
-            pass
-        return tensor
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward()
-    except RuntimeError as error:
-        if "saved tensor hooks" not in str(error):
-            raise
-    return sum(saved.values())
-
-
 def sharding_of(accelerator: Accelerator, net: nn.Module) -> dict[str, Any]:
     """Return the ``sharding``, ``block`` and ``root`` of the cost model for a network under this accelerator."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -121,7 +101,8 @@ def training_memory(
     """
     weights = [weight for weight in student.net.parameters() if weight.requires_grad]
     rng = Rng.seeded(0, x0.device, len(x0))
-    activations = saved_bytes(lambda: method(student, x0, rng=rng, progress=0.0, **cond).mean(), student.net.parameters())
+    forward = partial(method, student, x0, rng=rng, progress=0.0, **cond)
+    activations = saved_bytes(lambda: forward().mean(), student.net.parameters(), student.net)
     how = sharding_of(accelerator, student.net)
     count = sum(weight.numel() for weight in weights)
     return cost(
@@ -134,6 +115,11 @@ def memory_text(needed: Cost, rest: float) -> str:
     kinds = ("weights", "gradients", "adam", "average", "teacher", "activations")
     parts = [f"{kind.replace('adam', 'Adam')} {gigabytes(size)}" for kind in kinds if (size := getattr(needed, kind))]
     return f"{gigabytes(needed.memory + rest)}: {', '.join(parts)}; program and data {gigabytes(rest)}"
+
+
+def batches_text(needed: Cost, batch: int) -> str:
+    """Return how many samples fit on GPUs of usual sizes, for people. ``needed``: the memory of ``batch`` samples."""
+    return "; ".join(f"{size} GB: {largest_batch(needed, batch, size):,} images" for size in CARDS)
 
 
 def weights_of(model: Teacher) -> tuple[list[Tensor], list[Tensor]]:

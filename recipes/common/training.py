@@ -33,12 +33,14 @@ from eval.reference import Identity
 from eval.sweep import Cell
 from recipes.common.checks import check_denoiser, check_steps
 from recipes.common.cli import duration, fail, one_line_errors, plural
+from recipes.common.cost import Cost
 from recipes.common.flags import DistillationFlags
 from recipes.common.forecast import Forecast, sweep_seconds
 from recipes.common.guidance import measured
 from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
 from recipes.common.plan import (
+    batches_text,
     check_disk,
     disk_bytes,
     gigabytes,
@@ -163,7 +165,7 @@ class Experiment:
         c, real = self.config, len(self.data.images) if isinstance(self.real, Data) else self.real[1].images
         made = [*steps] * len(measured(c, student))
         sweep = sweep_seconds(self.cells, student, made, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
-        memory = self._memory(method, budgets, x0, cond)  # after the steps and calls that load what is loaded once
+        needed, rest = self._memory(method, budgets, x0, cond)  # after the steps and calls that load what is loaded once
         whole = not (self.run.folder / "stages").exists()
         self.forecast = Forecast((images * training + more * call) / world, sweep, images, self.run.device, whole)
         for line in (
@@ -175,7 +177,8 @@ class Experiment:
             f" about {duration(self.forecast.training)}",
             f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
             f"  together  about {duration(self.forecast.total)}, report and pipelines included",
-            f"  memory    about {memory} in each of {plural(world, 'process')}",
+            f"  memory    about {memory_text(needed, rest)} in each of {plural(world, 'process')}",
+            f"  fits      {batches_text(needed, len(x0))} at once in a process",
             f"  disk      about {gigabytes(self.disk)}",
             f"  output    {self.run.folder}\n",
         ):
@@ -183,8 +186,11 @@ class Experiment:
         if self.config.dry_run:
             raise SystemExit(0)
 
-    def _memory(self, method: Method, budgets: list[Optimization], x0: torch.Tensor, cond: dict[str, torch.Tensor]) -> str:
-        """Return the memory of a process in training, for people. A ladder also keeps the student of the stage before."""
+    def _memory(
+        self, method: Method, budgets: list[Optimization], x0: torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> tuple[Cost, float]:
+        """Return the memory of a process in training, and the bytes that it holds beside it. A ladder also keeps the student of the
+        stage before."""
         models = [model.denoiser for model in (self.teacher, self.student) if model is not None]
         nets = {id(model.net): model.net for model in models if isinstance(model, Denoiser)}
         distinct = {weight.data_ptr(): weight for net in nets.values() for weight in (*net.parameters(), *net.buffers())}
@@ -196,7 +202,7 @@ class Experiment:
             method, self.student.student(), x0, cond, self.run.accelerator,
             frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images),
         )  # fmt: skip
-        return memory_text(needed, rest)
+        return needed, rest
 
     def stage(
         self,
