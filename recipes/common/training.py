@@ -178,7 +178,7 @@ class Experiment:
             f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
             f"  together  about {duration(self.forecast.total)}, report and pipelines included",
             f"  memory    about {memory_text(needed, rest)} in each of {plural(world, 'process')}",
-            f"  fits      {batches_text(needed, len(x0))} at once in a process",
+            *([f"  fits      {batches_text(needed, len(x0))} at once in a process"] if c.dry_run else []),
             f"  disk      about {gigabytes(self.disk)}",
             f"  output    {self.run.folder}\n",
         ):
