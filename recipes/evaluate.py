@@ -32,7 +32,7 @@ PRESETS: dict[str, dict] = {
 
 
 @dataclass(frozen=True)
-class Config(flags.RunFlags):
+class Config(flags.RunFlags, flags.DecodingFlags):
     preset: str = flag("default", "smoke is a trial run of half a minute", choices=PRESETS)
     model: tuple[str, ...] = model_flag(("digits",), "the models (accepted: --help teacher), or directories of runs")
     data: str = model_flag("digits", "the real images (accepted: --help data)")
@@ -90,7 +90,7 @@ from eval.generate import initial_noise
 from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
-from recipes.common.checks import check_match, check_sampler, check_steps, stages_of
+from recipes.common.checks import check_match, check_sampler, check_steps, decoded_by, stages_of
 from recipes.common.guidance import outside
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
@@ -107,7 +107,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
         data = None if config.reference else sets.load(config.data)
-        models = [(spec, [(path, teachers.load(path)) for path in stages_of(spec)]) for spec in config.model]
+        models = [
+            (spec, [(path, decoded_by(teachers.load(path), config.decode)) for path in stages_of(spec)])
+            for spec in config.model
+        ]
         extractor = Extractor.create(config.features, config.features_weights)
         run, cells, measurement = prepare(config, models, data, extractor)
     out = measure(config, run, cells, measurement, data)

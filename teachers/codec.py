@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from teachers.hub import component, fetch
 Numbers = float | list[float]  # for all channels, or for each
 SCALE_KEYS = {"AutoencoderDC": "encoder_block_out_channels", "AutoencoderKLQwenImage": "dim_mult"}  # one entry per resolution
 
+# how an autoencoder decodes: a batch at once, one image after the other, or also tile by tile, whose edges are blended
+DECODING: dict[str, tuple[str, ...]] = {"plain": (), "sliced": ("slicing",), "tiled": ("slicing", "tiling")}
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -25,13 +28,14 @@ class Codec:
     Both are one number, or one per channel. The z of an AutoencoderKLFlux2 has squares of 2x2 as channels, as its networks see it.
     ``vae``: the autoencoder (AutoencoderKL, VQModel, AutoencoderTiny, ...); None to load it from ``source`` when it is first used.
     ``source``: where it is, {"folder" (or hub id), "part", "class"}, and "variant" where its weights have one. A model's file holds
-    this and not the autoencoder.
+    this and not the autoencoder. ``how``: a value of `DECODING`.
     """
 
     vae: Any = None
     scale: Numbers = 1.0
     shift: Numbers = 0.0
     source: dict = field(default_factory=dict)
+    how: str = "plain"
 
     @cached_property
     def network(self) -> Any:
@@ -43,14 +47,30 @@ class Codec:
         vae = component(folder, self.source["part"], self.source["class"], where, variant)
         return vae.eval().requires_grad_(False)
 
+    def decoding(self, how: str) -> Codec:
+        """Return the codec that decodes by ``how``, with the same autoencoder; itself if it does so already.
+
+        Raises ValueError for an autoencoder that does not support it.
+        """
+        if how == self.how:
+            return self
+        if not all(hasattr(self.network, f"enable_{part}") for part in DECODING[how]):
+            raise ValueError(f"--decode {how}: an autoencoder of class {type(self.network).__name__} accepts plain alone")
+        return replace(self, vae=self.network, how=how)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return images [B, C, H, W] in [-1, 1]."""
+        network = self._on(latents)
+        for part in ("slicing", "tiling"):
+            switch = getattr(network, f"{'enable' if part in DECODING[self.how] else 'disable'}_{part}", None)
+            if switch is not None:
+                switch()
         with torch.inference_mode(), torch.autocast(latents.device.type, enabled=False):
-            z, vae = latents.float(), self._on(latents)
+            z = latents.float()
             z = z / _shaped(self.scale, z) + _shaped(self.shift, z)
-            if _has_frames(vae):
-                return vae.decode(z.unsqueeze(2)).sample[:, :, 0]
-            return vae.decode(pixel_shuffle(z, 2) if _is_patched(vae) else z).sample
+            if _has_frames(network):
+                return network.decode(z.unsqueeze(2)).sample[:, :, 0]
+            return network.decode(pixel_shuffle(z, 2) if _is_patched(network) else z).sample
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents of images in [-1, 1]; the mean if the encoder returns a distribution."""
@@ -63,8 +83,8 @@ class Codec:
 
     def to(self, device: torch.device) -> Codec:
         """Move the autoencoder, if it is loaded, and return self."""
-        if self.vae is not None:
-            self.vae.to(device)
+        if "network" in self.__dict__ and isinstance(self.network, torch.nn.Module):
+            self.network.to(device)
         return self
 
     def describe(self) -> dict:

@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,12 +158,15 @@ def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
 
 def load_student(path: Path | str, origin: Teacher) -> Teacher:
     """Load a student of ``origin``, with its conditions: into a copy of its network, if that is a module of the user's own or has a LoRA
-    adapter. A copy with an adapter shares the weights of its base.
+    adapter. A copy with an adapter shares the weights of its base, and a latent student the autoencoder.
     """
     network, net = origin.network or {}, require_network(origin).net
     while network.get("family") == "adapter":
         network, net = network["config"]["network"], getattr(net, "net")  # noqa: B009 (a submodule)
     student = load_file(path, copy.deepcopy(net) if network.get("family") in ("given", "lora") else None)
+    one, two = student.codec, origin.codec
+    if one is not None and two is not None and one.describe() == two.describe():
+        student = replace(student, codec=two)
     if student.embeddings is None or origin.embeddings is None or not origin.embeddings.count:
         return student
     return student.with_conditions(origin.embeddings)

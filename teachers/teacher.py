@@ -192,11 +192,9 @@ class Teacher:
         return {name: as_float(row, "cpu") for name, row in self.embeddings.null.items()}
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the model in place, and return self. Conditions stay where they are."""
+        """Move the model in place, and return self. Conditions stay; its autoencoder moves to where it encodes or decodes."""
         if isinstance(self.denoiser, Denoiser):
             lay_out(self.denoiser.net.to(device), device)
-        if self.codec is not None:
-            self.codec.to(device)
         return self
 
     def times(self, steps: int) -> Tensor:

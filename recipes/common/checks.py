@@ -132,6 +132,15 @@ def _check_latents(teacher: Teacher, data: Data) -> None:
         )
 
 
+def decoded_by(model: Teacher, how: str) -> Teacher:
+    """Return the model as --decode asks. Raises ValueError for a model without an autoencoder, or whose own does not support it."""
+    if model.codec is None:
+        if how != "plain":
+            raise ValueError(f"--decode {how}: this model works on pixels; accepted is plain")
+        return model
+    return replace(model, codec=model.codec.decoding(how))
+
+
 def codec_of(data: Data) -> Codec | None:
     """Load the autoencoder that made the latents; None for images. Raises ValueError where it is gone or has changed."""
     if data.latents is None:

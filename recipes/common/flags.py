@@ -101,6 +101,18 @@ class LoraFlags(Checked):
 
 
 @dataclass(frozen=True)
+class DecodingFlags(Checked):
+    """How the images of latent models are decoded."""
+
+    decode: str = measuring_flag(
+        "plain",
+        "latent models: decode a batch at once, one image after the other, or tile by tile, which changes pixels a little",
+        choices=("plain", "sliced", "tiled"),
+        short=False,
+    )
+
+
+@dataclass(frozen=True)
 class SweepFlags(Checked):
     """How the finished students and the teacher's samplers are measured."""
 
@@ -140,7 +152,7 @@ class GuidanceFlags(Checked):
 
 
 @dataclass(frozen=True)
-class DistillationFlags(RunFlags, TrainingFlags, LoraFlags, SweepFlags, GuidanceFlags):
+class DistillationFlags(RunFlags, TrainingFlags, LoraFlags, DecodingFlags, SweepFlags, GuidanceFlags):
     """A teacher, data, and the groups above: what every recipe that distils has."""
 
     teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")

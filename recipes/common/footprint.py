@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Saved = dict[int, int]  # storage -> bytes
+Saved = dict[int, torch.UntypedStorage]  # kept, so that no other tensor takes its place
 
 
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor], net: nn.Module | None = None) -> int:
@@ -30,7 +31,11 @@ def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor], net: n
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
-    return sum(saved.values()) + max(blocks)
+    return _bytes(saved) + max(blocks)
+
+
+def _bytes(saved: Saved) -> int:
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def _place(tensor: Tensor) -> int:
@@ -50,34 +55,39 @@ def _saving(known: set[int], saved: Saved) -> torch.autograd.graph.saved_tensors
 def _count(tensor: Tensor, known: set[int], saved: Saved) -> None:
     try:
         if (place := _place(tensor)) not in known:
-            saved[place] = tensor.untyped_storage().nbytes()
+            saved[place] = tensor.untyped_storage()
     except RuntimeError:  # what a wrapper of `torch.func` holds is counted by itself
         pass
 
 
 @contextmanager
 def _recomputed(net: nn.Module | None, known: set[int], saved: Saved, blocks: list[int]) -> Iterator[None]:
-    """Count, in place of its recomputation, the inputs of each block in ``saved`` and what it saves itself in ``blocks``."""
+    """Count the inputs of each block in ``saved``, and in ``blocks`` what it saves itself when it is computed once more."""
 
-    def call(block: Callable, *inputs: Any) -> Any:
-        for tensor in inputs:
-            if isinstance(tensor, Tensor):
-                _count(tensor, known, saved)
+    def call(checkpoint: Callable, block: Callable, *inputs: Any) -> Any:
         inside: Saved = {}
         with _saving(known, inside):
-            output = block(*inputs)
-        blocks.append(sum(size for place, size in inside.items() if place not in saved))
-        return output
+            trained = any(output.requires_grad for output in _tensors(block(*inputs)))
+        for tensor in inputs:
+            if isinstance(tensor, Tensor) and trained:
+                _count(tensor, known, saved)
+        blocks.append(_bytes({place: storage for place, storage in inside.items() if place not in saved}))
+        return checkpoint(block, *inputs)
 
-    parts: list[Any] = [] if net is None else [part for part in net.modules() if getattr(part, "gradient_checkpointing", False)]
+    modules: Any = () if net is None else net.modules()
+    parts = [m for m in modules if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")]
     before = [part._gradient_checkpointing_func for part in parts]
     for part in parts:
-        part._gradient_checkpointing_func = call
+        part._gradient_checkpointing_func = partial(call, part._gradient_checkpointing_func)
     try:
         yield
     finally:
         for part, function in zip(parts, before, strict=True):
             part._gradient_checkpointing_func = function
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
 
 
 class _Fused(TorchFunctionMode):

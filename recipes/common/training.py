@@ -31,7 +31,7 @@ from eval.machine import resident_bytes
 from eval.metrics import Reference
 from eval.reference import Identity
 from eval.sweep import Cell
-from recipes.common.checks import check_denoiser, check_steps
+from recipes.common.checks import check_denoiser, check_steps, decoded_by
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.cost import Cost
 from recipes.common.flags import DistillationFlags
@@ -112,6 +112,7 @@ class Experiment:
         probe finds that the teacher is not a denoiser, or the disk is too full.
         """
         require_network(student)
+        teacher, student = None if teacher is None else decoded_by(teacher, config.decode), decoded_by(student, config.decode)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
         if config.checkpoint_activations:
             checkpoint_activations(student.parametric.net)  # the copies that are trained keep it
@@ -276,6 +277,9 @@ class Experiment:
 
     def _train(self, name: str, model: Teacher, method: Method, budget: Optimization, made: Teacher) -> None:
         run, folder = self.run, self.run.folder / "stages" / name
+        for used in filter(None, (self.teacher, self.student, model)):
+            if used.codec is not None:
+                used.codec.to(torch.device("cpu"))  # where it is until it decodes again
         seed = self.seeds.get(name, self.config.seed)
         batches = self.data.batches(self._split(budget), seed, name, run.device, model.condition)
         trained = model.student()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def own_pixels(model: Teacher, steps: int, labels: list[int] | None, seeds: list
     cond = model.condition(None if labels is None else torch.tensor(labels))
     x = prior_std(model.denoiser.schedule, times[0]) * noise(model.shape)
     x0 = model.sampling.run(model.denoiser, x, times, lambda x: noise(x.shape[1:]), **cond)
+    if model.codec is not None:
+        model = replace(model, codec=model.codec.decoding("plain"))
     return (model.decode(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
