@@ -18,7 +18,7 @@ Numbers = float | list[float]  # for all channels, or for each
 SCALE_KEYS = {"AutoencoderDC": "encoder_block_out_channels", "AutoencoderKLQwenImage": "dim_mult"}  # one entry per resolution
 
 # how an autoencoder decodes: a batch at once, one image after the other, or also tile by tile, whose edges are blended
-DECODING: dict[str, tuple[str, ...]] = {"plain": (), "sliced": ("slicing",), "tiled": ("slicing", "tiling")}
+DECODING: dict[str, tuple[str, ...]] = {"plain": (), "sliced": ("use_slicing",), "tiled": ("use_slicing", "use_tiling")}
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,16 @@ class Codec:
         """
         if how == self.how:
             return self
-        if not all(hasattr(self.network, f"enable_{part}") for part in DECODING[how]):
+        if not all(hasattr(self.network, part) for part in DECODING[how]):
             raise ValueError(f"--decode {how}: an autoencoder of class {type(self.network).__name__} accepts plain alone")
         return replace(self, vae=self.network, how=how)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images [B, C, H, W] in [-1, 1]."""
         network = self._on(latents)
-        for part in ("slicing", "tiling"):
-            switch = getattr(network, f"{'enable' if part in DECODING[self.how] else 'disable'}_{part}", None)
-            if switch is not None:
-                switch()
+        for part in DECODING["tiled"]:
+            if hasattr(network, part):
+                setattr(network, part, part in DECODING[self.how])
         with torch.inference_mode(), torch.autocast(latents.device.type, enabled=False):
             z = latents.float()
             z = z / _shaped(self.scale, z) + _shaped(self.shift, z)

