@@ -50,7 +50,7 @@ import torch
 
 import teachers
 from distill.files import replacing_folder
-from distill.sampling import Sampling
+from distill.sampling import SEARCHED, Sampling
 from eval.generate import chunks, images
 from eval.image_grid import contact_sheet, write_folder
 from eval.machine import default_device
@@ -91,11 +91,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def settings(model: Teacher, config: Config) -> tuple[Sampling, int]:
-    """Return sampling and step count. Raises ValueError for a step count that a student was not made for."""
+    """Return sampling and step count. Warns of a step count that a student was not made for.
+
+    Raises ValueError where such a step count has no times, because those of the student were found by a search.
+    """
     made = model.sampling
     steps = config.steps or (min(made.steps) if made.steps else 64)
     if made.steps and steps not in made.steps:
-        raise ValueError(f"this student was made for {', '.join(map(str, made.steps))} steps, not {steps}")
+        line = f"this student was made for {', '.join(map(str, made.steps))} steps, not {steps}"
+        if made.grid == SEARCHED and config.grid is None:
+            raise ValueError(f"{line}, for which it has no times: accepted are {names.GRIDS} as --grid")
+        print(f"warning: {line}", file=sys.stderr)
     sampling = made if config.sampler is None else replace(Sampling.parse(config.sampler), grid=made.grid, times=made.times)
     check_sampler(model, sampling)
     check_steps(model, (steps,))

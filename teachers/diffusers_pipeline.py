@@ -9,7 +9,7 @@ from torch import nn
 
 from distill.denoiser import Denoiser
 from distill.guidance import GuidanceRange
-from teachers import diffusers_scheduler, prompts
+from teachers import diffusers_scheduler, passport, prompts
 from teachers.codec import Codec, downsampling, latent_channels, statistics
 from teachers.conditions import Conditions
 from teachers.hub import UNUSED, check_adapters, check_numbers, component, fetch, left_out, read_json, variant_of
@@ -75,8 +75,8 @@ def load(spec: str, download: bool = True) -> Teacher:
         classes = null = embeddings.count
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):
         record["without"] = without
-    guidance = _scales(folder / part, net)
-    return Teacher(denoiser, shape, network, classes, null, convention.sampling, record, codec, embeddings, guidance)
+    guidance, sampling = _scales(folder / part, net), passport.obeyed(folder, denoiser, convention.sampling)
+    return Teacher(denoiser, shape, network, classes, null, sampling, record, codec, embeddings, guidance)
 
 
 def _split(spec: str) -> tuple[str, dict[str, str]]:

@@ -25,7 +25,7 @@ from distill.guidance import GuidanceRange
 from distill.reading import malformed
 from distill.sampling import SEARCHED, Sampling
 from distill.schedule import Schedule, schedule_from
-from teachers import lora, networks
+from teachers import lora, networks, passport
 from teachers.codec import Codec
 from teachers.conditions import Conditions
 from teachers.hub import check_numbers
@@ -73,7 +73,10 @@ def save(path: Path | str, model: Teacher) -> None:
         raise ValueError(
             "this model cannot be saved: nothing was encoded yet, give PIPELINE,prompts=FILE or data with captions"
         )
-    files.save(path, model.tensors(), model.describe())
+    description = model.describe()
+    if model.distilled:
+        description["passport"] = passport.of(model).describe()
+    files.save(path, model.tensors(), description)
 
 
 def load_file(path: Path | str, net: nn.Module | None = None, find: Callable[[str], Teacher] | None = None) -> Teacher:

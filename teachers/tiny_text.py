@@ -167,8 +167,8 @@ class Merged(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         text = text[:, : text.shape[1] - self.equal + 1]
-        pixels = x[0, 0].numel() // self.net.config["patch_size"] ** 2  # type: ignore[index, operator]
-        bias = x.new_zeros(1, pixels + text.shape[1])  # images come first, then text
+        config: Any = self.net.config
+        bias = x.new_zeros(1, x[0, 0].numel() // config["patch_size"] ** 2 + text.shape[1])  # images come first, then text
         bias[0, -1] = math.log(self.equal)
         cond = {"encoder_hidden_states": text, "pooled_projections": pooled}
         with _Bias(bias):
@@ -177,7 +177,7 @@ class Merged(nn.Module):
 
 def merged(model: Teacher) -> Teacher:
     """Return a model of one of these pipelines with `Merged` where its prompts end in tokens of 0; others unchanged."""
-    net, text = inner(model), (model.embeddings or {})["text"]
+    net, text = inner(model), model.condition(torch.tensor([0]))["text"]
     equal = text.shape[1] - LENGTH
     if not equal:
         return model

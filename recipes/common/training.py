@@ -134,6 +134,7 @@ class Experiment:
             if model is not None:
                 model.to(run.device)
         record |= {"config": settings_of(config)}
+        record |= {} if teacher is None else {"teacher_sha256": teacher.fingerprint}
         e = cls(config, teacher, student, data, title, record, run, extractor, real, disk, replay=replay)
         if not config.dry_run:
             e.measurement  # noqa: B018 (the features of the data, before anything is trained)

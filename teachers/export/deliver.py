@@ -7,18 +7,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill.files import FILE_MODE, replacing_folder
-from distill.schedule import prior_std
+from teachers import passport
 from teachers.export import latent, pixel
 from teachers.hub import nulls
 from teachers.lora import merged
+from teachers.passport import pixels as own_pixels
 from teachers.teacher import Teacher, require_network
 
 TOLERANCE = 1e-4  # largest accepted difference of a pixel in [0, 1]
@@ -76,6 +75,8 @@ def export_pipelines(model: Teacher, folder: Path) -> dict[str, float]:
     for name, (steps, only) in form.pipelines(model).items():
         with replacing_folder(folder / name) as aside:
             _write(form.stock(model, steps, only), aside)
+            if model.distilled:
+                passport.write(aside / passport.NAME, passport.of(model, steps, stock=True))
         try:
             out[name] = verify(model, folder / name, steps)
         except (RuntimeError, subprocess.CalledProcessError):
@@ -110,23 +111,6 @@ def _write(stock: Any, folder: Path, **options: Any) -> None:
         if path.name == "model_index.json" or path.name.endswith("config.json"):
             kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in SOURCES}
             path.write_text(json.dumps(kept, indent=2) + "\n")
-
-
-@torch.inference_mode()
-def own_pixels(model: Teacher, steps: int, labels: list[int] | None, seeds: list[int]) -> Tensor:
-    """Return our sampler's images [n, H, W, C] in [0, 1], from the noise that a pipeline draws with these seeds."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def noise(shape: tuple[int, ...]) -> Tensor:
-        return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
-
-    times = model.times(steps)
-    cond = model.condition(None if labels is None else torch.tensor(labels))
-    x = prior_std(model.denoiser.schedule, times[0]) * noise(model.shape)
-    x0 = model.sampling.run(model.denoiser, x, times, lambda x: noise(x.shape[1:]), **cond)
-    if model.codec is not None:
-        model = replace(model, codec=model.codec.decoding("plain"))
-    return (model.decode(x0) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def verify(
