@@ -45,7 +45,7 @@ class Config(Checked):
     steps: tuple[int, ...] = flag((1, 2, 3, 4, 6, 8), "step counts to try", **STEPS)
     guidance: tuple[float, ...] = flag((1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5), "guidance scales of the base to try", **GUIDANCE)
     shifts: tuple[float, ...] = flag((1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0), "shifts to try on a flow", above=0, at_most=100)
-    samples: int = measuring_flag(64, "samples of each setting", at_least=1, at_most=100_000)
+    samples: int = measuring_flag(64, "samples of each setting", at_least=2, at_most=100_000)
     base_steps: int = measuring_flag(64, "steps of the base, by Heun's method", **STEPS)
     chunk: int = measuring_flag(64, "samples generated at once", short=False, **BATCH)
     force: bool = flag(False, "write a passport even if the model is far from its base")
@@ -138,11 +138,13 @@ def settings(schedule: Schedule, steps: tuple[int, ...], shifts: tuple[float, ..
     return list(found.values())
 
 
-def samples(model: Teacher, denoiser: DenoiserLike, sampling: Sampling, steps: int, config: Config) -> Tensor:
-    """Return samples x0 [n, ...]. Sample i has the same noise and label for every model and setting."""
+def samples(
+    model: Teacher, denoiser: DenoiserLike, sampling: Sampling, steps: int, classes: int | None, config: Config
+) -> Tensor:
+    """Return samples x0 [n, ...]. Sample i has the same noise, and label below ``classes``, for every model and setting."""
     device, made = default_device(), []
     for part in chunks(config.samples, min(config.chunk, config.samples)):
-        noise = initial_noise(part, model.shape, model.classes or None, config.seed, device)
+        noise = initial_noise(part, model.shape, classes, config.seed, device)
         made.append(generate(denoiser, sampling, sampling.times_for(denoiser.schedule, steps), noise, model.condition, device))
     return torch.cat(made)[: config.samples]
 
@@ -152,22 +154,25 @@ def search(
 ) -> list[tuple[float, Setting]]:
     """Return all settings with their distances, the nearest first.
 
-    The distance is the root of the mean square of the difference to the base's samples, in units of these samples' standard deviation.
+    The distance is the root mean square of the difference to the base's samples, in units of the standard deviation among these.
     Raises ValueError for models of other shapes or classes.
     """
-    if model.shape != base.shape or model.classes != base.classes:
+    counts = [0 if one.classes is None else one.classes for one in (model, base)]
+    null = base.embeddings is None and base.null == counts[1]  # a pipeline counts the null label as a class
+    if model.shape != base.shape or (counts[0] != counts[1] and not (null and counts[0] == counts[1] + 1)):
         raise ValueError(
             f"the model makes {model.shape} of {model.conditions}, its base {base.shape} of {base.conditions}: they must agree"
         )
+    classes = min(counts) or None
     scales = [w for w in config.guidance if w == 1 or base.null is not None]
     many = Sampling("heun").on_best_grid(base.denoiser.schedule, config.base_steps)
-    aims = {w: samples(base, base.guided(w), many, config.base_steps, config) for w in scales}
+    aims = {w: samples(base, base.guided(w), many, config.base_steps, classes, config) for w in scales}
     ranked = []
     for setting in show(settings(model.denoiser.schedule, config.steps, config.shifts)):  # type: ignore[attr-defined]
         sampling = Sampling(grid=SEARCHED, times={setting.steps: setting.times})
-        made = samples(model, model.denoiser, sampling, setting.steps, config)
+        made = samples(model, model.denoiser, sampling, setting.steps, classes, config)
         for w, aim in aims.items():
-            distance = float((made - aim).square().mean().sqrt() / aim.std())
+            distance = float(((made - aim).square().mean() / (aim - aim.mean(0)).square().mean()).sqrt())
             ranked.append((distance if distance == distance else float("inf"), replace(setting, guidance=w)))
     return sorted(ranked, key=lambda pair: pair[0])
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import refuses, words
 
+import teachers
 from distill.grid import GRIDS
+from distill.sampling import Sampling
 from distill.schedule import EDM, Cosine, Flow, explain, prior_std
 from recipes import audit
 from teachers import Teacher, passport
@@ -101,3 +105,54 @@ def test_students_without_their_passports_get_them_back(name):
     assert found.shift == (shift if isinstance(schedule, Flow) and n > 1 else 1.0 if isinstance(schedule, Flow) else None)
     assert ranked[0][0] < 0.02 and found.found["next"]["distance"] > 1.2 * ranked[0][0]
     assert found.teacher == {"source": "base", "sha256": base.fingerprint}
+
+
+def test_another_setting_is_found_for_another_student():
+    """What the audit says depends on the student: with the jumps of 2 steps in place of 4, it says 2."""
+    for n in (4, 2):
+        model, base = pair(Cosine(), torch.linspace(1, 0, n + 1), 1.0)
+        assert audit.search(model, base, config(guidance=(1.0,)))[0][1].steps == n
+
+
+def test_shifted_times_are_those_of_the_flow_scheduler_of_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for shift, n in ((3.0, 4), (1.0, 8), (5.0, 2)):
+        theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+        theirs.set_timesteps(sigmas=[1 - i / n for i in range(n)])
+        ours = [times for name, s, times in audit.grids(Flow(), n, (shift,)) if (name, s) == ("uniform", shift)]
+        assert torch.allclose(ours[-1].float(), theirs.sigmas, atol=1e-6)
+
+
+def test_leading_entries_are_those_of_diffusers():
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(1024, timestep_spacing="leading", steps_offset=1)
+    for n in (1, 4, 6):
+        theirs.set_timesteps(n)
+        assert (audit.leading(DIGITS_TABLE, n)[:-1] * 1024 - 1).round().long().tolist() == theirs.timesteps.tolist()
+
+
+def test_models_that_do_not_belong_together_are_refused(teacher):
+    model, base = pair(Cosine(), [1.0, 0.0], 1.0)
+    refuses("the model makes (1, 4, 4) ... its base (1, 8, 8)", audit.search, model, teacher, config())
+    assert audit.search(replace(model, denoiser=replace(model.denoiser, guidance=30.0)), base, config())[0][0] > audit.ACCEPTED
+
+
+@pytest.mark.slow
+def test_a_pipeline_without_a_passport_gets_one(teacher, tmp_path, stock_here, refused, capsys):
+    from teachers.export import deliver
+
+    deliver.export_pipelines(replace(teacher, sampling=Sampling(steps=(64,))), tmp_path)
+    folder = tmp_path / "pipeline"
+    (folder / "passport.json").unlink()
+    few = words("--model", folder, "--teacher digits --samples 8 --base-steps 16 --guidance 1")
+    line = refused(audit.main, *few, "--steps 1")  # a teacher is no student of one step
+    assert "standard deviations from its base at best" in line and not (folder / "passport.json").exists()
+    audit.main([*few, "--steps", "1", "16"])
+    assert "16 steps" in capsys.readouterr().out.splitlines()[-1]
+    made = json.loads((folder / "passport.json").read_text())
+    assert made["steps"] == [16] and made["teacher"]["source"] == "digits" and made["found"]["distance"] < 0.5
+    assert teachers.load(str(folder)).sampling.steps == (16,)
+    audit.main(few)
+    assert "has a passport, for 16 steps: it makes the same images" in capsys.readouterr().out

@@ -131,8 +131,6 @@ def test_a_network_that_returns_nan_fails_its_cells_and_leaves_the_others(ladder
 def test_a_student_is_refused_at_steps_it_was_not_made_for(ladder, tmp_path, refused):
     line = refused(evaluate.main, "--steps 4 --model", ladder / "student.safetensors", "--output-dir", tmp_path / "e")
     assert "was distilled for 1 steps; --steps names 4" in line
-    line = refused(sample.main, "--steps 3 --model", ladder, "--output", tmp_path / "a.png")
-    assert "made for 1 steps, not 3" in line
 
 
 def test_sample_finds_the_stage_of_a_step_count_in_a_run_and_overwrites_nothing(ladder, tmp_path, capsys, refused):
