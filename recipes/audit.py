@@ -33,6 +33,7 @@ from recipes.common.cli import (
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"steps": (1, 2, 4), "samples": 16, "base_steps": 16}}
 ACCEPTED = 0.5  # largest distance of a found setting, in standard deviations of the base's samples
+TIE = 0.1  # distances that differ by this part are nearly the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,9 @@ def samples(
 def search(
     model: Teacher, base: Teacher, config: Config, show: Callable[[list], object] = lambda tried: tried
 ) -> list[tuple[float, Setting]]:
-    """Return all settings with their distances, the nearest first.
+    """Return all settings with their distances, the nearest first, and before it the one of fewest steps that is nearly as near.
+
+    Many grids with one step more are the same but for a last step near the data, which changes little.
 
     The distance is the root mean square of the difference to the base's samples, in units of the standard deviation among these.
     Raises ValueError for models of other shapes or classes.
@@ -174,7 +177,10 @@ def search(
         for w, aim in aims.items():
             distance = float(((made - aim).square().mean() / (aim - aim.mean(0)).square().mean()).sqrt())
             ranked.append((distance if distance == distance else float("inf"), replace(setting, guidance=w)))
-    return sorted(ranked, key=lambda pair: pair[0])
+    ranked.sort(key=lambda pair: pair[0])
+    near = [pair for pair in ranked if pair[0] <= (1 + TIE) * ranked[0][0]]
+    best = min(near, key=lambda pair: pair[1].steps)
+    return [best, *(pair for pair in ranked if pair is not best)]
 
 
 def passport_of(model: Teacher, base: Teacher, ranked: list[tuple[float, Setting]], source: str) -> passport.Passport:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import refuses, words
 
 import teachers
+from distill.denoiser import Denoiser
 from distill.grid import GRIDS
+from distill.progressive import Progressive
+from distill.regression import Regression
 from distill.sampling import Sampling
 from distill.schedule import EDM, Cosine, Flow, explain, prior_std
+from distill.target import Mix
+from distill.train import Optimization, train
 from recipes import audit
 from teachers import Teacher, passport
 from teachers.diffusers_scheduler import table_of
 from teachers.oracle import Gaussian
+from teachers.teacher import frozen
 
 SHAPE, STD = (1, 4, 4), 0.6
 DIGITS_TABLE = table_of({"num_train_timesteps": 1024, "beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True})
@@ -156,3 +164,47 @@ def test_a_pipeline_without_a_passport_gets_one(teacher, tmp_path, stock_here, r
     assert teachers.load(str(folder)).sampling.steps == (16,)
     audit.main(few)
     assert "has a passport, for 16 steps: it makes the same images" in capsys.readouterr().out
+
+
+class Net(torch.nn.Module):
+    """A small network of x [B, 2] and t [B]."""
+
+    def __init__(self):
+        super().__init__()
+        width = 96
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(10, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU(),
+            torch.nn.Linear(width, width), torch.nn.SiLU(), torch.nn.Linear(width, 2),
+        )  # fmt: skip
+
+    def forward(self, x, t):
+        waves = torch.arange(1, 5) * torch.pi / 2 * t[:, None]
+        return self.layers(torch.cat([x, waves.sin(), waves.cos()], 1))
+
+
+@pytest.mark.slow
+def test_trained_students_get_their_step_counts_back():
+    """A ladder of students of 4, 2 and 1 steps, distilled from the exact denoiser of a mixture of eight Gaussians."""
+    torch.manual_seed(0)
+    base = teachers.load("oracle:mixture")
+    centres = base.denoiser.means
+
+    def batches(step):
+        rng = torch.Generator().manual_seed(step)
+        while True:
+            yield centres[torch.randint(8, (128,), generator=rng)] + 0.1 * torch.randn(128, 2, generator=rng), {}
+
+    def trained(method, student, steps, phase):
+        budget = Optimization(128 * steps, 128, lr=3e-3, constant=0.3, ema_halflife_images=5_000)
+        for state in train(method, student, batches, Accelerator(cpu=True), budget, seed=0, phase=phase):
+            ema = state.ema
+        return replace(ema, net=frozen(ema.net))
+
+    student = trained(Regression(Mix(base.denoiser)), Denoiser(Net(), base.denoiser.schedule, "v"), 2000, "v")
+    for n in (4, 2, 1):
+        times = GRIDS["uniform"](base.denoiser.schedule, 2 * n)
+        copied = replace(student, net=copy.deepcopy(student.net).requires_grad_(True))
+        student = trained(Progressive(student, times), copied, 1200, str(n))
+        model = Teacher(student, (2,))
+        ranked = audit.search(model, base, config(steps=(1, 2, 4, 8)))
+        assert (ranked[0][1].steps, ranked[0][1].grid) == (n, "uniform"), (n, [(d, str(s)) for d, s in ranked[:4]])
