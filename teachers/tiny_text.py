@@ -37,7 +37,8 @@ def autoencoder(seed: int, channels: tuple[int, ...] = (16, 32)) -> Any:
     torch.manual_seed(seed)
     return AutoencoderKL(
         in_channels=1, out_channels=1, latent_channels=CHANNELS, block_out_channels=channels, layers_per_block=1,
-        norm_num_groups=8, sample_size=8, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8, sample_size=8, shift_factor=0.0,  # which the pipeline of SD3 needs
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
 
 
