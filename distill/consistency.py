@@ -22,6 +22,7 @@ from torch import Tensor
 from distill.denoiser import DenoiserLike
 from distill.distance import Distance, l2
 from distill.grid import GRIDS
+from distill.noise_paths import PathSteps, steps_from_noise
 from distill.rng import Rng
 from distill.schedule import Schedule, add_noise, expand, heun_x0, move, per_sample
 from distill.target import Target
@@ -52,8 +53,12 @@ class Neighbours:
     density: tuple[float, float] | None = None
     grid: str = "karras"
 
+    def times(self, schedule: Schedule, progress: float) -> Tensor:
+        """Return the grid at this part of the training, float32 [N + 1]."""
+        return GRIDS[self.grid](schedule, self.steps(progress)).float()
+
     def __call__(self, schedule: Schedule, rng: Rng, progress: float) -> tuple[Tensor, Tensor]:
-        times = GRIDS[self.grid](schedule, self.steps(progress)).float()
+        times = self.times(schedule, progress)
         u = rng.uniform()
         times = times.to(u.device)
         if self.density is None:
@@ -149,6 +154,7 @@ class Consistency:
     ``substeps``: steps between t and s. With a teacher, few long pairs of many substeps train faster than many short pairs: the error
     of the student's own output, f(x_s, s), then accumulates over fewer pairs between the data and pure noise.
     ``averaged``: take f(x_s, s) from the EMA of the student instead of the student.
+    ``data_free``: (x_t, x_s) is a step of the target's own path from pure noise on the grid of ``pairs``, which must be `Neighbours`.
     """
 
     target: Target
@@ -158,20 +164,36 @@ class Consistency:
     order: int = 1
     substeps: int = 1
     averaged: bool = False
+    data_free: bool = False
 
     def __call__(
         self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, average: DenoiserLike | None = None, **cond: Any
     ) -> Tensor:
         schedule = student.schedule
-        t, s = self.pairs(schedule, rng, progress)
-        x_t = add_noise(schedule, x0, rng.normal(x0), t)
+        if self.data_free:
+            at = self._from_noise(schedule, x0, rng, progress, cond)
+            x_t, t, s, cond = at.x_t, at.t, at.s, at.cond
+        else:
+            t, s = self.pairs(schedule, rng, progress)
+            x_t = add_noise(schedule, x0, rng.normal(x0), t)
         with torch.no_grad():
-            x_s = self._path(schedule, x_t, t, s, x0, **cond)
+            x_s = at.x_s if self.data_free else self._path(schedule, x_t, t, s, x0, **cond)
             with same_dropout(x0.device):
                 f_s = with_boundary(average if self.averaged and average is not None else student, x_s, s, **cond)
         weight = self.weight(noise_level(schedule, t), noise_level(schedule, s))
         distance = self.distance(student(x_t, t, **cond), f_s)
         return expand(weight, distance) * distance
+
+    def _from_noise(self, schedule: Schedule, x0: Tensor, rng: Rng, progress: float, cond: dict[str, Any]) -> PathSteps:
+        """Return steps of the target's paths from noise on the grid of the pairs."""
+        assert isinstance(self.pairs, Neighbours)
+        times = self.pairs.times(schedule, progress)
+
+        def step(x: Tensor, i: int, **cond: Any) -> Tensor:
+            t, s = (time.expand(len(x)) for time in times[i : i + 2])
+            return self._path(schedule, x, t, s, x, **cond)
+
+        return steps_from_noise(step, schedule, times, x0, rng, cond)
 
     def _path(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
         """Return x_s on the target's path, after ``substeps`` steps of equal length in t."""

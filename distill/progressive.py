@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.distance import Distance, Weight, l2, truncated_snr
+from distill.noise_paths import steps_from_noise
 from distill.rng import Rng
 from distill.schedule import add_noise, expand, explain, move
 
@@ -20,7 +21,8 @@ class Progressive:
     """Return the loss of one stage, w(t) d(student(x_t, t), x0 of k teacher steps), [B].
 
     ``times``: the teacher's grid, float64 [k N + 1] from noise to data. The student's grid is every k-th entry. ``weight`` and
-    ``distance``: w and d, in x0. ``substeps``: k, 2 in the paper; more skip stages.
+    ``distance``: w and d, in x0. ``substeps``: k, 2 in the paper; more skip stages. ``data_free``: x_t is on the teacher's own path from
+    pure noise, which also gives the target, and only the shape is taken from the data.
 
     In the last student step s is the data. `move` and `explain` then return the teacher's own x0 at the time before, so training and
     sampling agree there without a special case.
@@ -31,18 +33,30 @@ class Progressive:
     weight: Weight = truncated_snr
     distance: Distance = l2
     substeps: int = 2
+    data_free: bool = False
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         schedule = self.teacher.schedule
-        i = self.substeps * rng.integers((len(self.times) - 1) // self.substeps)
-        times = self.times.to(i.device)
-        path = [times[i + k] for k in range(self.substeps + 1)]
-        t = path[0]
-        x_t = add_noise(schedule, x0, rng.normal(x0), t)
-        with torch.no_grad():
-            target = steps_in_one(self.teacher, x_t, path, **cond)
+        if self.data_free:
+            at = steps_from_noise(self._steps, schedule, self.times[:: self.substeps], x0, rng, cond)
+            x_t, t, cond = at.x_t, at.t, at.cond
+            target = explain(schedule, x_t, at.x_s, t, at.s)
+        else:
+            i = self.substeps * rng.integers((len(self.times) - 1) // self.substeps)
+            times = self.times.to(i.device)
+            path = [times[i + k] for k in range(self.substeps + 1)]
+            t = path[0]
+            x_t = add_noise(schedule, x0, rng.normal(x0), t)
+            with torch.no_grad():
+                target = steps_in_one(self.teacher, x_t, path, **cond)
         distance = self.distance(student(x_t, t, **cond), target)
         return expand(self.weight(schedule, t), distance) * distance
+
+    def _steps(self, x: Tensor, i: int, **cond: Any) -> Tensor:
+        """Return where the teacher's moves of the i-th student step from x end."""
+        for t, s in pairwise(self.times[i * self.substeps : (i + 1) * self.substeps + 1]):
+            x = move(self.teacher.schedule, x, self.teacher(x, t, **cond), t, s)
+        return x
 
 
 def steps_in_one(teacher: DenoiserLike, x_t: Tensor, path: list[Tensor], **cond: Any) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.distance import Distance, Weight, l2, snr_plus_one
+from distill.noise_paths import PathSteps, steps_from_noise
 from distill.rng import Rng
-from distill.schedule import Schedule, add_noise, expand
+from distill.schedule import Schedule, add_noise, expand, move
 from distill.target import DataSample, Target
 
 Draw = Callable[[Schedule, Rng], Tensor]  # where training draws its times: t [B]
@@ -40,18 +41,35 @@ class Regression:
     """Return w(t) d(student(x_t, t), x0_hat), [B].
 
     ``target``: x0_hat, the data sample, a teacher's E[x0 | x_t], or a mix. ``draw``: where t is drawn. ``weight`` and ``distance``:
-    w and d, in x0.
+    w and d, in x0. ``times``: instead, x_t is at these times, float64 [N + 1], on the target's own path from pure noise, and only the
+    shape is taken from the data.
     """
 
     target: Target = field(default_factory=DataSample)
     weight: Weight = snr_plus_one
     distance: Distance = l2
     draw: Draw = uniform
+    times: Tensor | None = None
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         schedule = student.schedule
-        t = self.draw(schedule, rng)
-        x_t = add_noise(schedule, x0, rng.normal(x0), t)
+        if self.times is None:
+            t = self.draw(schedule, rng)
+            x_t = add_noise(schedule, x0, rng.normal(x0), t)
+        else:
+            at = self._from_noise(schedule, x0, rng, cond)
+            x_t, t, cond = at.x_t, at.t, at.cond
         x0_hat = self.target(schedule, x_t, t, x0, **cond)
         distance = self.distance(student(x_t, t, **cond), x0_hat)
         return expand(self.weight(schedule, t), distance) * distance
+
+    def _from_noise(self, schedule: Schedule, x0: Tensor, rng: Rng, cond: dict[str, Any]) -> PathSteps:
+        """Return DDIM steps of the target's paths from noise."""
+        assert self.times is not None
+        times = self.times.float()
+
+        def step(x: Tensor, i: int, **cond: Any) -> Tensor:
+            t, s = (time.expand(len(x)) for time in times[i : i + 2])
+            return move(schedule, x, self.target(schedule, x, t, x, **cond), t, s)
+
+        return steps_from_noise(step, schedule, times, x0, rng, cond)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from tqdm import tqdm
 from distill import files
 from distill.device import send
 from distill.images import from_uint8, to_uint8
-from eval import fidelity, npz_statistics
+from distill.rng import seed_of
+from distill.sampling import Sampling
+from eval import fidelity, generate, npz_statistics
 from eval.behind import one_behind
 from eval.columns import plural
 from eval.features import Extractor, fingerprint
@@ -51,11 +54,48 @@ def extract(images: Tensor, extractor: Extractor, chunk: int, accelerator: Accel
     mine = chunks(len(images), chunk, accelerator.process_index, accelerator.num_processes)
     shown = progress(mine, desc=f"{extractor.name} features of the real images", leave=False, show=accelerator.is_main_process)
     found = one_behind(extractor.on_device(send(_whole(images, part), accelerator.device)) for part in shown)
-    parts = [features.fid[: len(images) - part.start] for features, part in zip(found, mine, strict=True)]
+    return _in_order((features.fid for features in found), mine, len(images))
+
+
+def _in_order(found: Iterable[Tensor], mine: list[range], count: int) -> Tensor:
+    """Return the features [N, D] of all processes in the order of the images, from those of this process's chunks."""
+    parts = [features[: count - part.start] for features, part in zip(found, mine, strict=True)]
     index = [torch.arange(part.start, part.start + len(rows)) for rows, part in zip(parts, mine, strict=True)]
     features, order = gather_rows(parts), gather_rows(index)
     assert features is not None and order is not None
     return features[order.argsort()]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Name ``count`` images of a teacher as the real ones: DDIM with ``steps`` steps and guidance, of another seed than the cells'."""
+
+    teacher: Teacher
+    steps: int
+    guidance: float
+    count: int
+    seed: int
+
+    def features(self, extractor: Extractor, chunk: int, accelerator: Accelerator, folder: Path) -> tuple[Reference, Identity]:
+        """Return their reference, from the file reference-HASH.safetensors in ``folder``, which is made where it is missing."""
+        made = (self.teacher.fingerprint, self.teacher.conditions_sha256, self.steps, self.guidance, self.seed)
+        digest = hashlib.sha256(repr(made).encode()).hexdigest()
+        name = f"the teacher with {self.steps} steps" + (f", guidance {self.guidance:g}" if self.guidance != 1 else "")
+        identity = Identity(extractor.name, extractor.fingerprint, name, self.count, digest)
+        key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
+        return kept(
+            identity, lambda: self._drawn(extractor, chunk, accelerator), accelerator, folder / f"reference-{key}.safetensors"
+        )
+
+    def _drawn(self, extractor: Extractor, chunk: int, accelerator: Accelerator) -> Tensor:
+        schedule = self.teacher.denoiser.schedule
+        sampling = Sampling().on_best_grid(schedule, self.steps).on_entries(schedule, self.steps)
+        mine = chunks(self.count, chunk, accelerator.process_index, accelerator.num_processes)
+        shown = progress(mine, desc="images of the teacher, as reference", leave=False, show=accelerator.is_main_process)
+        denoiser = self.teacher.guided(self.guidance)
+        seed = seed_of("reference", self.seed)
+        drawn = generate.images(self.teacher, sampling, self.steps, shown, seed, accelerator.device, denoiser=denoiser)
+        return _in_order((extractor.on_device(batch.pixels).fid for batch in drawn), mine, self.count)
 
 
 def _whole(images: Tensor, part: range) -> Tensor:
@@ -73,6 +113,16 @@ def of_images(
     A damaged file is named on standard error and replaced. Raises ValueError if the file holds another reference.
     """
     identity = Identity(extractor.name, extractor.fingerprint, name, len(images), fingerprint(images))
+    return kept(identity, lambda: extract(images, extractor, chunk, accelerator), accelerator, cache)
+
+
+def kept(
+    identity: Identity, features: Callable[[], Tensor], accelerator: Accelerator, cache: Path | None
+) -> tuple[Reference, Identity]:
+    """Return the reference of an identity, read from ``cache`` if that file exists, else of ``features`` [N, D], and written to it.
+
+    A damaged file is named on standard error and replaced. Raises ValueError if the file holds another reference.
+    """
     if cache is not None and cache.is_file():
         try:
             reference, theirs = _read(cache)
@@ -82,7 +132,7 @@ def of_images(
         else:
             _same(theirs, identity, cache)
             return reference, identity
-    reference = Reference(extract(images, extractor, chunk, accelerator))
+    reference = Reference(features())
     if cache is not None:
         if accelerator.is_main_process:
             save(cache, reference, identity)

@@ -25,6 +25,7 @@ from recipes.common.methods import (
     steps_of,
     teacher_weight,
     terms_of,
+    without_images,
 )
 
 PRESETS: dict[str, dict] = {
@@ -36,6 +37,8 @@ PRESETS: dict[str, dict] = {
     },
     "smoke": {"training_images": 1024, "images": 200, "sweep_steps": (1, 2), "steps": (1, 2)},  # about a minute, no quality
 }  # fmt: skip
+
+POINTS = 32  # of a path from noise, where --start denoise has no images
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ flags_first(__name__, Config, __doc__, PRESETS)
 
 import teachers
 from distill.denoiser import under_autocast
+from distill.grid import uniform
 from distill.regression import Regression
 from distill.sampling import Sampling
 from distill.target import DataSample, Mix
@@ -103,6 +107,7 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     ``plan``: say first what it will take.
     """
     teacher, student = e.teacher, e.student
+    config = without_images(config) if e.data.imageless else config
     if teacher is not None:
         teacher = replace(teacher, denoiser=under_autocast(guided(config, teacher, student), config.autocast_of_teacher))
     device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
@@ -119,6 +124,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
 
     Raises ValueError in one line, before anything is written, where they do not.
     """
+    config = without_images(config) if data.imageless else config
     check_flags(config, config.student)
     if config.checkpoint_activations and any(name == "fokker-planck" for name, _ in terms_of(config)):
         raise ValueError(
@@ -183,7 +189,10 @@ def start_of(config: Config, teacher: Teacher | None) -> Method | None:
         return None
     target = DataSample() if teacher is None else Mix(teacher.denoiser)
     if start_name(config) == "denoise":
-        return Regression(target)
+        times = None
+        if config.data_free and teacher is not None:
+            times = uniform(teacher.denoiser.schedule, POINTS)
+        return Regression(target, times=times)
     return midtraining(target, jumps=METHODS[config.method].two_times, data_free=config.data_free)
 
 

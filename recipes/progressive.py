@@ -71,6 +71,9 @@ class Config(flags.DistillationFlags):
         short=False,
         **STEPS,
     )
+    data_free: bool = method_flag(
+        False, "train on the teacher's own paths from pure noise and use no training image", short=False
+    )
 
     MAY_CHANGE: ClassVar = (*flags.DistillationFlags.MAY_CHANGE, "rerun")
 
@@ -118,6 +121,7 @@ def distil(config: Config, e: Experiment) -> None:
 def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     """Salimans & Ho 2202.00512, Alg. 2. ``plan``: say first what it will take."""
     assert e.teacher is not None
+    config = replace(config, data_free=config.data_free or e.data.imageless)
     steps, student, precision = ladder(config), e.student, config.autocast_of_teacher
     target = under_autocast(guided(config, e.teacher, student), precision)
     pairs = list(pairwise([config.start_steps, *steps]))
@@ -128,7 +132,9 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
         e.plan(first, [budget(config, n) for n in (*warm, *steps)], steps, more=more)
     restart(config, e, steps)
     if name := warm_start(config, e.teacher, student):
-        student = e.stage(name, as_v(student), Regression(Mix(target)), budget(config, config.start_steps))
+        times = uniform(student.denoiser.schedule, config.start_steps) if config.data_free else None
+        denoising = Regression(Mix(target), times=times)
+        student = e.stage(name, as_v(student), denoising, budget(config, config.start_steps))
         target = under_autocast(student.denoiser, precision)
     for before, n in pairs:  # N <- N / 2
         student, go_on = climb(config, e, student, stage_loss(config, target, before, n), n)
@@ -236,7 +242,8 @@ def ladder(config: Config) -> list[int]:
 def stage_loss(config: Config, target: DenoiserLike, before: int, steps: int) -> Progressive:
     """Return the loss of the stage from so many steps to so many."""
     times = uniform(target.schedule, before)
-    return Progressive(target, times, WEIGHTS[config.weight], DISTANCES[config.distance], before // steps)
+    how = (WEIGHTS[config.weight], DISTANCES[config.distance], before // steps, config.data_free)
+    return Progressive(target, times, *how)
 
 
 def budget(config: Config, steps: int) -> Optimization:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -103,7 +104,7 @@ class Encoder:
         except ImportError:
             raise ValueError(f"{self.where}: text pipelines need the package transformers: pip install transformers") from None
         cls = stock(self.index["_class_name"])
-        with quiet():
+        with silent():
             try:
                 hollow = {part: _hollow(self.folder / part, name) for part, name in self._parts("diffusers").items()}
                 pipeline = assemble(cls, self.folder, hollow, self.variant)
@@ -117,8 +118,9 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Encoded:
         """Return {condition: (rows [P, ...], row of the empty prompt [1, ...])} on the CPU."""
-        with quiet():  # of prompts that are cut, see `too_long`
-            found = ENCODERS[self.index["_class_name"]](self.pipeline, prompts)
+        pipeline = self.pipeline
+        with silent():  # of prompts that are cut, see `too_long`
+            found = ENCODERS[self.index["_class_name"]](pipeline, prompts)
         return {name: (rows.cpu(), null[:1].cpu()) for name, (rows, null) in found.items()}
 
     def table(self, prompts: list[str]) -> Conditions:
@@ -136,7 +138,8 @@ class Encoder:
             if name.startswith("tokenizer") and part is not None:
                 t5 = longest is not None and not type(part).__name__.startswith("CLIP")
                 found.append((part, min(part.model_max_length, longest) if t5 else part.model_max_length))
-        return sum(all(len(part(text, verbose=False).input_ids) > most for part, most in found) for text in prompts)
+        with silent():
+            return sum(all(len(part(text, verbose=False).input_ids) > most for part, most in found) for text in prompts)
 
     def close(self) -> None:
         """Free the encoders' memory. They are loaded again if they are used again."""
@@ -190,6 +193,23 @@ def with_examples(model: Teacher) -> Teacher:
     They are encoded anew: rows of a table may be in half precision. Raises ValueError for a pipeline that is gone.
     """
     return model if model.embeddings is None else with_prompts(model, list(model.embeddings.prompts[:4]) or list(EXAMPLES))
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Silence the logs of diffusers and transformers, and their progress bars for good."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as more
+
+    before = more.get_verbosity()
+    more.set_verbosity(more.CRITICAL)
+    logging.disable_progress_bar()
+    more.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        more.set_verbosity(before)
 
 
 def _hollow(folder: Path, name: str) -> Any:

@@ -194,7 +194,9 @@ def check_levels(teacher: Teacher, student: Teacher) -> None:
 
 
 def probed(teacher: Teacher, data: Data, seed: int, **how: Any) -> Probe:
-    """Probe the teacher on some of the data."""
+    """Probe the teacher on some of the data. Raises ValueError for data without images."""
+    if data.imageless:
+        raise ValueError(f"a probe needs images, and {data.name} holds prompts alone")
     index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     labels = None if data.labels is None else data.labels[index]
     return probe(teacher, data.x0(index), labels, seed=seed, encoded=data.latents is not None, **how)
@@ -206,6 +208,8 @@ def check_denoiser(teacher: Teacher, data: Data, seed: int, force: bool) -> str 
     A distilled model gets a warning: its output is a sample, not the mean, and a ladder may still go on from it. Any other model that
     fails raises ValueError, or gets a warning with ``force``.
     """
+    if data.imageless:
+        return f"{data.name} holds no images, so that nothing tests whether the teacher is a denoiser as declared"
     found = probed(teacher, data, seed, **QUICK)
     if found.ok:
         return f"the teacher is {found.verdict}" if found.warning else None

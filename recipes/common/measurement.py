@@ -14,19 +14,33 @@ from distill.sampling import Sampling
 from eval import reference, report
 from eval.features import Extractor
 from eval.metrics import Reference
-from eval.reference import Identity
+from eval.reference import Generated, Identity
 from eval.sweep import Cell, Protocol, sweep
 from recipes.common.run import Run, device_name, versions
 from recipes.data.sets import Data
 from teachers import Teacher
 
+Real = Data | tuple[Reference, Identity] | Generated  # what is measured against
 
-def measured_against(path: str | None, data: Data, extractor: Extractor) -> Data | tuple[Reference, Identity]:
-    """Load the stored reference at ``path``, or return the data where none is named. Raises ValueError for latents."""
+
+def measured_against(path: str | None, data: Data, extractor: Extractor, teacher: Generated | None = None) -> Real:
+    """Load the stored reference at ``path``, or return the data where none is named, or ``teacher`` where they have no images.
+
+    Raises ValueError for latents.
+    """
     if path is not None:
         return reference.load(Path(path), extractor)
+    if data.imageless and teacher is not None:
+        return teacher
     data.require_pixels()
     return data
+
+
+def count_of(real: Real) -> int:
+    """Return how many images are measured against; 0 if it is unknown."""
+    if isinstance(real, Generated):
+        return real.count
+    return len(real.images) if isinstance(real, Data) else real[1].images
 
 
 def baselines(teacher: Teacher, label: str, steps: Iterable[int], samplers: Iterable[str], guidance: float = 1.0) -> list[Cell]:
@@ -85,7 +99,7 @@ class Measurement:
     def of(
         cls,
         extractor: Extractor,
-        data: Data | tuple[Reference, Identity],
+        data: Real,
         run: Run,
         *,
         images: int,
@@ -101,6 +115,8 @@ class Measurement:
         extractor = extractor.to(run.device)
         if isinstance(data, tuple):
             real, known = data
+        elif isinstance(data, Generated):
+            real, known = data.features(extractor, chunk, run.accelerator, run.folder.absolute().parent)
         else:
             cache = (folder or run.folder) / "reference.safetensors"
             real, known = reference.of_images(data.require_pixels(), data.name, extractor, chunk, run.accelerator, cache)

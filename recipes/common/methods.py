@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill.names import DISTANCES, GAP_WEIGHTS, GRIDS, RESIDUALS
 from recipes.common.accepted import LEARNING_RATE, STEPS, Checked
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     Build = Callable[["MethodFlags", Target, dict[str, Any]], Method]
 
+F = TypeVar("F", bound="MethodFlags")
 DISTANCE_NAMES = (*DISTANCES, "lpips")
 TIME_EMBEDDINGS = ("own", "slow")
 STARTS = ("as-is", "denoise", "cmt")
@@ -121,6 +122,7 @@ class MethodFlags(Checked):
     )
 
 
+IMAGELESS = ("dmd", "sid")  # methods that take only the shape of the data
 SECOND = ("second_period", "second_lr")  # flags of every method that trains a second network
 PAIRS = ("weight", "distance", "averaged_target")  # flags of every method of pairs
 
@@ -151,8 +153,8 @@ class MethodDefaults:
 def cd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
     from distill.consistency import Consistency, Neighbours
 
-    pairs = Neighbours(lambda _: flags.grid_steps, grid=flags.grid)
-    return Consistency(target, pairs, order=flags.order, substeps=flags.substeps, **options)
+    pairs, free = Neighbours(lambda _: flags.grid_steps, grid=flags.grid), flags.data_free
+    return Consistency(target, pairs, order=flags.order, substeps=flags.substeps, data_free=free, **options)
 
 
 def ct(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
@@ -278,7 +280,9 @@ def denoise(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Meth
 
 
 METHODS: dict[str, MethodDefaults] = {
-    "cd": MethodDefaults(cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order"), "truncated_snr", from_data=False),
+    "cd": MethodDefaults(
+        cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order", "data_free"), "truncated_snr", from_data=False
+    ),
     "ct": MethodDefaults(ct, 0.0, (*PAIRS, "grid"), "truncated_snr"),
     "ict": MethodDefaults(ict, 0.0, PAIRS, "inverse_gap", "pseudo_huber"),
     "ect": MethodDefaults(ect, 0.0, (*PAIRS, "gap"), "inverse_level"),
@@ -309,6 +313,10 @@ def check_flags(flags: MethodFlags, student: str | None) -> None:
         raise ValueError("--target posterior-mean uses the data alone: choose it or --target-mix")
     teacher_weight(flags)
     terms_of(flags)
+    if flags.data_free and (teacher_weight(flags) != 1 or flags.target != "mix" or flags.regularize):
+        raise ValueError(
+            "a training without images knows the teacher alone: accepted are --target mix, --target-mix 1 and no --regularize"
+        )
     if flags.method in ("dmd", "sid") and len(steps_of(flags)) > 1:
         raise ValueError(f"--method {flags.method} trains a student for one step count: accepted is one number in --steps")
     if not flags.from_scratch:
@@ -330,6 +338,16 @@ def check_range(flags: MethodFlags) -> None:
         raise ValueError(f"--method {flags.method} trains for one guidance scale: accepted is --guidance, or another method")
     if flags.target == "posterior-mean" or teacher_weight(flags) != 1:
         raise ValueError("data have no guidance scale: accepted with a guidance range are --target mix and --target-mix 1")
+
+
+def without_images(flags: F) -> F:
+    """Return the flags for data that have prompts and no images. Raises ValueError for a method that trains on images."""
+    accepted = [name for name, other in METHODS.items() if "data_free" in other.takes or name in IMAGELESS]
+    if flags.method not in accepted:
+        raise ValueError(
+            f"--method {flags.method} trains on images, and the data have none: accepted are {', '.join(accepted)}"
+        )
+    return flags if flags.method in IMAGELESS else replace(flags, data_free=True)
 
 
 def teacher_weight(flags: MethodFlags) -> float | str:

@@ -28,8 +28,7 @@ from distill.speed import NotCompiled, checkpoint_activations, compiled
 from distill.train import BatchSplit, Method, Optimization, train
 from eval.features import Extractor
 from eval.machine import resident_bytes
-from eval.metrics import Reference
-from eval.reference import Identity
+from eval.reference import Generated
 from eval.sweep import Cell
 from recipes.common.checks import check_denoiser, check_steps, decoded_by
 from recipes.common.cli import duration, fail, one_line_errors, plural
@@ -38,7 +37,7 @@ from recipes.common.flags import DistillationFlags
 from recipes.common.forecast import Forecast, sweep_seconds
 from recipes.common.guidance import measured
 from recipes.common.interrupts import finishing_steps, stop_requested
-from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
+from recipes.common.measurement import Measurement, Real, baselines, count_of, measured_against, student_cells, training_seconds
 from recipes.common.plan import (
     batches_text,
     check_disk,
@@ -58,6 +57,8 @@ from teachers.export.lora import export_lora
 from teachers.prompts import with_examples
 from teachers.saved import Stored, load_student
 from teachers.teacher import require_network
+
+REFERENCE_STEPS = 64  # of the teacher's images, which stand for real ones where there are prompts alone
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Experiment:
     record: dict  # provenance, in the file of every student
     run: Run
     extractor: Extractor
-    real: Data | tuple[Reference, Identity]  # what is measured against
+    real: Real
     disk: int  # bytes that the run needs, about
     cells: list[Cell] = field(default_factory=list)
     students: dict[int, Stored] = field(default_factory=dict)  # by step count
@@ -120,7 +121,10 @@ class Experiment:
         if teacher is not None:
             check_steps(teacher, config.sweep_steps)
         extractor = Extractor.create(config.features).fits(student.image_shape)
-        real = measured_against(config.reference, data, extractor)
+        own = None
+        if teacher is not None and data.imageless:
+            own = Generated(teacher, REFERENCE_STEPS, getattr(config, "guidance", 1.0), config.images, config.seed)
+        real = measured_against(config.reference, data, extractor, own)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
         if trial is not None:
             try_method(trial, student, data)
@@ -164,7 +168,7 @@ class Experiment:
         x0, cond = next(iter(batches(0)))
         training, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
         weights, trained = (sum(map(torch.Tensor.numel, ws)) for ws in weights_of(student))
-        c, real = self.config, len(self.data.images) if isinstance(self.real, Data) else self.real[1].images
+        c, real = self.config, count_of(self.real)
         made = [*steps] * len(measured(c, student))
         sweep = sweep_seconds(self.cells, student, made, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
         needed, rest = self._memory(method, budgets, x0, cond)  # after the steps and calls that load what is loaded once
