@@ -51,8 +51,8 @@ class Model:
     into eval mode. ``schedule``: a `Schedule`, or a name such as "cosine", "flow", "edm", "linear_vp". ``prediction``: "eps", "x0", "v",
     "score", "flow" or "edm". ``shape``: of one sample, without the batch. ``time``: the time input of the network, a key of
     `distill.denoiser.TIMES`, or "reversed" for 1 - t. ``classes``: labels are 0..classes-1. ``null``: the label of the unconditional
-    case, for guidance.
-    ``labels``: the keyword by which the network takes labels. ``order``: "t,x" for a network called as (c_noise, x).
+    case, for guidance. ``labels``: the keyword by which the network takes labels. ``order``: "t,x" for a network called as
+    (c_noise, x).
 
     Raises ValueError in one line where these do not fit.
     """
