@@ -9,10 +9,10 @@ from torch import nn
 
 from distill.denoiser import Denoiser
 from distill.guidance import GuidanceRange
-from teachers import diffusers_scheduler, passport, prompts
+from teachers import diffusers_scheduler, fused_lora, passport, prompts
 from teachers.codec import Codec, downsampling, latent_channels, statistics
 from teachers.conditions import Conditions
-from teachers.hub import UNUSED, check_adapters, check_numbers, component, fetch, left_out, read_json, variant_of
+from teachers.hub import UNUSED, check_adapters, check_numbers, check_pickles, component, fetch, left_out, read_json, variant_of
 from teachers.networks import adapters, conditional, unet
 from teachers.networks.records import RECORDS
 from teachers.teacher import Teacher, frozen
@@ -25,6 +25,7 @@ OPTIONS = {
     "variant": "NAME of the weights, such as fp16",
     "size": "HEIGHTxWIDTH of the images",
     "guidance": "W, the scale for a network that embeds it",
+    "lora": "FILE, a LoRA as .safetensors",
 }
 SCALES = "_guidance_range"  # in the configuration of an exported network that takes the guidance scale
 ANY_SCALE = [0.0, 1000.0, 7.5]  # of one from elsewhere, which does not state its range; 7.5 is the default of its pipeline
@@ -35,7 +36,8 @@ def load(spec: str, download: bool = True) -> Teacher:
     """Load ``PIPELINE``. A text-to-image pipeline takes its conditions from the data, or from ``PIPELINE,prompts=FILE``.
 
     ``,variant=NAME`` chooses among several weights, such as fp16. ``,size=HEIGHTxWIDTH`` sets the pixels of the images, for a network
-    that was trained on others than its configuration says. ``,guidance=W`` is the scale for a network that embeds it.
+    that was trained on others than its configuration says. ``,guidance=W`` is the scale for a network that embeds it. ``,lora=FILE`` adds
+    a LoRA to the weights of the network.
     ``download``: False accepts only what is on this machine.
 
     Raises ValueError for a pipeline with missing, foreign or unsupported components.
@@ -43,7 +45,8 @@ def load(spec: str, download: bool = True) -> Teacher:
     where, options = _split(spec)
     file, variant = options.get("prompts"), options.get("variant")
     folder = fetch(where, variant, download)
-    check_adapters(folder, where)
+    if "lora" not in options:
+        check_adapters(folder, where)
     index = read_json(folder / "model_index.json", "no diffusers pipeline")
     name = str(index.get("_class_name"))
     lines = _read_prompts(where, name, file)
@@ -62,6 +65,8 @@ def load(spec: str, download: bool = True) -> Teacher:
         )
     variant = found
     net = _network(folder, part, index[part][1], where, TEXTUAL if textual else LABELLED, variant)
+    if "lora" in options:
+        fused_lora.fuse(options["lora"], net, name, folder, index, part)
     codec = _codec(where, folder, index, variant)
     _check_channels(where, net, codec)
     shape = _shape(where, net, codec, options.get("size"))
@@ -69,7 +74,7 @@ def load(spec: str, download: bool = True) -> Teacher:
     outer, network = adapters.wrap(inner, network, convention.adapter)
     denoiser = Denoiser(frozen(outer), convention.schedule, convention.prediction, convention.time, convention.sigma_data)
     embeddings = None
-    record = {"source": where, **convention.record}
+    record = {"source": where, **convention.record, **({"lora": options["lora"]} if "lora" in options else {})}
     if textual:
         embeddings = prompts.Encoder(where, variant).table(lines) if lines else Conditions({})
         classes = null = embeddings.count
@@ -146,6 +151,7 @@ def _check_parts(where: str, folder: Path, index: dict) -> None:
             raise ValueError(f"{where}: {part} is code outside of diffusers ({own:.80}), which is not run; {_accepted()}")
         if part != "scheduler" and not (folder / part).is_dir():
             raise ValueError(f"{where}: the pipeline lacks {part}/")
+        check_pickles(folder / part, where)
 
 
 def _network(folder: Path, part: str, name: str, what: str, accepted: tuple[str, ...], variant: str | None) -> Any:

@@ -94,6 +94,15 @@ def check_adapters(folder: Path, what: str) -> None:
         )
 
 
+def check_pickles(folder: Path, what: str) -> None:
+    """Raise ValueError if the folder of a component has its weights as .bin alone, which are pickles."""
+    if [*folder.glob("*pytorch_model*.bin")] and not [*folder.glob("*.safetensors")]:
+        raise ValueError(
+            f'{what}: {folder.name} has weights as .bin alone, which are not read; convert them: python -c "from diffusers import '
+            f"DiffusionPipeline as P; P.from_pretrained('{what}').save_pretrained('{Path(what).name}-safe')\""
+        )
+
+
 def variant_of(folder: Path, wanted: str | None, what: str) -> str | None:
     """Return the variant of the weights in the folder of a component: ``wanted`` if there is one, else None for plain weights.
 
@@ -173,4 +182,4 @@ def assemble(cls: Any, folder: Path, parts: dict[str, Any], variant: str | None 
     """Load the pipeline in ``folder`` as class ``cls`` in float32, with ``parts`` in place of its own and without `left_out`."""
     absent = {name: None for name in left_out(folder) if name in inspect.signature(cls.__init__).parameters}
     options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "variant": variant}
-    return cls.from_pretrained(folder, **parts, **absent, **options, torch_dtype=torch.float32)
+    return cls.from_pretrained(folder, **absent | parts, **options, torch_dtype=torch.float32)

@@ -1,7 +1,7 @@
 """Models with a LoRA adapter: made of a teacher, read from a file that holds the adapter alone, and merged.
 
 The network's description is {"family": "lora", "config": {"rank", "targets", "network", "source", "sha256"}}: the description of the base,
-where it is, and the sha256 of its weights. A source is {"folder", and perhaps "variant"} of a pipeline or {"spec"} of any other model.
+where it is, and the sha256 of its weights. A source is {"folder", and perhaps "variant" and a fused "lora"} of a pipeline or {"spec"} of any other model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from distill import files
-from teachers import networks
+from teachers import fused_lora, networks
 from teachers.hub import component, fetch, read_json, variant_of
 from teachers.networks import adapters
 from teachers.networks.lora import Adapted, targets_of
@@ -85,6 +85,9 @@ def _base(network: dict, source: dict, find: Callable[[str], Teacher] | None) ->
         folder, variant = fetch(source["folder"], source.get("variant"), download=False), source.get("variant")
         part, name = network_of(folder)
         found = component(folder, part, name, str(folder), variant_of(folder / part, variant, str(folder)))
+        if "lora" in source:
+            index = read_json(folder / "model_index.json", "no diffusers pipeline")
+            fused_lora.fuse(source["lora"], found, str(index["_class_name"]), folder, index, part)
         return networks.around(network, found)
     if find is None:
         raise ValueError(
@@ -103,7 +106,8 @@ def network_of(folder: Path) -> tuple[str, str]:
 def _source_of(model: Teacher, spec: str) -> dict[str, Any]:
     """Return where the network of a model is: a latent pipeline by its folder, because its spec may need prompts."""
     if model.codec is not None and "source" in model.record:
-        return {key: model.codec.source[key] for key in ("folder", "variant") if key in model.codec.source}
+        fused = {"lora": str(Path(model.record["lora"]).resolve())} if "lora" in model.record else {}
+        return {key: model.codec.source[key] for key in ("folder", "variant") if key in model.codec.source} | fused
     return {"spec": str(Path(spec).resolve()) if Path(spec).exists() else spec}
 
 

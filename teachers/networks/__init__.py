@@ -45,4 +45,4 @@ def around(network: dict, model: nn.Module) -> nn.Module:
     if family == "adapter":
         inner = config.pop("network")
         return adapters.wrap(around(inner, model), inner, config)[0]
-    return unet.UNet(model) if family == "unet2d" else conditional.NETWORKS[type(model).__name__](model)
+    return unet.UNet(model) if family == "unet2d" else conditional.wrap(model, config.get("guidance"))[0]
