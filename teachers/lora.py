@@ -1,7 +1,8 @@
 """Models with a LoRA adapter: made of a teacher, read from a file that holds the adapter alone, and merged.
 
 The network's description is {"family": "lora", "config": {"rank", "targets", "network", "source", "sha256"}}: the description of the base,
-where it is, and the sha256 of its weights. A source is {"folder", and perhaps "variant" and a fused "lora"} of a pipeline or {"spec"} of any other model.
+where it is, and the sha256 of its weights. A source is {"folder", and perhaps "variant" and a fused "lora"} of a pipeline or {"spec"} of
+any other model.
 """
 
 from __future__ import annotations
