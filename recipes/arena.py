@@ -39,13 +39,13 @@ ENTRANTS: dict[str, Callable[[int], list[str]]] = {
     "progressive": lambda images: ["--images-per-stage", str(max(1, round(images / 6.5)))],  # its stages have 6.5 times that
     **{name: _consistency(name) for name in METHODS if name not in ("denoise", "dmd", "sid")},
     "ect+cmt": _consistency("ect", "--target-mix", "1", "--start", "cmt"),
-    "scd-exact": _consistency("scd", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
-    "meanflow-exact": _consistency("meanflow", "--jvp", "exact", "--time-embedding", "slow", "--start", "denoise"),
+    "scd-exact": _consistency("scd", "--jvp", "exact", "--time-embedding", "slow"),
+    "meanflow-exact": _consistency("meanflow", "--jvp", "exact", "--time-embedding", "slow"),
     "lmd-data-free": _consistency("lmd", "--data-free"),
     "pdd-data-free": _consistency("pdd", "--data-free"),
     "cmt-data-free": _consistency("cmt", "--data-free"),
-    "dmd": _consistency("dmd", "--start", "cmt", "--start-part", "0.75", "--start-lr", "1e-3", "--lr", "2e-4"),
-    "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.75", "--start-lr", "1e-3", "--lr", "2e-4"),
+    "dmd": _consistency("dmd", "--start", "cmt", "--start-part", "0.75"),
+    "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.75"),
 }
 
 

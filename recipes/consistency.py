@@ -13,13 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from recipes.common import flags
-from recipes.common.accepted import CHANNELS, LAYERS, STEPS, TRAINED
+from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
 from recipes.common.methods import (
     METHODS,
+    START_LR,
     MethodFlags,
     check_flags,
     check_range,
+    lr_of,
     midtraining,
     start_name,
     steps_of,
@@ -55,6 +57,9 @@ class Config(MethodFlags, flags.DistillationFlags):
     )
     layers: int = model_flag(1, "new students: residual blocks per resolution", short=False, **LAYERS)
     training_images: int = training_flag(256_000, "training images", **TRAINED)
+    lr: float | None = training_flag(  # type: ignore[assignment]
+        None, "learning rate; it falls linearly to 0", own=lambda v: f"{METHODS[v['method']].lr:g}", **LEARNING_RATE
+    )
     ema_halflife_images: float = training_flag(
         4_000, "half-life of the average of the weights that is kept", short=False, **TRAINED
     )
@@ -203,9 +208,10 @@ def sampling(config: Config) -> Sampling:
 
 def budget(config: Config, of_start: bool = False) -> Optimization:
     """Return the training of the student, or that of its start. Both together have the images of the configuration."""
-    part = 0.0 if start_name(config) == "as-is" else config.start_part
+    defaults = METHODS[config.method]
+    part = 0.0 if start_name(config) == "as-is" else config.start_part or defaults.start_part
     images = round(config.training_images * (part if of_start else 1 - part))
-    lr = (config.start_lr or config.lr) if of_start else config.lr
+    lr = config.start_lr or config.lr or START_LR if of_start else lr_of(config, config.lr)
     return Optimization(
         images, config.batch_size, config.microbatch, lr, warmup_images=config.warmup_images,
         ema_halflife_images=config.ema_halflife_images,

@@ -241,6 +241,6 @@ def test_after_midtraining_the_derivative_is_whole_from_the_first_step():
     """Without the derivative the target is the denoiser, which undoes what the start has learned."""
     for name in ("scd", "meanflow"):
         built = [
-            METHODS[name].build(MethodFlags(method=name, start=start), Mix(ORACLE), {}) for start in ("cmt", "denoise", None)
+            METHODS[name].build(MethodFlags(method=name, start=start), Mix(ORACLE), {}) for start in ("cmt", "denoise", "as-is")
         ]
         assert [method.warmup for method in built] == [0.0, 0.25, 0.25]

@@ -25,6 +25,7 @@ F = TypeVar("F", bound="MethodFlags")
 DISTANCE_NAMES = (*DISTANCES, "lpips")
 TIME_EMBEDDINGS = ("own", "slow")
 STARTS = ("as-is", "denoise", "cmt")
+START_LR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,20 @@ class MethodFlags(Checked):
         short=False,
         own=lambda v: METHODS[v["method"]].start,
     )
-    start_part: float = method_flag(0.25, "part of --training-images that --start takes", short=False, above=0, below=1)
+    start_part: float | None = method_flag(
+        None,
+        "part of --training-images that --start takes",
+        short=False,
+        above=0,
+        below=1,
+        own=lambda v: f"{METHODS[v['method']].start_part:g}",
+    )
     start_lr: float | None = method_flag(
-        None, "learning rate of --start; otherwise that of the training itself", short=False, **LEARNING_RATE
+        None,
+        "learning rate of --start",
+        short=False,
+        own=lambda v: f"--lr where it is given, else {START_LR:g}",
+        **LEARNING_RATE,
     )
     jumps: str | None = method_flag(
         None,
@@ -132,7 +144,8 @@ class MethodDefaults:
     """One row of `METHODS`.
 
     ``build``: (flags, target, options) -> method. ``mix``: the teacher weight in the target. ``takes``: the flags that it takes beside
-    those of all methods. ``weight``, ``distance``, ``sampler``, ``time_embedding``, ``start``, ``jumps``, ``steps``: its defaults.
+    those of all methods. ``weight``, ``distance``, ``sampler``, ``time_embedding``, ``start``, ``start_part``, ``lr``, ``jumps``,
+    ``steps``: its defaults.
     ``two_times``: its student is a two-time network. ``from_data``: whether it can train without a teacher.
     """
 
@@ -146,6 +159,8 @@ class MethodDefaults:
     from_data: bool = True
     time_embedding: str = "own"
     start: str = "as-is"
+    start_part: float = 0.25
+    lr: float = 1e-3
     jumps: str = "gap:0,1.5,0.25"
     steps: tuple[int, ...] = (1, 2, 4)
 
@@ -245,6 +260,12 @@ def steps_of(flags: MethodFlags) -> tuple[int, ...]:
     return flags.steps or METHODS[flags.method].steps
 
 
+def lr_of(flags: MethodFlags, given: float | None) -> float:
+    """Return the learning rate of a method: the one that is given, else its own, which is for its own start."""
+    defaults = METHODS[flags.method]
+    return given or (defaults.lr if start_name(flags) == defaults.start else START_LR)
+
+
 def tangent_warmup(flags: MethodFlags) -> float:
     """Return the part of the run over which the derivative along the path comes in.
 
@@ -255,7 +276,7 @@ def tangent_warmup(flags: MethodFlags) -> float:
 
 def start_name(flags: MethodFlags) -> str:
     """Return the method that the student is trained by first, or as-is."""
-    return flags.start or METHODS[flags.method].start
+    return flags.start or ("as-is" if flags.from_scratch else METHODS[flags.method].start)
 
 
 def jumps_of(flags: MethodFlags) -> Jumps:
@@ -279,6 +300,7 @@ def denoise(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Meth
     return Regression(target)
 
 
+AFTER_CMT: dict[str, Any] = {"start": "cmt", "start_part": 0.5, "lr": 3e-4}  # at 1e-3 continuous-time methods drift off
 METHODS: dict[str, MethodDefaults] = {
     "cd": MethodDefaults(
         cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order", "data_free"), "truncated_snr", from_data=False
@@ -286,16 +308,16 @@ METHODS: dict[str, MethodDefaults] = {
     "ct": MethodDefaults(ct, 0.0, (*PAIRS, "grid"), "truncated_snr"),
     "ict": MethodDefaults(ict, 0.0, PAIRS, "inverse_gap", "pseudo_huber"),
     "ect": MethodDefaults(ect, 0.0, (*PAIRS, "gap"), "inverse_level"),
-    "scd": MethodDefaults(scm, 1.0, ("jvp", "jvp_step"), from_data=False),
+    "scd": MethodDefaults(scm, 1.0, ("jvp", "jvp_step"), from_data=False, **AFTER_CMT),
     "sct": MethodDefaults(scm, 0.0, ("jvp", "jvp_step")),
     "cmt": MethodDefaults(cmt, 1.0, ("data_free",), from_data=False),
     "lmd": MethodDefaults(lmd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True, from_data=False),
     "psd": MethodDefaults(psd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True),
     "alpha_flow": MethodDefaults(alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True),
-    "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, jumps="sorted"),
+    "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, **AFTER_CMT),
     "pdd": MethodDefaults(pdd, 1.0, ("heads", "data_free"), sampler="jump", from_data=False),
-    "dmd": MethodDefaults(dmd, 1.0, SECOND, sampler="consistency", from_data=False, steps=(1,)),
-    "sid": MethodDefaults(dmd, 1.0, (*SECOND, "sid_alpha"), sampler="consistency", from_data=False, steps=(1,)),
+    "dmd": MethodDefaults(dmd, 1.0, SECOND, sampler="consistency", from_data=False, steps=(1,), lr=2e-4),
+    "sid": MethodDefaults(dmd, 1.0, (*SECOND, "sid_alpha"), sampler="consistency", from_data=False, steps=(1,), lr=2e-4),
     "denoise": MethodDefaults(denoise, 1.0, (), sampler="ddim", from_data=False),
 }
 
@@ -307,7 +329,7 @@ def check_flags(flags: MethodFlags, student: str | None) -> None:
         if takers and flags.method not in takers and getattr(flags, field.name) != field.default:
             name = "--" + field.name.replace("_", "-")
             raise ValueError(f"{name} means nothing to --method {flags.method}: accepted with {', '.join(takers)}")
-    if start_name(flags) == "as-is" and (flags.start_lr is not None or flags.start_part != MethodFlags.start_part):
+    if start_name(flags) == "as-is" and (flags.start_lr or flags.start_part):
         raise ValueError("--start-part and --start-lr describe a first training: give --start denoise or cmt too")
     if flags.target == "posterior-mean" and flags.target_mix is not None:
         raise ValueError("--target posterior-mean uses the data alone: choose it or --target-mix")
