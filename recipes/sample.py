@@ -2,6 +2,10 @@
 
     python recipes/sample.py --model digits --steps 64 --images 100 --output samples.png
     python recipes/sample.py --model runs/progressive-digits --steps 4 --images 1000 --output images/
+    python recipes/sample.py --model PIPELINE --prompts geneval:evaluation_metadata.jsonl --output geneval/
+
+With --prompts the folder is laid out as GenEval or DPG-Bench read it, so that their own scripts run; with a plain file each prompt has
+a folder.
 
 Image i of a seed is the same in every grid, folder and evaluation.
 """
@@ -29,6 +33,11 @@ class Config(Checked):
     labels: tuple[int, ...] | None = flag(
         None, "classes, repeated in turn", own=lambda v: "drawn", at_least=0, at_most=1_000_000
     )
+    prompts: str | None = flag(
+        None,
+        "for a text-to-image model: a file with a prompt per line, geneval:FILE.jsonl or dpg:FOLDER; --output is then a folder",
+    )
+    images_per_prompt: int = flag(4, "images of each prompt", at_least=1, at_most=1_000)
     sampler: str | None = method_flag(None, names.SAMPLER_TEXT, own=lambda v: "the student's, else ddim")
     grid: str | None = method_flag(None, "time grid", choices=names.GRIDS, own=lambda v: "the student's, else uniform")
     guidance: float | None = method_flag(
@@ -45,19 +54,23 @@ class Config(Checked):
 flags_first(__name__, Config, __doc__, PRESETS)
 
 import sys
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 import teachers
 from distill.files import replacing_folder
 from distill.sampling import SEARCHED, Sampling
-from eval.generate import chunks, images
+from eval.generate import Batch, chunks, images
 from eval.image_grid import contact_sheet, write_folder
+from eval.layouts import DPG_IMAGES, LAYOUTS, Task
 from eval.machine import default_device
 from eval.progress import progress
 from recipes.common.checks import check_sampler, check_steps, stage_of
 from recipes.common.guidance import outside
 from teachers import Teacher
+from teachers.prompts import with_prompts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         output = Path(config.output)
         device = default_device()
         model = teachers.load(stage_of(config.model, config.steps)).to(device)
+        if config.prompts is not None:
+            model, tasks, write = prompted(model, config)
         sampling, steps = settings(model, config)
         denoiser = model.guided(config.guidance)
         if warning := outside(model, config.guidance):
@@ -77,17 +92,54 @@ def main(argv: list[str] | None = None) -> None:
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise ValueError(f"samples of shape {shape} are no pictures: accepted are models of 1 or 3 channels")
     label_of = None if labels is None else lambda i: labels[i % len(labels)]
-    parts = progress(
-        chunks(config.images, min(config.chunk, config.images)), desc=f"{plural(steps, 'step')} of {sampling.label}"
-    )
+    count = config.images
+    if config.prompts is not None:
+        count, label_of = config.images_per_prompt * len(tasks), lambda i: min(i // config.images_per_prompt, len(tasks) - 1)
+    parts = progress(chunks(count, min(config.chunk, count)), desc=f"{plural(steps, 'step')} of {sampling.label}")
     drawn = images(model, sampling, steps, parts, config.seed, device, denoiser=denoiser, label_of=label_of)
-    pixels = torch.cat([batch.pixels.cpu() for batch in drawn])[: config.images]
+    if config.prompts is not None:
+        with replacing_folder(output) as aside:
+            for task, made in zip(tasks, in_groups(drawn, config.images_per_prompt), strict=False):
+                write(aside, task, made)
+        print(
+            f"{plural(count, 'image')} of {plural(len(tasks), 'prompt')}, {sampling.label} with {plural(steps, 'step')}: {output}"
+        )
+        return
+    pixels = torch.cat([batch.pixels.cpu() for batch in drawn])[:count]
     if output.suffix == ".png":
         contact_sheet(pixels, output, config.columns)
     else:
         with replacing_folder(output) as aside:
             write_folder(pixels, aside)
     print(f"{plural(len(pixels), 'image')}, {sampling.label} with {plural(steps, 'step')}: {output}")
+
+
+def prompted(model: Teacher, config: Config) -> tuple[Teacher, list[Task], Callable[[Path, Task, Tensor], None]]:
+    """Return the model with the prompts of --prompts, and what reads and writes the layout.
+
+    Raises ValueError for a model that takes no text, for files of another form, and where --labels or a .png is asked for too.
+    """
+    assert config.prompts is not None
+    kind, _, where = config.prompts.partition(":")
+    read, write = LAYOUTS[kind] if kind in LAYOUTS else LAYOUTS["lines"]
+    tasks = read(Path(where if kind in LAYOUTS else config.prompts))
+    if config.labels is not None or Path(config.output).suffix == ".png":
+        raise ValueError(
+            "--prompts gives every prompt a folder or file of its own: accepted are --output FOLDER and no --labels"
+        )
+    if kind == "dpg" and config.images_per_prompt != DPG_IMAGES:
+        raise ValueError(f"--images-per-prompt {config.images_per_prompt}: DPG-Bench reads {DPG_IMAGES}")
+    return with_prompts(model, [task.prompt for task in tasks]), tasks, write
+
+
+def in_groups(batches: Iterator[Batch], size: int) -> Iterator[Tensor]:
+    """Yield the uint8 images of batches, on the CPU, in groups [size, C, H, W]."""
+    kept: list[Tensor] = []
+    for batch in batches:
+        kept += batch.pixels.cpu().unbind()
+        while len(kept) >= size:
+            yield torch.stack(kept[:size])
+            kept = kept[size:]
 
 
 def settings(model: Teacher, config: Config) -> tuple[Sampling, int]:
