@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,9 @@ def gather_state(net: nn.Module, optimizer: torch.optim.Optimizer | ZeroAdam, em
     names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     tensors = {f"net.{name}": whole(value) for name, value in net.state_dict().items()}
     for parameter, values in optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}|{key}": whole(value) for key, value in values.items()}
+        for key, value in values.items():
+            apart = whole(torch.as_tensor(value))  # tables of 8-bit moments are one tensor for all weights
+            tensors[f"optimizer.{names[parameter]}|{key}"] = apart if apart.shape == parameter.shape else apart.clone()
     if ema is not None:
         tensors |= {f"ema.{name}": whole(value) for name, value in ema.state_dict().items()}
     return tensors
@@ -77,14 +80,15 @@ def restore_state(
             for name, value in module.state_dict().items():
                 with torch.no_grad():
                     value.copy_(_like(tensors[prefix + name], value))
-    parameters, states = dict(net.named_parameters()), defaultdict[Tensor, dict[str, Tensor]](dict)
+    parameters, states = dict(net.named_parameters()), defaultdict[Tensor, dict[str, Any]](dict)
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             name, slot = key.removeprefix("optimizer.").split("|")
             parameter = parameters[name]
             shaped = value.shape == parameter.shape
-            counted_on = parameter.device if optimizer.defaults.get("fused") else value.device
-            states[parameter][slot] = _of_the_layout(value, parameter) if shaped else value.clone().to(counted_on)
+            states[parameter][slot] = (
+                _of_the_layout(value, parameter) if shaped else _beside(value, parameter, optimizer.defaults)
+            )
     if isinstance(optimizer, ZeroAdam):
         optimizer.restore(states)
     else:
@@ -102,8 +106,17 @@ def local(value: Tensor) -> Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
+def _beside(value: Tensor, parameter: Tensor, defaults: dict[str, Any]) -> Any:
+    """Return optimizer state of another shape than the parameter's: counts of steps, and what 8-bit moments are scaled by."""
+    if "fused" in defaults:
+        return value.clone().to(parameter.device if defaults["fused"] else value.device)
+    return value.item() if value.dim() == 0 else value.clone().to(parameter.device)  # AdamW8bit counts by numbers
+
+
 def _of_the_layout(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a copy of the value with the strides of the parameter, which a fused optimizer takes for granted."""
+    if not value.is_floating_point():  # a moment of 8 bits
+        return torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
     return torch.empty_like(parameter.detach()).copy_(_like(value, parameter))
 
 

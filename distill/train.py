@@ -20,6 +20,7 @@ from distill import zero
 from distill.denoiser import Denoiser
 from distill.device import lay_out
 from distill.divergence import WINDOW, Guard, Recorder
+from distill.optimizers import optimizer_of
 from distill.replay import Step
 from distill.resume import Resumable, Stopped, local, whole
 from distill.rng import Rng, seed_of
@@ -80,6 +81,7 @@ class Optimization:
     ``images``: asked for; whole batches are trained, `trained_images` together, at least one.
     The learning rate rises over ``warmup_images`` and falls linearly to 0 after the part ``constant`` of the run. ``clip_norm``: largest
     gradient norm. ``ema_halflife_images``: half-life of the average of the weights; None for no average.
+    ``optimizer``: one of `distill.names.OPTIMIZERS`.
     """
 
     images: int
@@ -92,6 +94,7 @@ class Optimization:
     warmup_images: int = 0
     clip_norm: float = 1.0
     ema_halflife_images: float | None = None
+    optimizer: str = "adamw"
 
     @property
     def steps(self) -> int:
@@ -161,11 +164,12 @@ def train(
     """
     o = optimization
     split = BatchSplit(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
-    waiting = waits(accelerator.device)  # where the host reads from the device at some steps only
+    # a step of an optimizer that cannot be told to leave the weights alone is judged before it is taken
+    waiting = waits(accelerator.device) and o.optimizer == "adamw"  # where the host reads from the device at some steps only
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     lay_out(student.net, accelerator.device, sharded)
     trained = [weight for weight in student.net.parameters() if weight.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
+    adam = optimizer_of(o.optimizer, trained, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
     average = copy.deepcopy(student.net).requires_grad_(False) if o.ema_halflife_images else None
     if zero.is_zero(accelerator):
         net, optimizer = zero.prepare(accelerator, student.net, adam, o.clip_norm)
@@ -179,7 +183,8 @@ def train(
     weights = [weight for weight in net.parameters() if weight.requires_grad]
     ema = dataclasses.replace(student, net=average if average is not None else module)
     extra = {"average": ema} if getattr(method, "averaged", False) and average is not None else {}
-    identity = f"{seed}/{phase}/{dataclasses.asdict(o)}"
+    how = {key: value for key, value in dataclasses.asdict(o).items() if (key, value) != ("optimizer", "adamw")}
+    identity = f"{seed}/{phase}/{how}"  # that of checkpoints from before there was a choice
     recorder = Recorder.on(accelerator.device, o.clip_norm, accelerator.scaler is not None)
     second = SecondTrainer(method, accelerator) if hasattr(method, "second") else None
     if second is not None:

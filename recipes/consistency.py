@@ -214,7 +214,7 @@ def budget(config: Config, of_start: bool = False) -> Optimization:
     lr = config.start_lr or config.lr or START_LR if of_start else lr_of(config, config.lr)
     return Optimization(
         images, config.batch_size, config.microbatch, lr, warmup_images=config.warmup_images,
-        ema_halflife_images=config.ema_halflife_images,
+        ema_halflife_images=config.ema_halflife_images, optimizer=config.optimizer,
     )  # fmt: skip
 
 

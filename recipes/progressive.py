@@ -253,8 +253,9 @@ def budget(config: Config, steps: int) -> Optimization:
     if 8 < steps < config.start_steps:
         images = math.ceil(images / 2)
     return Optimization(
-        images, config.batch_size, config.microbatch, config.lr, betas=(0.9, 0.99), warmup_images=config.warmup_images
-    )
+        images, config.batch_size, config.microbatch, config.lr, betas=(0.9, 0.99), warmup_images=config.warmup_images,
+        optimizer=config.optimizer,
+    )  # fmt: skip
 
 
 def warm_start(config: Config, teacher: Teacher, student: Teacher) -> str:

@@ -92,7 +92,7 @@ from distill.train import BatchSplit, Optimization, train
 from eval.generate import images
 from eval.image_grid import contact_sheet
 from eval.machine import peak_memory_gb
-from recipes.common.checks import check_denoiser, check_finite_data, check_match, codec_of
+from recipes.common.checks import check_denoiser, check_finite_data, check_match, check_optimizer, codec_of
 from recipes.common.forecast import Forecast
 from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
 from recipes.common.plan import measure_step_time
@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
         config.check_precision(config.teacher)
+        check_optimizer(config.optimizer)
         data = check_finite_data(sets.load(config.data))
         teacher = None if config.teacher is None else _checked(config, teachers.load(config.teacher), data)
         model = initial_model(config, data, data.classes if teacher is None or teacher.classes is not None else None)
@@ -136,7 +137,7 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
         checkpoint_activations(student.net)
     budget = Optimization(
         config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
-        warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images,
+        warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images, optimizer=config.optimizer,
     )  # fmt: skip
     seconds, call = measure_step_time(method, student, *next(iter(batches(0))), budget.steps)
     announce(budget, run, student, data, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import PartialState
 
 import teachers
 from distill.denoiser import Denoiser
+from distill.optimizers import check_installed
 from distill.sampling import Sampling
 from distill.schedule import Table
 from recipes.common.encoding import Encoding, cached
@@ -24,6 +26,7 @@ from teachers.probe import Probe, probe
 from teachers.prompts import Encoder, online
 
 QUICK: dict[str, Any] = {"levels": 6, "samples": 16}  # the probe before a distillation
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP2", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # variables of `accelerate launch`
 IMAGES = 1024  # of the data, for the probe
 CHECKED = 2**16  # samples that are read before a run; recipes/latents.py refuses others that are not finite
 
@@ -165,6 +168,21 @@ def stages_of(spec: str) -> list[str]:
 def stage_of(spec: str, steps: int | None) -> str:
     """Return the student of a run's directory that was made for ``steps``; the spec itself where there is none."""
     return next((path for path in stages_of(spec) if steps is not None and Path(path).parent.name == str(steps)), spec)
+
+
+def check_unsharded(flag: str) -> None:
+    """Raise ValueError where the launcher shards the training, which ``flag`` does not support."""
+    if sharding := [name for variable, name in SHARDED.items() if os.environ.get(variable, "false").lower() == "true"]:
+        raise ValueError(
+            f"{flag} with {sharding[0]}, which shards: accepted with it are configs/one-gpu.yaml and configs/ddp.yaml"
+        )
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError for an optimizer that is not installed, or that cannot be sharded as the launcher asks."""
+    check_installed(name)
+    if name != "adamw":
+        check_unsharded(f"--optimizer {name}")
 
 
 def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:

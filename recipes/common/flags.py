@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import teachers
+from distill.names import OPTIMIZERS
 from eval.names import REFERENCES
 from recipes.common.accepted import BATCH, GENERATED, GUIDANCE, LEARNING_RATE, SEED, STEPS, THREADS, TRAINED, Checked
 from recipes.common.cli import TRACKERS, machine_flag, measuring_flag, method_flag, model_flag, training_flag
@@ -59,6 +60,9 @@ class TrainingFlags(Checked):
         "autocast of the teacher during training: that of --mixed-precision, or its own",
         choices=("same", "bf16", "fp32"),
         short=False,
+    )
+    optimizer: str = training_flag(
+        "adamw", "AdamW in float32, or with moments of 8 bits, a quarter of the memory", choices=OPTIMIZERS, short=False
     )
     rollbacks: int = training_flag(
         2, "how often a stage that diverges goes back to its last checkpoint, with other random numbers", short=False,

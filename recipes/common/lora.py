@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
+from recipes.common.checks import check_unsharded
 from recipes.common.flags import LoraFlags
 from teachers import Teacher
 from teachers.lora import merged, rounded, with_adapter
 from teachers.networks.lora import Adapted
 from teachers.teacher import require_network
-
-SHARDED = {"ACCELERATE_USE_FSDP": "FSDP2", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 def with_lora(
@@ -27,11 +25,7 @@ def with_lora(
             name = "--lora-targets" if flags.lora_targets else "--base-precision bf16"
             raise ValueError(f"{name} needs an adapter: accepted with --lora-rank alone")
         return teacher, merged(student)
-    if sharding := [name for variable, name in SHARDED.items() if os.environ.get(variable, "false").lower() == "true"]:
-        raise ValueError(
-            f"--lora-rank with {sharding[0]}: teacher and student share weights that are not sharded;"
-            " accepted are configs/one-gpu.yaml and configs/ddp.yaml"
-        )
+    check_unsharded("--lora-rank")
     if teacher is None or require_network(teacher).net is not require_network(student).net:
         raise ValueError(
             "--lora-rank trains an adapter of the teacher's network as it is: accepted are methods with a teacher, without --student and"

@@ -24,7 +24,7 @@ from distill.train import Method
 from distill.zero import BUCKET
 from eval.features import Extractor
 from eval.sweep import KEPT, KEPT_BYTES
-from recipes.common.cost import CARDS, Cost, cost, largest_batch
+from recipes.common.cost import ADAM, CARDS, Cost, cost, largest_batch
 from recipes.common.footprint import saved_bytes as saved_bytes
 from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
@@ -94,10 +94,11 @@ def training_memory(
     *,
     frozen: int,
     averaged: bool,
+    adam_bytes: int = ADAM["adamw"],
 ) -> Cost:
     """Return the memory of training by `recipes.common.cost.cost`, with the activations of a microbatch (x0, cond) counted in a step.
 
-    ``frozen``: bytes of the networks that are not trained.
+    ``frozen``: bytes of the networks that are not trained. ``adam_bytes``: a value of `recipes.common.cost.ADAM`.
     """
     weights = [weight for weight in student.net.parameters() if weight.requires_grad]
     rng = Rng.seeded(0, x0.device, len(x0))
@@ -105,9 +106,8 @@ def training_memory(
     activations = saved_bytes(lambda: forward().mean(), student.net.parameters(), student.net)
     how = sharding_of(accelerator, student.net)
     count = sum(weight.numel() for weight in weights)
-    return cost(
-        count, accelerator.num_processes, **how, teacher=frozen, teacher_bytes=1, activations=activations, averaged=averaged
-    )
+    rest: dict[str, Any] = {"teacher": frozen, "teacher_bytes": 1, "activations": activations, "adam_bytes": adam_bytes}
+    return cost(count, accelerator.num_processes, **how, **rest, averaged=averaged)
 
 
 def memory_text(needed: Cost, rest: float) -> str:

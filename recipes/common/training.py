@@ -30,9 +30,9 @@ from eval.features import Extractor
 from eval.machine import resident_bytes
 from eval.reference import Generated
 from eval.sweep import Cell
-from recipes.common.checks import check_denoiser, check_steps, decoded_by
+from recipes.common.checks import check_denoiser, check_optimizer, check_steps, decoded_by
 from recipes.common.cli import duration, fail, one_line_errors, plural
-from recipes.common.cost import Cost
+from recipes.common.cost import ADAM, Cost
 from recipes.common.flags import DistillationFlags
 from recipes.common.forecast import Forecast, sweep_seconds
 from recipes.common.guidance import measured
@@ -113,6 +113,7 @@ class Experiment:
         probe finds that the teacher is not a denoiser, or the disk is too full.
         """
         require_network(student)
+        check_optimizer(config.optimizer)
         teacher, student = None if teacher is None else decoded_by(teacher, config.decode), decoded_by(student, config.decode)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
         if config.checkpoint_activations:
@@ -206,7 +207,7 @@ class Experiment:
             held.append(size_of(self.student.parametric.net.state_dict().values()))
         needed = training_memory(
             method, self.student.student(), x0, cond, self.run.accelerator,
-            frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images),
+            frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images), adam_bytes=ADAM[self.config.optimizer],
         )  # fmt: skip
         return needed, rest
 
