@@ -17,9 +17,12 @@ from distill.denoiser import Denoiser
 from distill.resume import Resumable
 from distill.sampling import Sampling
 from distill.schedule import Cosine
+from distill.second import SecondTrainer
+from distill.speed import compiled
 from distill.target import Mix
 from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive
+from recipes.common.building import method_of
 from recipes.data import sets
 from teachers.lora import merged, rounded, with_adapter
 from teachers.networks.lora import ATTENTION, is_adapter
@@ -212,3 +215,22 @@ def test_a_network_without_attention_says_which_layers_it_has():
     net = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
     model = teachers.Teacher(Denoiser(net, Cosine()), (2,))
     refuses("no attention projections: choose --lora-targets among blocks.0, first", with_adapter, model, "net", 4)
+
+
+def test_the_second_network_of_a_method_is_an_adapter_on_the_same_base(teacher, tmp_path):
+    model = with_adapter(teacher, "digits", 4, TARGETS)
+    flags = consistency.Config(method="dmd", output_dir=str(tmp_path))
+    method = method_of(flags, teacher, model, sets.load("digits"), 0)
+    trainer = SecondTrainer(method, Accelerator(cpu=True))
+    assert pointers(trainer.module) & pointers(model.denoiser.net) == pointers(teacher.denoiser.net)
+    assert trainer.module.state_dict().keys() == model.denoiser.net.state_dict().keys()
+    assert all(weight.requires_grad == is_adapter(name) for name, weight in trainer.module.named_parameters())
+    plain = method_of(flags, teacher, teacher, sets.load("digits"), 0).second.begin.net
+    assert plain is teacher.denoiser.net
+
+
+def test_a_compiled_network_with_an_adapter_gives_the_same_x0(teacher):
+    model = changed(with_adapter(teacher, "digits", 4, TARGETS))
+    before = x0(model)
+    with compiled(model.denoiser, backend="eager"):
+        assert torch.allclose(x0(model), before, atol=1e-6)

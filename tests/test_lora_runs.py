@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from conftest import here, rows, words
 from pipelines import FAMILIES, PROMPTS
 from processes import together
+from test_latent_runs import OURS, SHORT, importable, made, measured, text_model  # noqa: F401 (fixtures)
 from test_lora import TARGETS, changed, trained
 
 import teachers
@@ -17,7 +18,7 @@ from distill import files
 from distill.progressive import Progressive
 from distill.rng import Rng
 from distill.sampling import Sampling
-from recipes import evaluate, export, progressive
+from recipes import consistency, evaluate, export, progressive
 from recipes.common.flags import LoraFlags
 from recipes.common.lora import with_lora
 from teachers.export import deliver
@@ -80,10 +81,10 @@ LORA = ("Stable Diffusion", "SDXL", "SD3")  # whose pipelines load adapters
 
 def student(tmp_path, family, halved=False):
     """A student of two steps that is an adapter of a tiny pipeline, from its own file."""
-    made = FAMILIES[family](tmp_path / "parts")
-    made.save_pretrained(tmp_path / "origin")
+    pipeline = FAMILIES[family](tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "origin")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    spec = str(tmp_path / "origin") + (f",prompts={tmp_path / 'prompts.txt'}" if hasattr(made, "encode_prompt") else "")
+    spec = str(tmp_path / "origin") + (f",prompts={tmp_path / 'prompts.txt'}" if hasattr(pipeline, "encode_prompt") else "")
     teacher = teachers.load(spec)
     sampler = "consistency:0.5" if family == "Stable Diffusion" else "ddim"
     model = changed(with_adapter(rounded(teacher) if halved else teacher, spec, 2), 0.3)
@@ -149,10 +150,21 @@ def test_a_ladder_of_adapters_is_trained_measured_loaded_and_exported(tmp_path, 
 def test_an_adapter_on_a_rounded_base_is_trained_and_is_a_teacher_of_adapters_and_of_whole_networks(tmp_path, stock_here):
     common = words("--preset smoke --images-per-stage 128 --images 64 --start-steps 2 --sweep-steps 1 --output-dir", tmp_path)
     here(progressive.main, *common, "--lora-rank 4 --base-precision bf16 --lora-targets", *TARGETS)
-    made = teachers.load(str(tmp_path))
-    assert {weight.dtype for weight in made.denoiser.net.parameters()} == {torch.bfloat16, torch.float32}
-    _, again = with_lora(LoraFlags(lora_rank=4), made, made, str(tmp_path), 0)
-    _, plain = with_lora(LoraFlags(), made, made, str(tmp_path), 0)
-    assert again is made and plain.network["family"] == "unet2d"
+    rank4 = teachers.load(str(tmp_path))
+    assert {weight.dtype for weight in rank4.denoiser.net.parameters()} == {torch.bfloat16, torch.float32}
+    _, again = with_lora(LoraFlags(lora_rank=4), rank4, rank4, str(tmp_path), 0)
+    _, plain = with_lora(LoraFlags(), rank4, rank4, str(tmp_path), 0)
+    assert again is rank4 and plain.network["family"] == "unet2d"
     assert {weight.dtype for weight in plain.student().net.parameters()} == {torch.float32}
     assert all(weight.requires_grad for weight in plain.student().net.parameters())
+
+
+def test_a_text_teacher_gets_an_adapter_with_all_that_saves_memory(made, tmp_path, capsys, stock_here):  # noqa: F811
+    teacher = ("--teacher", text_model(made), "--data", made / "captioned")
+    lora = "--lora-rank 2 --base-precision bf16 --checkpoint-activations --microbatch 16 --decode sliced"
+    flags = (SHORT, OURS, measured(made), lora, "--method dmd --steps 1 --output-dir", tmp_path / "run")
+    here(consistency.main, *teacher, *flags)
+    out = capsys.readouterr().out
+    assert "pipeline/ gives the same pixels" in out and "lora/ gives the same pixels in the teacher's own pipeline" in out
+    model = teachers.load(str(tmp_path / "run"))
+    assert max(weight.abs().max() for name, weight in model.denoiser.net.named_parameters() if "lora_B" in name) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from eval.progress import progress
 from recipes.common.methods import METHODS, MethodFlags, teacher_weight, terms_of
 from recipes.data.sets import Data
 from teachers import Teacher
+from teachers.networks.lora import Adapted
 from teachers.students import with_heads, with_slow_time, with_two_times
 
 LEVELS = torch.linspace(-9, 13, 23)  # log-SNRs at which --target-mix auto estimates the teacher's bias
@@ -59,8 +61,16 @@ def method_of(
     defaults, terms = METHODS[flags.method], terms_of(flags)
     options: dict[str, Any] = {"averaged": flags.averaged_target, "weight": GAP_WEIGHTS[flags.weight or defaults.weight]}
     options["distance"] = distance_of(flags.distance or defaults.distance, data)
-    method = defaults.build(flags, target_of(flags, teacher, student, data, seed, device), options)
+    method = sharing_the_base(defaults.build(flags, target_of(flags, teacher, student, data, seed, device), options), student)
     return Regularized(method, terms) if terms else method
+
+
+def sharing_the_base(method: Any, student: Teacher) -> Any:
+    """Return the method; where the student is a LoRA adapter, with an adapter on the same base as its second network, if it has one."""
+    net = student.parametric.net
+    if not isinstance(net, Adapted) or not hasattr(method, "second"):
+        return method
+    return replace(method, second=replace(method.second, begin=replace(method.second.begin, net=net)))
 
 
 def student_of(flags: MethodFlags, model: Teacher) -> Teacher:
