@@ -17,6 +17,7 @@ FREE = {
     "sampler",
     "samplers",
     "target_mix",
+    "lora_targets",
     "regularize",
     "jumps",
     "license",

@@ -234,3 +234,21 @@ def test_a_compiled_network_with_an_adapter_gives_the_same_x0(teacher):
     before = x0(model)
     with compiled(model.denoiser, backend="eager"):
         assert torch.allclose(x0(model), before, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 0}, {"rank": 10**9}, {"rank": "4"}, {"rank": None}, {"targets": "conv1"}, {"targets": [3]}, {"targets": ["nothing"]},
+        {"targets": []}, {"source": {}}, {"source": "digits"}, {"source": {"spec": 3}}, {"source": {"spec": "oracle:digits"}},
+        {"source": {"folder": "/"}}, {"source": {"spec": "os.path:join,schedule=cosine,prediction=eps,shape=2"}}, {"sha256": 0},
+        {"network": {"family": "given", "config": {"class": "x"}}, "source": {"spec": "nothing"}},
+    ],
+)  # fmt: skip
+def test_a_file_whose_adapter_is_described_wrongly_is_refused_in_one_line(changes, teacher, tmp_path):
+    path = tmp_path / "student.safetensors"
+    teachers.save(path, with_adapter(teacher, "digits", 4, TARGETS))
+    tensors, description = files.load(path)
+    description["network"]["config"] |= changes
+    files.save(path, tensors, {key: value for key, value in description.items() if key != "format"})
+    refuses("", teachers.load, str(path))

@@ -8,9 +8,11 @@ from distill import consistency, denoiser, distance, grid, names, regression, re
 from distill.sampling import Sampling
 from eval import collect
 from eval import names as eval_names
-from recipes import export, latents
+from recipes import evaluate, export, latents
 from recipes.common.accepted import choices_of
+from recipes.common.cost import ADAM
 from recipes.data.latent_shards import DTYPES
+from teachers.codec import DECODING
 from teachers.export.deliver import VARIANTS
 
 TABLES = {
@@ -23,6 +25,7 @@ TABLES = {
     "WEIGHTS": distance.WEIGHTS,
     "GAP_WEIGHTS": consistency.GAP_WEIGHTS,
     "RESIDUALS": regularize.RESIDUALS,
+    "OPTIMIZERS": ADAM,
 }
 
 
@@ -43,6 +46,7 @@ def test_the_choices_of_metrics_and_of_number_formats_are_those_of_their_tables(
     assert tuple(collect.COLLECTORS) == eval_names.METRICS
     assert choices(export.Config, "variants") == list(VARIANTS)
     assert choices(latents.Config, "dtype") == list(DTYPES)
+    assert choices(evaluate.Config, "decode") == list(DECODING)
 
 
 def test_the_text_about_samplers_names_what_sampling_accepts():
