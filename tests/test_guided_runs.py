@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import here, refuses, rows, words
+from conftest import here, refuses, rows
 from PIL import Image
 from pipelines import PROMPTS, sd, xl
-from processes import together
 
 import teachers
 from distill import files
@@ -21,15 +20,17 @@ from teachers.students import with_guidance
 
 pytestmark = pytest.mark.slow
 
-SMALL = "--preset smoke --batch-size 32 --images 40 --chunk 40 --sweep-steps 1"
+SIZES = "--batch-size 32 --images 40 --chunk 40 --sweep-steps 1 --force"
+SMALL = f"--preset smoke {SIZES}"
+FEW = "--training-images 64 --steps 1"
 LADDER = f"{SMALL} --start-steps 4 --images-per-stage 64"
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def ran(new, tmp_path_factory):
     """The directory of a run of both stages."""
     folder = tmp_path_factory.mktemp("guided") / "run"
-    here(guided.main, LADDER, "--sweep-guidance 1 3 --output-dir", folder)
+    here(guided.main, LADDER, "--teacher", new, "--sweep-guidance 1 3 --output-dir", folder)
     return folder
 
 
@@ -48,7 +49,7 @@ def test_both_stages_leave_students_that_take_the_scale_and_a_report_of_each_sca
 
 def test_stage_one_gives_a_teacher_of_half_the_calls_for_stage_two_alone(ran, tmp_path):
     stage_one = ran / "stages/guided/student.safetensors"
-    here(progressive.main, LADDER, f"--force --teacher {stage_one} --end-steps 2 --output-dir", tmp_path)
+    here(progressive.main, LADDER, f"--teacher {stage_one} --end-steps 2 --output-dir", tmp_path)
     assert [path.split("/")[-2] for path in stages_of(str(tmp_path))] == ["2"] and not (tmp_path / "stages/guided").exists()
     assert teachers.load(str(tmp_path)).guidance == GuidanceRange(1, 4)
     assert rows(tmp_path)["teacher w=4 ddim 4"]["nfe"] == 4
@@ -74,10 +75,9 @@ def test_an_evaluation_adds_a_scale(ran, tmp_path):
     assert found.keys() == {f"student@{n} w={w} ddim {n}" for n in (1, 2) for w in (2, 4.5)}
 
 
-@pytest.mark.parametrize("more", ["--method cd --preset lcm", "--method lmd", "--method pdd", "--method cmt --data-free"])
-def test_consistency_methods_train_over_a_range(more, tmp_path):
-    small = "--training-images 64 --batch-size 32 --images 40 --chunk 40 --sweep-steps 1 --steps 1"
-    here(consistency.main, f"{more} {small} --guidance-range 2 5 --output-dir", tmp_path)
+@pytest.mark.parametrize("more", ["--preset lcm", "--method lmd", "--method pdd --data-free"])
+def test_consistency_methods_train_over_a_range(more, new, tmp_path):
+    here(consistency.main, f"{more} {SIZES} {FEW} --teacher {new} --guidance-range 2 5 --output-dir", tmp_path)
     student = teachers.load(str(tmp_path))
     assert student.guidance == GuidanceRange(2, 5)
     weights = [v for k, v in student.denoiser.net.state_dict().items() if "scale_linear" in k]
@@ -85,24 +85,10 @@ def test_consistency_methods_train_over_a_range(more, tmp_path):
     assert {row["guidance"] for row in rows(tmp_path).values()} == {2, 5}
 
 
-def test_a_fixed_scale_is_that_of_the_target_and_of_the_teachers_cells(tmp_path):
-    small = "--training-images 64 --batch-size 32 --images 40 --chunk 40 --sweep-steps 1 --steps 1"
-    here(consistency.main, f"{small} --guidance 3 --output-dir", tmp_path)
+def test_a_fixed_scale_is_that_of_the_target_and_of_the_teachers_cells(new, tmp_path):
+    here(consistency.main, f"{SMALL} {FEW} --teacher {new} --guidance 3 --output-dir", tmp_path)
     assert files.load(tmp_path / "student.safetensors")[1]["record"]["guidance"] == 3
     assert {row["role"]: row["guidance"] for row in rows(tmp_path).values()} == {"teacher": 3, "student": 1}
-
-
-def train(folder):
-    progressive.main(words(LADDER, "--threads 1 --guidance-range 1 4 --end-steps 2 --output-dir", folder))
-
-
-def test_two_processes_train_the_student_of_one(tmp_path):
-    here(progressive.main, LADDER, "--guidance-range 1 4 --end-steps 2 --output-dir", tmp_path / "one")
-    codes, out = together(2, train, tmp_path / "two", log=tmp_path / "log")
-    assert codes == {0}, out
-    one, two = (files.load(tmp_path / name / "student.safetensors")[0] for name in ("one", "two"))
-    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
-    assert any("scale_linear" in key and one[key].abs().max() > 0 for key in one)
 
 
 @pytest.mark.parametrize(("family", "sampler"), [(sd, "consistency:0.5"), (sd, "ddim"), (xl, "ddim")])
