@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,21 +13,29 @@ from distill.files import replacing
 GAP = 3
 
 
-def sample_grid(rows: list[tuple[str, Tensor]], path: Path, columns: int = 12) -> None:
-    """Write rows of uint8 images [n, C, H, W] as one PNG, each row with its label. Empty labels leave no margin."""
+def sample_grid(rows: list[tuple[str, Tensor]], path: Path, columns: int = 12, header: Sequence[str] = ()) -> None:
+    """Write rows of uint8 images [n, C, H, W] as one PNG, each row with its label. Empty labels leave no margin.
+
+    ``header``: the labels of the columns, written upwards.
+    """
     scale = max(1, 40 // rows[0][1].shape[2])
     tile = _enlarged(rows[0][1][0], scale)
     columns = min(columns, max(len(images) for _, images in rows))
     font = ImageFont.load_default()
     widest = max(font.getlength(label) for label, _ in rows)
     left = round(widest) + 12 if widest else GAP
-    canvas = Image.new("RGB", (left + columns * (tile.width + GAP), GAP + len(rows) * (tile.height + GAP)), "white")
+    above = round(max((font.getlength(label) for label in header), default=0)) + (12 if header else GAP)
+    canvas = Image.new("RGB", (left + columns * (tile.width + GAP), above + len(rows) * (tile.height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
     for y, (label, images) in enumerate(rows):
-        top = GAP + y * (tile.height + GAP)
+        top = above + y * (tile.height + GAP)
         draw.text((4, top + tile.height // 2 - 6), label, fill="black", font=font)
         for x, pixels in enumerate(images[:columns]):
             canvas.paste(_enlarged(pixels, scale), (left + x * (tile.width + GAP), top))
+    for x, label in enumerate(header):
+        upright = Image.new("RGB", (above, 14), "white")
+        ImageDraw.Draw(upright).text((4, 0), label, fill="black", font=font)
+        canvas.paste(upright.rotate(90, expand=True), (left + x * (tile.width + GAP) + tile.width // 2 - 7, 0))
     with replacing(path) as aside:
         canvas.save(aside, format="PNG")
 

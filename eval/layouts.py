@@ -50,21 +50,6 @@ def dpg_tasks(folder: Path) -> list[Task]:
     return [Task(number, file.stem, read_text(str(file)).strip()) for number, file in enumerate(files)]
 
 
-def line_tasks(file: Path) -> list[Task]:
-    """Read a text file with one prompt per line. Raises ValueError if there is none."""
-    lines = [line.strip() for line in read_text(str(file)).splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{file}: the file is empty; accepted is one prompt per line")
-    return [Task(number, line, line) for number, line in enumerate(lines)]
-
-
-def write_line(folder: Path, task: Task, images: Tensor) -> None:
-    """Write the images [n, C, H, W], uint8, of a prompt into a folder of its own, with the prompt as text beside them."""
-    own = folder / f"{task.number:05d}"
-    write_folder(images, own)
-    (own / "prompt.txt").write_text(task.prompt + "\n", encoding="utf-8")
-
-
 def write_geneval(folder: Path, task: Task, images: Tensor) -> None:
     """Write the images [n, C, H, W], uint8, of a task of GenEval."""
     own = folder / f"{task.number:05d}"
@@ -82,7 +67,6 @@ def write_dpg(folder: Path, task: Task, images: Tensor) -> None:
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], list[Task]], Callable[[Path, Task, Tensor], None]]] = {
-    "lines": (line_tasks, write_line),
     "geneval": (geneval_tasks, write_geneval),
     "dpg": (dpg_tasks, write_dpg),
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from distill.files import write_json, write_text
@@ -52,13 +54,19 @@ def pictures_of(row: dict, cells: Path) -> Tensor:
     return pictures(picture_path(cells, row.get("same_as", row["name"])))
 
 
-def write(report: dict, folder: Path, cells: Path) -> None:
-    """Write every form of the report into ``folder``. ``cells``: folder of the finished cells with their pictures."""
+def write(report: dict, folder: Path, cells: Path, prompts: Sequence[str] = ()) -> None:
+    """Write every form of the report into ``folder``. ``cells``: folder of the finished cells with their pictures.
+
+    ``prompts``: those of the first images of every cell, for a picture with a row for each of them and a column for each step count.
+    """
     if rows := good(report["rows"]):
         fid_against(rows, "nfe", "network evaluations per image (NFE)", folder / "fid_vs_nfe.png", report["floor"])
         fid_against(rows, "seconds_per_image", "seconds per image", folder / "fid_vs_seconds.png", report["floor"])
         shown = [(_label(row), pictures_of(row, cells)) for row in _pictured(rows)]
         sample_grid(shown, folder / "samples.png")
+        if prompts:
+            by_prompt = [(text, torch.stack([images[i] for _, images in shown])) for i, text in enumerate(prompts)]
+            sample_grid(by_prompt, folder / "prompts.png", len(shown), [label for label, _ in shown])
         if labelled := [row for row in rows if "labels_seen" in row]:
             label_shares(labelled, folder / "labels.png")
     write_json(folder / "report.json", report)

@@ -60,6 +60,7 @@ class Config(flags.RunFlags, flags.DecodingFlags):
     reference: str | None = measuring_flag(
         None, f"a stored reference instead of --data: {REFERENCES}", short=False, path="file"
     )
+    captions: str | None = flags.captions_flag()
     chunk: int = measuring_flag(256, "images generated at once; part of the protocol", short=False, **BATCH)
     verify: bool = measuring_flag(
         False, "write the cheapest cell as PNG files and compare it with torch_fidelity.calculate_metrics", short=False
@@ -90,7 +91,7 @@ from eval.generate import initial_noise
 from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
-from recipes.common.checks import check_match, check_sampler, check_steps, decoded_by, stages_of
+from recipes.common.checks import captions_for, check_match, check_sampler, check_steps, conditioned, decoded_by, stages_of
 from recipes.common.guidance import outside
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
@@ -133,6 +134,7 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
     for _, model in (one for _, group in models for one in group):
         if data is not None:
             check_match(model, data)
+    models = [(spec, [(path, asked(config, model, data)) for path, model in group]) for spec, group in models]
     cells = cells_of(config, models)
     warned = {warning for cell in cells if (warning := outside(cell.model, cell.guidance))}
     extractor.fits(cells[0].model.image_shape)
@@ -147,6 +149,20 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
     assert real is not None
     settings = {"images": config.images, "chunk": config.chunk, "seed": config.seed, "metrics": config.metrics}
     return run, cells, Measurement.of(extractor, real, run, **settings)  # type: ignore[arg-type]
+
+
+def asked(config: Config, model: Teacher, data: Data | None) -> Teacher:
+    """Return a text-to-image model with the prompts of --captions, else with its own, else with the captions of the data.
+
+    Raises ValueError where there are none.
+    """
+    if (table := captions_for(model, config.captions, config)) is not None:
+        return model.with_conditions(table)
+    if model.embeddings is None or model.classes:
+        return model
+    if data is None or data.captions is None:
+        raise ValueError("this model is conditioned on text: accepted are --captions FILE, or --data with captions")
+    return conditioned(model, data, config)[0]
 
 
 def measure(config: Config, run: Run, cells: list[Cell], measurement: Measurement, data: Data | None) -> dict:

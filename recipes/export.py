@@ -53,12 +53,12 @@ from eval.generate import images
 from eval.image_grid import contact_sheet
 from recipes.common.guidance import outside
 from teachers import Teacher
+from teachers.encoder import with_examples
 from teachers.export import deliver, one_step
 from teachers.export.card import card, measured
 from teachers.export.lora import export_lora
 from teachers.hub import first_line, nulls
 from teachers.lora import merged
-from teachers.prompts import with_examples
 
 
 def main(argv: list[str] | None = None) -> None:

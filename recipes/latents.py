@@ -74,7 +74,7 @@ from recipes.data import sets as datasets
 from recipes.data.condition_shards import distinct
 from recipes.data.latent_shards import DTYPES, LATENTS, PATTERN, codec_sha256
 from teachers import Teacher
-from teachers.prompts import Encoder
+from teachers.encoder import Encoder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -2,10 +2,9 @@
 
     python recipes/sample.py --model digits --steps 64 --images 100 --output samples.png
     python recipes/sample.py --model runs/progressive-digits --steps 4 --images 1000 --output images/
-    python recipes/sample.py --model PIPELINE --prompts geneval:evaluation_metadata.jsonl --output geneval/
+    python recipes/sample.py --model PIPELINE --benchmark geneval:evaluation_metadata.jsonl --output geneval/
 
-With --prompts the folder is laid out as GenEval or DPG-Bench read it, so that their own scripts run; with a plain file each prompt has
-a folder.
+With --benchmark the folder is laid out as GenEval or DPG-Bench read it, so that their own scripts run.
 
 Image i of a seed is the same in every grid, folder and evaluation.
 """
@@ -33,15 +32,17 @@ class Config(Checked):
     labels: tuple[int, ...] | None = flag(
         None, "classes, repeated in turn", own=lambda v: "drawn", at_least=0, at_most=1_000_000
     )
-    prompts: str | None = flag(
-        None,
-        "for a text-to-image model: a file with a prompt per line, geneval:FILE.jsonl or dpg:FOLDER; --output is then a folder",
+    benchmark: str | None = flag(
+        None, "prompts of a benchmark for a text-to-image model: geneval:FILE.jsonl or dpg:FOLDER; --output is a folder"
     )
-    images_per_prompt: int = flag(4, "images of each prompt", at_least=1, at_most=1_000)
+    images_per_prompt: int = flag(4, "images of each prompt of --benchmark", at_least=1, at_most=1_000)
     sampler: str | None = method_flag(None, names.SAMPLER_TEXT, own=lambda v: "the student's, else ddim")
     grid: str | None = method_flag(None, "time grid", choices=names.GRIDS, own=lambda v: "the student's, else uniform")
     guidance: float | None = method_flag(
         None, "classifier-free guidance; 1 is none", own=lambda v: "1, or the scale of a student that takes it", **GUIDANCE
+    )
+    captions: str | None = flag(
+        None, "file of prompts for a text-to-image model, one per line, drawn in turn", short=False, path="file"
     )
     columns: int = machine_flag(10, "columns of a PNG", at_least=1, at_most=1000)
     chunk: int = machine_flag(256, "images generated at once", **BATCH)
@@ -67,10 +68,10 @@ from eval.image_grid import contact_sheet, write_folder
 from eval.layouts import DPG_IMAGES, LAYOUTS, Task
 from eval.machine import default_device
 from eval.progress import progress
-from recipes.common.checks import check_sampler, check_steps, stage_of
+from recipes.common.checks import captions_for, check_sampler, check_steps, stage_of
 from recipes.common.guidance import outside
 from teachers import Teacher
-from teachers.prompts import with_prompts
+from teachers.encoder import with_prompts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,13 +80,17 @@ def main(argv: list[str] | None = None) -> None:
         output = Path(config.output)
         device = default_device()
         model = teachers.load(stage_of(config.model, config.steps)).to(device)
-        if config.prompts is not None:
+        if config.benchmark is not None:
             model, tasks, write = prompted(model, config)
+        if (table := captions_for(model, config.captions)) is not None:
+            model = model.with_conditions(table)
+        if model.embeddings is not None and not model.classes:
+            raise ValueError(f"{config.model} is conditioned on text: --captions FILE is needed, with one prompt per line")
         sampling, steps = settings(model, config)
         denoiser = model.guided(config.guidance)
         if warning := outside(model, config.guidance):
             print(f"warning: {warning}", file=sys.stderr)
-        labels = config.labels
+        labels = tuple(range(table.count)) if table is not None and config.labels is None else config.labels
         if labels is not None and (model.classes is None or not all(0 <= c < model.classes for c in labels)):
             raise ValueError(f"--labels: this model has {model.classes or 'no'} classes")
         shape = model.image_shape
@@ -93,11 +98,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"samples of shape {shape} are no pictures: accepted are models of 1 or 3 channels")
     label_of = None if labels is None else lambda i: labels[i % len(labels)]
     count = config.images
-    if config.prompts is not None:
+    if config.benchmark is not None:
         count, label_of = config.images_per_prompt * len(tasks), lambda i: min(i // config.images_per_prompt, len(tasks) - 1)
     parts = progress(chunks(count, min(config.chunk, count)), desc=f"{plural(steps, 'step')} of {sampling.label}")
     drawn = images(model, sampling, steps, parts, config.seed, device, denoiser=denoiser, label_of=label_of)
-    if config.prompts is not None:
+    if config.benchmark is not None:
         with replacing_folder(output) as aside:
             for task, made in zip(tasks, in_groups(drawn, config.images_per_prompt), strict=False):
                 write(aside, task, made)
@@ -115,17 +120,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prompted(model: Teacher, config: Config) -> tuple[Teacher, list[Task], Callable[[Path, Task, Tensor], None]]:
-    """Return the model with the prompts of --prompts, and what reads and writes the layout.
+    """Return the model with the prompts of --benchmark, its tasks, and what writes their images.
 
-    Raises ValueError for a model that takes no text, for files of another form, and where --labels or a .png is asked for too.
+    Raises ValueError for a model that takes no text, for files of another form, and where other labels or a .png are asked for too.
     """
-    assert config.prompts is not None
-    kind, _, where = config.prompts.partition(":")
-    read, write = LAYOUTS[kind] if kind in LAYOUTS else LAYOUTS["lines"]
-    tasks = read(Path(where if kind in LAYOUTS else config.prompts))
-    if config.labels is not None or Path(config.output).suffix == ".png":
+    assert config.benchmark is not None
+    kind, _, where = config.benchmark.partition(":")
+    if kind not in LAYOUTS:
+        raise ValueError(f"--benchmark {config.benchmark}: accepted are geneval:FILE.jsonl and dpg:FOLDER")
+    read, write = LAYOUTS[kind]
+    tasks = read(Path(where))
+    if config.labels is not None or config.captions is not None or Path(config.output).suffix == ".png":
         raise ValueError(
-            "--prompts gives every prompt a folder or file of its own: accepted are --output FOLDER and no --labels"
+            "--benchmark has prompts of its own: accepted are --output FOLDER, and neither --labels nor --captions"
         )
     if kind == "dpg" and config.images_per_prompt != DPG_IMAGES:
         raise ValueError(f"--images-per-prompt {config.images_per_prompt}: DPG-Bench reads {DPG_IMAGES}")

@@ -12,6 +12,7 @@ from distill.guidance import GuidanceRange
 from teachers import diffusers_scheduler, fused_lora, passport, prompts
 from teachers.codec import Codec, downsampling, latent_channels, statistics
 from teachers.conditions import Conditions
+from teachers.encoder import Encoder
 from teachers.hub import UNUSED, check_adapters, check_numbers, check_pickles, component, fetch, left_out, read_json, variant_of
 from teachers.networks import adapters, conditional, unet
 from teachers.networks.records import RECORDS
@@ -76,7 +77,7 @@ def load(spec: str, download: bool = True) -> Teacher:
     embeddings = None
     record = {"source": where, **convention.record, **({"lora": options["lora"]} if "lora" in options else {})}
     if textual:
-        embeddings = prompts.Encoder(where, variant).table(lines) if lines else Conditions({})
+        embeddings = Encoder(where, variant).table(lines) if lines else Conditions({})
         classes = null = embeddings.count
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):
         record["without"] = without

@@ -74,6 +74,7 @@ def _with_prompts(spec: str) -> Teacher | None:
     where, option, file = spec.partition(",prompts=")
     if not option or not (where.endswith(".safetensors") or (Path(where) / "student.safetensors").is_file()):
         return None
-    from teachers.prompts import read_prompts, with_prompts
+    from teachers.encoder import with_prompts
+    from teachers.prompts import read_prompts
 
     return with_prompts(load(where), read_prompts(file))

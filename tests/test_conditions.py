@@ -28,7 +28,8 @@ from recipes.common.encoding import Encoding
 from recipes.data import latent_shards, sets
 from recipes.data.condition_shards import distinct, read_conditions
 from teachers.conditions import Rows
-from teachers.prompts import ENCODERS, Encoder, online
+from teachers.encoder import Encoder, online
+from teachers.prompts import ENCODERS
 
 CAPTIONS = [f"{a} {b}" for a in ("red", "a small", "the") for b in ("cat", "boat")]
 CPU = torch.device("cpu")

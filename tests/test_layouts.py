@@ -49,37 +49,37 @@ def test_dpg_gets_four_images_two_by_two_under_the_name_of_the_prompt(tmp_path):
 
 
 @pytest.mark.slow
-def test_samples_of_prompts_are_those_of_the_model_with_these_prompts_in_the_layout_that_is_asked_for(tmp_path):
+def test_samples_of_a_benchmark_are_those_of_the_model_with_these_prompts(tmp_path):
     sd(tmp_path).save_pretrained(tmp_path / "sd")
     prompts = ["a red kite", "two cats"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    (tmp_path / "meta.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     (tmp_path / "p").mkdir()
     for number, prompt in enumerate(prompts):
         (tmp_path / "p" / f"{number}.txt").write_text(prompt)
-    common = f"--model {tmp_path / 'sd'} --steps 2 --chunk 3 --guidance 2"
-    sample.main(
-        words(common, "--prompts", tmp_path / "prompts.txt", "--images-per-prompt", "2", "--output", tmp_path / "lines")
-    )
-    sample.main(words(common, "--prompts", f"dpg:{tmp_path / 'p'}", "--output", tmp_path / "dpg"))
+    common, two = f"--model {tmp_path / 'sd'} --steps 2 --chunk 3 --guidance 2", "--images-per-prompt 2"
+    sample.main(words(common, two, "--benchmark", f"geneval:{tmp_path / 'meta.jsonl'}", "--output", tmp_path / "geneval"))
+    sample.main(words(common, "--benchmark", f"dpg:{tmp_path / 'p'}", "--output", tmp_path / "dpg"))
     model = teachers.load(f"{tmp_path / 'sd'},prompts={tmp_path / 'prompts.txt'}")
     drawn = images(
         model, Sampling(), 2, [range(4)], 0, torch.device("cpu"), denoiser=model.guided(2.0), label_of=lambda i: i // 2
     )
     expected = next(iter(drawn)).pixels
     for i in range(4):
-        found = np.asarray(Image.open(tmp_path / "lines" / f"{i // 2:05d}" / f"{i % 2:06d}.png"))
+        found = np.asarray(Image.open(tmp_path / "geneval" / f"{i // 2:05d}" / "samples" / f"{i % 2:06d}.png"))
         assert abs(found.astype(int) - expected[i].permute(1, 2, 0).numpy().astype(int)).max() <= 1
-    assert (tmp_path / "lines" / "00001" / "prompt.txt").read_text() == "two cats\n"
+    assert json.loads((tmp_path / "geneval" / "00001" / "metadata.jsonl").read_text()) == {"prompt": "two cats"}
     height, width = expected.shape[2:]
     assert np.asarray(Image.open(tmp_path / "dpg" / "1.png")).shape == (2 * height, 2 * width, 3)
 
 
-def test_prompts_in_a_wrong_form_are_refused_in_one_line(refused, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat")
+def test_a_benchmark_in_a_wrong_form_is_refused_in_one_line(refused, tmp_path):
+    (tmp_path / "a.txt").write_text("a cat")
     for flags, line in {
-        f"--prompts {tmp_path}/prompts.txt --output x": "the model takes 10 labels: accepted are text-to-image models",
-        f"--prompts {tmp_path}/prompts.txt": "accepted are --output FOLDER and no --labels",
-        f"--prompts dpg:{tmp_path} --images-per-prompt 2 --output x": "DPG-Bench reads 4",
-        f"--prompts {tmp_path}/none.txt --output x": "none.txt",
+        f"--benchmark dpg:{tmp_path} --output x": "the model takes 10 labels: accepted are text-to-image models",
+        f"--benchmark dpg:{tmp_path}": "accepted are --output FOLDER",
+        f"--benchmark dpg:{tmp_path} --images-per-prompt 2 --output x": "DPG-Bench reads 4",
+        f"--benchmark {tmp_path} --output x": "accepted are geneval:FILE.jsonl and dpg:FOLDER",
+        f"--benchmark geneval:{tmp_path}/none --output x": "none",
     }.items():
         assert line in refused(sample.main, flags)

@@ -11,7 +11,7 @@ import teachers
 from distill import files
 from recipes import consistency, probe, progressive
 from recipes.data import sets
-from teachers.prompts import Encoder
+from teachers.encoder import Encoder
 
 PROMPTS = ["a cat", "two dogs on a boat", "blue", "a cat", 60 * "very " + "long"]
 SHORT = "--preset smoke --batch-size 8 --images 40 --chunk 40 --sweep-steps 1 --force --features test_latent_runs:Pool"

@@ -22,8 +22,9 @@ from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.codec import Codec
 from teachers.conditions import Conditions
+from teachers.encoder import Encoder, online
 from teachers.probe import Probe, probe
-from teachers.prompts import Encoder, online
+from teachers.prompts import read_prompts
 
 QUICK: dict[str, Any] = {"levels": 6, "samples": 16}  # the probe before a distillation
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP2", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # variables of `accelerate launch`
@@ -84,12 +85,22 @@ def conditioned(teacher: Teacher, data: Data, config: Any = None) -> tuple[Teach
     return teacher.with_conditions(table), data.captioned(list(table.prompts))
 
 
+def captions_for(model: Teacher, path: str | None, config: Any = None) -> Conditions | None:
+    """Return the conditions of the lines of --captions, on which a text-to-image model is measured; None for other models, or no file.
+
+    Equal lines count once. Raises ValueError for a file that cannot be read.
+    """
+    if path is None or model.embeddings is None:
+        return None
+    return encoded(model, distinct(read_prompts(path)), config)
+
+
 def encoded(teacher: Teacher, prompts: list[str], config: Any = None) -> Conditions:
     """Return the conditions of distinct prompts by the teacher's own text encoders, see `conditioned`."""
     state = PartialState(cpu=not torch.cuda.is_available())
     if config is None:
         return Encoder.of(teacher, device=state.device).table(prompts)
-    if config.conditions == "online" or config.dry_run:
+    if getattr(config, "conditions", "cached") == "online" or getattr(config, "dry_run", False):
         precision = torch.bfloat16 if state.device.type == "cuda" else torch.float32
         return online(Encoder.of(teacher, device=state.device, dtype=precision), prompts)
     encoding = Encoding(Encoder.of(teacher, device=state.device))

@@ -18,7 +18,7 @@ from recipes.common.plan import check_disk, gigabytes
 from recipes.common.shards import Shard, finished_shards, shared_folder, stored, unfinished, write_everywhere
 from recipes.data.condition_shards import PATTERN, read_conditions, write_index
 from teachers.conditions import Conditions
-from teachers.prompts import BATCH, Encoder
+from teachers.encoder import BATCH, Encoder
 
 SMALL = 64  # numbers of a row; smaller rows, such as sizes in pixels, stay in float32
 

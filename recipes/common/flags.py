@@ -23,6 +23,12 @@ def output_dir(default: str) -> Any:
     return machine_flag(default, "a new directory, or one with the same run, which is continued", path="folder")
 
 
+def captions_flag() -> Any:
+    """Declare --captions."""
+    text = "file of prompts, one per line, for the images of text-to-image models; default are those of the training"
+    return measuring_flag(None, text, short=False, path="file")
+
+
 @dataclass(frozen=True)
 class MachineFlags(Checked):
     """Threads, and the output directory."""
@@ -131,6 +137,7 @@ class SweepFlags(Checked):
         short=False,
         path="file",
     )
+    captions: str | None = captions_flag()
     chunk: int = measuring_flag(256, "images generated at once", short=False, **BATCH)
 
 

@@ -13,12 +13,14 @@ from distill import reading
 from distill.sampling import Sampling
 from eval import reference, report
 from eval.features import Extractor
+from eval.generate import initial_noise
 from eval.metrics import Reference
 from eval.reference import Generated, Identity
 from eval.sweep import Cell, Protocol, sweep
 from recipes.common.run import Run, device_name, versions
 from recipes.data.sets import Data
 from teachers import Teacher
+from teachers.saved import Stored
 
 Real = Data | tuple[Reference, Identity] | Generated  # what is measured against
 
@@ -87,6 +89,17 @@ def training_seconds(student: Path) -> float | None:
         return None
 
 
+def first_prompts(cells: list[Cell], seed: int, count: int = 8, longest: int = 60) -> list[str]:
+    """Return the prompts of the first images of every cell, cut for people; [] unless all cells share one table of prompts."""
+    models: list[Teacher] = [cell.model.origin if isinstance(cell.model, Stored) else cell.model for cell in cells]
+    table = models[0].embeddings
+    if table is None or not table.prompts or len({model.conditions_sha256 for model in models}) > 1:
+        return []
+    labels = initial_noise(range(count), (1,), table.count, seed).labels
+    assert labels is not None
+    return [table.prompts[i][:longest] for i in labels.tolist()]
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Hold the extractor, the reference and the protocol of a run's numbers."""
@@ -151,7 +164,7 @@ class Measurement:
 
         def write() -> dict:
             out = report.build(title, rows, asdict(self.protocol), self.reference, facts, finished)
-            report.write(out, run.folder, finished)
+            report.write(out, run.folder, finished, first_prompts(cells, self.protocol.seed))
             for warning in out["warnings"]:
                 run.say(f"warning: {warning}")
             return out

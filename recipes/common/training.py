@@ -30,7 +30,7 @@ from eval.features import Extractor
 from eval.machine import resident_bytes
 from eval.reference import Generated
 from eval.sweep import Cell
-from recipes.common.checks import check_denoiser, check_optimizer, check_steps, decoded_by
+from recipes.common.checks import captions_for, check_denoiser, check_optimizer, check_steps, decoded_by
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.cost import ADAM, Cost
 from recipes.common.flags import DistillationFlags
@@ -52,9 +52,10 @@ from recipes.common.plan import (
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher
+from teachers.conditions import Conditions
+from teachers.encoder import with_examples
 from teachers.export import deliver
 from teachers.export.lora import export_lora
-from teachers.prompts import with_examples
 from teachers.saved import Stored, load_student
 from teachers.teacher import require_network
 
@@ -91,6 +92,7 @@ class Experiment:
     forecast: Forecast | None = None  # of the plan
     seeds: dict[str, int] = field(default_factory=dict)  # of stages that are trained again
     verdict: str = ""
+    captions: Conditions | None = None  # of --captions
 
     @classmethod
     def open(
@@ -122,9 +124,12 @@ class Experiment:
         if teacher is not None:
             check_steps(teacher, config.sweep_steps)
         extractor = Extractor.create(config.features).fits(student.image_shape)
+        captions = captions_for(student, config.captions, config)
         own = None
         if teacher is not None and data.imageless:
-            own = Generated(teacher, REFERENCE_STEPS, getattr(config, "guidance", 1.0), config.images, config.seed)
+            own = Generated(
+                asked(teacher, captions), REFERENCE_STEPS, getattr(config, "guidance", 1.0), config.images, config.seed
+            )
         real = measured_against(config.reference, data, extractor, own)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
         if trial is not None:
@@ -140,7 +145,7 @@ class Experiment:
                 model.to(run.device)
         record |= {"config": settings_of(config)}
         record |= {} if teacher is None else {"teacher_sha256": teacher.fingerprint}
-        e = cls(config, teacher, student, data, title, record, run, extractor, real, disk, replay=replay)
+        e = cls(config, teacher, student, data, title, record, run, extractor, real, disk, replay=replay, captions=captions)
         if not config.dry_run:
             e.measurement  # noqa: B018 (the features of the data, before anything is trained)
         return e
@@ -153,9 +158,10 @@ class Experiment:
     def add_baselines(self, steps: int, samplers: Iterable[str] = BASELINES) -> None:
         """Add the cells of the teacher: training-free ``samplers``, and DDIM at ``steps``, which ratios are taken against."""
         assert self.teacher is not None
+        teacher = asked(self.teacher, self.captions)
         for ending, guidance in measured(self.config, self.student).items():
-            self.cells += baselines(self.teacher, f"teacher{ending}", self.config.sweep_steps, samplers, guidance)
-            self.cells += baselines(self.teacher, f"teacher{ending}", (steps,), ("ddim",), guidance)
+            self.cells += baselines(teacher, f"teacher{ending}", self.config.sweep_steps, samplers, guidance)
+            self.cells += baselines(teacher, f"teacher{ending}", (steps,), ("ddim",), guidance)
 
     def plan(self, method: Method, budgets: list[Optimization], steps: Sequence[int], more: int = 0) -> None:
         """Say what will be done, and the time, memory and disk it should take, measured on a few training steps and calls.
@@ -243,7 +249,7 @@ class Experiment:
         self.seconds = training_seconds(file) or self.seconds
         if sampling is not None:
             label = label or f"student@{name}"
-            stored = Stored(file, self.student, student.fingerprint, student.denoiser.schedule)
+            stored = Stored(file, asked(self.student, self.captions), student.fingerprint, student.denoiser.schedule)
             self.students |= dict.fromkeys(sampling.steps, stored)
             for ending, guidance in measured(self.config, student).items():
                 named = f"{label}{ending}"
@@ -333,6 +339,11 @@ class Experiment:
             self.run.say(self.forecast.outcome())
         self.run.say(f"\n{self.verdict}\nreport: {self.run.folder / 'report.html'}")
         self.run.close()
+
+
+def asked(model: Teacher, captions: Conditions | None) -> Teacher:
+    """Return the model with the conditions of --captions, where there are any."""
+    return model if captions is None else model.with_conditions(captions)
 
 
 def export_pipelines(run: Run, model: Teacher) -> None:
