@@ -87,7 +87,7 @@ from eval.report import pictures_of
 from eval.sweep import Cell
 from eval.verdict import good, with_comparisons
 from recipes import consistency, progressive
-from recipes.common.checks import check_match
+from recipes.common.checks import check_match, conditioned
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
 from recipes.common.run import Run, device_name, versions
@@ -100,8 +100,8 @@ from teachers.saved import Stored
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        teacher = teachers.load(config.teacher)
-        data = check_match(teacher, sets.load(config.data), training=True)
+        teacher, data = conditioned(teachers.load(config.teacher), sets.load(config.data))
+        data = check_match(teacher, data, training=True)
         extractor = Extractor.create(config.features).fits(teacher.image_shape)
         real = measured_against(config.reference, data, extractor)
         other = None if config.second_features == config.features else second_extractor(config, teacher)

@@ -61,6 +61,7 @@ from recipes.common.checks import check_match
 from recipes.common.encoding import Encoding, row_bytes
 from recipes.common.interrupts import interruptible
 from recipes.common.plan import check_disk, gigabytes
+from recipes.common.run import agreed
 from recipes.common.shards import (
     Shard,
     finished_shards,
@@ -163,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(config.threads)
         model, data = load_pair(config)
         encoding = None if model.embeddings is None else encoding_of(model, config, state)
-        if state.is_main_process:
-            announce(data, model, config, 0 if encoding is None else row_bytes(encoding.null()))
+        row = 0 if encoding is None else row_bytes(encoding.null())
+        agreed(lambda: announce(data, model, config, row))
         index = describe(model, data, config)
         total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
         settings = {"shard_images": config.shard_images, "batch_size": config.batch_size, "most": config.most}

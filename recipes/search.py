@@ -63,7 +63,7 @@ from eval import fidelity
 from eval.features import Extractor
 from eval.generate import chunks, images
 from eval.sweep import Cell
-from recipes.common.checks import check_match, check_steps
+from recipes.common.checks import check_match, check_steps, conditioned
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement
 from recipes.common.run import Run
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__, PRESETS, argv)
         model, data = teachers.load(config.model), sets.load(config.data)
         data.require_pixels()
+        model, data = conditioned(model, data)
         check_match(model, data)
         check_steps(model, (*config.steps, config.nodes))
         if max(config.steps) > config.nodes:

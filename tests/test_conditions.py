@@ -135,6 +135,17 @@ def test_a_cache_is_found_again_without_a_text_encoder(made, tmp_path, monkeypat
     assert "pipeline" not in vars(how.encoder)  # the encoders are freed
 
 
+def test_a_shard_that_does_not_agree_with_the_index_is_refused(made, tmp_path):
+    shutil.copytree(made / "encoded", tmp_path / "e")
+    shard = tmp_path / "e" / "conditions-00000.safetensors"
+    files.save(shard, {"text": torch.zeros(3, 77, 8)}, {})
+    refuses(
+        "conditions.safetensors: conditions-00000.safetensors: text is torch.float32 (3, 77, 8)", sets.load, str(tmp_path / "e")
+    )
+    shard.unlink()
+    refuses("conditions-00000.safetensors: there is no such file", sets.load, str(tmp_path / "e"))
+
+
 @pytest.mark.slow
 def test_two_processes_encode_what_one_does(made, tmp_path):
     arguments = words(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from eval.progress import progress
 from recipes.common.plan import check_disk, gigabytes
+from recipes.common.run import agreed
 from recipes.common.shards import Shard, finished_shards, shared_folder, stored, unfinished, write_everywhere
 from recipes.data.condition_shards import PATTERN, read_conditions, write_index
 from teachers.conditions import Conditions
@@ -92,9 +93,12 @@ def cached(folder: Path, prompts: list[str], encoding: Encoding, state: PartialS
     place = folder / f"conditions-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not place.is_dir():
         size = row_bytes(encoding.null()) * len(prompts)
-        if state.is_main_process:
+
+        def announce() -> None:
             tqdm.write(f"{len(prompts):,} prompts are encoded into {place}, {gigabytes(size)}")
             check_disk(unfinished(place), size)
+
+        agreed(announce)
         with shared_folder(place, state) as aside:
             encoding.write(aside, prompts, state)
     found = read_conditions(place)
