@@ -75,7 +75,13 @@ def load(spec: str, download: bool = True) -> Teacher:
     outer, network = adapters.wrap(inner, network, convention.adapter)
     denoiser = Denoiser(frozen(outer), convention.schedule, convention.prediction, convention.time, convention.sigma_data)
     embeddings = None
-    record = {"source": where, **convention.record, **({"lora": options["lora"]} if "lora" in options else {})}
+    known = {key: value for key, value in config.items() if key != "trained_betas" and (key == "_class_name" or key[0] != "_")}
+    record = {
+        "source": where,
+        "scheduler": known,
+        **convention.record,
+        **({"lora": options["lora"]} if "lora" in options else {}),
+    }
     if textual:
         embeddings = Encoder(where, variant).table(lines) if lines else Conditions({})
         classes = null = embeddings.count
@@ -128,7 +134,7 @@ def _shape(where: str, net: Any, codec: Codec | None, size: str | None) -> tuple
             f"size={size}: {where} has a {type(net).__name__} for one size; accepted are UNets and classes without sample_size"
         )
     if "sample_size" in net.config:
-        net.register_to_config(sample_size=latents)
+        net.register_to_config(sample_size=[*latents])
     return conditional.channels_of(net), *latents
 
 

@@ -5,24 +5,34 @@ The scheduler's solver does not matter here: all schedulers with a discrete tabl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from distill.sampling import Sampling
 from distill.schedule import EDM, VE, Flow, Schedule, Table
+from teachers.networks.records.record import by_count
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 DISCRETE = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "LMSDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
-    "DEISMultistepScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler",
+    "DEISMultistepScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverSDEScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
+STAND_IN = (
+    "HeunDiscreteScheduler"  # has the options and defaults of these; one needs torchsde, the others take seconds to build
+)
+STOOD_IN = ("DPMSolverSDEScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 EXPLODING = ("ScoreSdeVeScheduler", "KarrasVeScheduler")
 PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 BOUNDARY = "CMStochasticIterativeScheduler"
-FLOW = "FlowMatchEulerDiscreteScheduler"
-SCHEDULERS = (*DISCRETE, *EXPLODING, *PRECONDITIONED, BOUNDARY, FLOW)
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+SCHEDULERS = (*DISCRETE, *EXPLODING, *PRECONDITIONED, BOUNDARY, *FLOWS)
 
 
 @dataclass(frozen=True)
@@ -69,11 +79,31 @@ def read(config: dict, what: str) -> Convention:
             return _discrete(config, c)
         if name in EXPLODING:
             return _exploding(name, c)
-        if name == FLOW:
+        if name in FLOWS:
             return _flow(c)
         return _edm(name, c)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(f"{what}: {name}: {' '.join(str(error).split())}") from None
+
+
+def times(config: dict, steps: int, shape: tuple[int, ...], grid: Callable[..., dict] = by_count) -> Tensor:
+    """Return the times that a pipeline's own scheduler visits, then the data, float64 [steps + 1], on the schedule that `read` returns.
+
+    ``shape``: of one sample; a dynamic shift depends on it. ``grid``: that of the network's `Record`. Second stages of a step, such as
+    Heun's, are left out. Raises ValueError for a scheduler without a list of noise levels.
+    """
+    scheduler, schedule = _instance(config["_class_name"], config), read(config, "the pipeline").schedule
+    if config["_class_name"] not in (*DISCRETE, *FLOWS):
+        raise ValueError(f"{config['_class_name']}: accepted are {', '.join((*DISCRETE, *FLOWS))}")
+    scheduler.set_timesteps(**grid(scheduler.config, steps, shape))
+    levels = getattr(scheduler, "sigmas", None)
+    if levels is None:  # entries of the table
+        found = (scheduler.timesteps.double() + 1) / scheduler.config["num_train_timesteps"]
+    elif isinstance(schedule, Flow):
+        found = levels[:-1].double()
+    else:
+        found = schedule.time_of(levels[:-1][levels[:-1] > 0].double())
+    return torch.cat([torch.unique_consecutive(found), found.new_tensor([schedule.t_clean])])
 
 
 def _instance(default: str, config: dict) -> Any:
@@ -82,7 +112,10 @@ def _instance(default: str, config: dict) -> Any:
 
     if "_class_name" not in config:  # one of this project; `from_config` would import all schedulers, and scipy with them
         return getattr(diffusers, default)(**config)
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    name = config["_class_name"]
+    if name in STOOD_IN:
+        return getattr(diffusers, STAND_IN).from_config({key: v for key, v in config.items() if key != "_class_name"})
+    return getattr(diffusers, name).from_config(config)
 
 
 def _discrete(config: dict, c: dict) -> Convention:

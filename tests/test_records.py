@@ -14,8 +14,11 @@ from distill.denoiser import Denoiser
 from distill.samplers import ddim
 from distill.sampling import Sampling
 from distill.schedule import Flow
+from teachers import diffusers_scheduler
 from teachers.export import deliver
 from teachers.networks import conditional
+from teachers.networks.records import RECORDS
+from teachers.probe import probe
 
 CALLS = {  # guidance in our convention -> arguments of the pipeline's call
     "Flux schnell": lambda w: {"true_cfg_scale": w, "negative_prompt": ["", ""]},
@@ -43,6 +46,12 @@ def family(request, tmp_path_factory):
     pipeline.set_progress_bar_config(disable=True)
     size = "" if request.param in SIZED else ",size=16"
     return request.param, pipeline, teachers.load(f"{folder / 'pipeline'},prompts={folder / 'prompts.txt'}{size}")
+
+
+def own_times(pipeline, teacher, steps):
+    """The grid of the pipeline's scheduler, from its configuration."""
+    grid = RECORDS[type(pipeline.transformer).__name__].grid
+    return diffusers_scheduler.times(teacher.record["scheduler"], steps, teacher.shape, grid)
 
 
 def watched(name, pipeline, guidance, steps):
@@ -81,6 +90,7 @@ def test_eulers_method_gives_the_steps_and_the_images_of_the_pipeline(family, gu
     images, sigmas, seen = watched(name, pipeline, guidance, 3)
     noise = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(5))
     assert len(seen) == 3 and teacher.denoiser.schedule == Flow() and torch.equal(seen[0][0], noise)
+    assert torch.allclose(own_times(pipeline, teacher, 3), sigmas.double(), atol=1e-6)
     for model in (teacher, again(teacher, tmp_path)):
         denoiser, cond = model.guided(guidance), model.condition(torch.tensor([1, 2]))
         with torch.no_grad():
@@ -176,6 +186,19 @@ def test_an_option_that_the_network_cannot_have_is_refused_in_one_line(tmp_path)
         (f"{schnell},size=-16", "size=-16: accepted are HEIGHTxWIDTH"),
     ):
         assert len(refuses(message, teachers.load, spec)) < 250
+
+
+def test_the_size_of_a_spec_is_the_size_that_sdxl_is_conditioned_on(tmp_path):
+    teacher = teachers.load(f"{saved(xl(tmp_path / 'parts'), tmp_path)},size=24x32")
+    assert teacher.condition(torch.tensor([0]))["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]]
+    assert again(teacher, tmp_path).describe() == teacher.describe()
+
+
+def test_the_probe_reads_latents_with_statistics_per_channel(family):
+    _, _, teacher = family
+    images, labels = torch.rand(16, 3, *teacher.image_shape[1:]) * 2 - 1, torch.arange(16) % 3
+    found = probe(teacher, images, labels, levels=2, samples=2)
+    assert not found.ok and "no denoiser" in found.verdict  # random weights
 
 
 def test_a_class_that_the_installed_diffusers_lacks_is_named_in_one_line(tmp_path, monkeypatch):

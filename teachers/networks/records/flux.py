@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import Encoded, Record, device
+from teachers.networks.records.record import Encoded, Record, by_sigmas, device
 
 
 def pack(x: Tensor) -> Tensor:
@@ -62,5 +62,5 @@ def encode_chroma(pipeline: Any, prompts: list[str]) -> Encoded:
     return {"text": (text, null), "mask": (mask, null_mask)}
 
 
-RECORD = Record(Flux, {"FluxPipeline": encode}, packing=2, side=128, guidance=3.5)
-CHROMA = Record(Chroma, {"ChromaPipeline": encode_chroma}, packing=2, side=128)
+RECORD = Record(Flux, {"FluxPipeline": encode}, packing=2, side=128, guidance=3.5, grid=by_sigmas)
+CHROMA = Record(Chroma, {"ChromaPipeline": encode_chroma}, packing=2, side=128, grid=by_sigmas)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import Encoded, Record, device
+from teachers.networks.records.record import Encoded, Record, by_sigmas, device
 
 
 class Flux2(Adapter):
@@ -36,4 +37,11 @@ def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     return {"text": (text[:-1], text[-1:])}
 
 
-RECORD = Record(Flux2, {"Flux2Pipeline": encode, "Flux2KleinPipeline": encode}, side=64, guidance=4.0)
+def grid(config: Any, steps: int, shape: tuple[int, ...]) -> dict:
+    """Return levels with the shift that diffusers has for this number of tokens and steps."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return by_sigmas(config, steps, shape) | {"mu": compute_empirical_mu(math.prod(shape[1:]), steps)}
+
+
+RECORD = Record(Flux2, {"Flux2Pipeline": encode, "Flux2KleinPipeline": encode}, side=64, guidance=4.0, grid=grid)

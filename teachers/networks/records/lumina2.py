@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import Encoded, Record, device
+from teachers.networks.records.record import Encoded, Record, by_sigmas, device, shift_of
 
 
 class Lumina2(Adapter):
@@ -28,4 +28,9 @@ def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     return {"text": (text, null), "mask": (mask, null_mask)}
 
 
-RECORD = Record(Lumina2, {"Lumina2Pipeline": encode})
+def grid(config: Any, steps: int, shape: tuple[int, ...]) -> dict:
+    """Return what the pipeline does, which takes the channels of the latents for their tokens."""
+    return by_sigmas(config, steps, shape) | shift_of(config, shape[0])
+
+
+RECORD = Record(Lumina2, {"Lumina2Pipeline": encode}, grid=grid)

@@ -9,7 +9,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from teachers.networks.adapters import Adapter
 from teachers.networks.records.flux import pack, unpack
-from teachers.networks.records.record import Encoded, Record, default, device, padded
+from teachers.networks.records.record import Encoded, Record, by_sigmas, default, device, padded
 
 
 class QwenImage(Adapter):
@@ -35,4 +35,4 @@ def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     return {"text": (text[:-1], text[-1:]), "mask": (mask[:-1], mask[-1:])}
 
 
-RECORD = Record(QwenImage, {"QwenImagePipeline": encode}, packing=2, side=128)
+RECORD = Record(QwenImage, {"QwenImagePipeline": encode}, packing=2, side=128, grid=by_sigmas)

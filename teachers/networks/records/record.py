@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,26 @@ from torch import Tensor, nn
 
 Encoded = dict[str, tuple[Tensor, Tensor]]  # condition -> rows [P, ...] of the prompts, and of the empty prompt [1 or P, ...]
 Encode = Callable[[Any, list[str]], Encoded]  # of a pipeline and its prompts
+
+
+def shift_of(config: Any, tokens: int) -> dict[str, float]:
+    """Return the shift of a number of tokens, linear between those of the base and the largest number: {} without dynamic shift."""
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return {"mu": base + (most - base) * (tokens - low) / (high - low)}
+
+
+def by_count(config: Any, steps: int, shape: tuple[int, ...]) -> dict:
+    """Return the step count alone, and the shift of tokens of 2x2 latents."""
+    return {"num_inference_steps": steps, **shift_of(config, math.prod(shape[1:]) // 4)}
+
+
+def by_sigmas(config: Any, steps: int, shape: tuple[int, ...]) -> dict:
+    """Return the noise levels 1, 1 - 1/N, ..., 1/N, and the shift of tokens of 2x2 latents."""
+    levels = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+    return {"sigmas": levels, **shift_of(config, math.prod(shape[1:]) // 4)}
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,7 @@ class Record:
     pipeline have rows of one shape. ``packing``: latents of ``in_channels / packing^2`` channels are given to the network as squares of
     this side. ``side``: of the latents, for a class whose configuration has no ``sample_size``. ``guidance``: the pipeline's default of
     a guidance scale that is embedded; None for two calls. ``unguided``: the ``guidance_scale`` of the pipeline that means none.
+    ``grid``: what the pipeline passes to ``scheduler.set_timesteps``, of the scheduler's configuration, steps and shape of one sample.
     """
 
     call: Callable[..., nn.Module]
@@ -31,6 +53,7 @@ class Record:
     side: int | None = None
     guidance: float | None = None
     unguided: float = 1.0
+    grid: Callable[[Any, int, tuple[int, ...]], dict] = by_count
 
 
 def device(pipeline: Any) -> torch.device:

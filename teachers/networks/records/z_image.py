@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teachers.networks.adapters import Adapter
-from teachers.networks.records.record import Encoded, Record, default, device, padded
+from teachers.networks.records.record import Encoded, Record, by_sigmas, default, device, padded
 
 
 class ZImage(Adapter):
@@ -26,4 +26,4 @@ def encode(pipeline: Any, prompts: list[str]) -> Encoded:
     return {"text": (text[:-1], text[-1:]), "mask": (mask[:-1], mask[-1:])}
 
 
-RECORD = Record(ZImage, {"ZImagePipeline": encode}, side=128, unguided=0.0)
+RECORD = Record(ZImage, {"ZImagePipeline": encode}, side=128, unguided=0.0, grid=by_sigmas)
