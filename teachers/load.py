@@ -16,7 +16,9 @@ FORMS = {
     "FILE.safetensors or RUN": "a model that this project wrote, or a run's directory, which stands for its last student",
     "FOLDER or OWNER/NAME": "a diffusers pipeline in a folder or on the hub; of several weights, PIPELINE,variant=fp16 chooses",
     "PIPELINE,prompts=FILE": "a text-to-image model, or a student of one, for a few prompts: each line of the file is a class",
-    "PACKAGE.MODULE:FACTORY,schedule=...,prediction=...,shape=...": "any nn.Module called as (x, t, labels); more: teachers/custom.py",
+    "PIPELINE,lora=FILE,size=HEIGHTxWIDTH,guidance=W": "with a LoRA added, images of another size, an embedded guidance scale",
+    "PACKAGE.MODULE:FACTORY,schedule=...,prediction=...,shape=...": "any nn.Module called as (x, t, labels); labels_as=y, "
+    "order=t,x, time=reversed read others; more: teachers/custom.py",
     "guided:FILE,size=SIDE,head_channels=WIDTH": "the state dict of a guided-diffusion UNet; more: teachers/adm.py",
     "experts:SPEC|SPEC,logsnr=NUMBER": "several models, each for its own range of noise levels",
     "oracle:gaussian, oracle:mixture or oracle:digits": "exact denoisers in closed form",

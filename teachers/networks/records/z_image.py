@@ -1,4 +1,7 @@
-"""Z-Image: lists of [C, 1, H, W] and of texts, time from 0 (noise) to 1 (data), and the negative velocity."""
+"""Z-Image: lists of [C, 1, H, W] and of texts, time from 0 (noise) to 1 (data), and the negative velocity.
+
+Its pipeline's ``guidance_scale`` is ours less 1: 0 is none.
+"""
 
 from __future__ import annotations
 
