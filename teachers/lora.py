@@ -65,14 +65,17 @@ def merged(model: Teacher) -> Teacher:
 def build(config: dict, given: nn.Module | None, find: Callable[[str], Teacher] | None) -> nn.Module:
     """Build the network of a description: find the base, and put a new adapter on it.
 
-    ``given``: a module of the user's own inside the base, or a network with this adapter, which is returned. ``find``: loads a model from
-    its spec. Raises ValueError where the base is not at its source, or has changed.
+    ``given``: the base, a module of the user's own inside it, or a network with this adapter, which is returned. ``find``: loads a model
+    from its spec. Raises ValueError where the base is not at its source, or has changed.
     """
     if isinstance(given, Adapted):
         return given
     if not (type(config["rank"]) is int and 1 <= config["rank"] <= MOST):
         raise ValueError(f"a LoRA adapter of rank {str(config['rank'])[:20]}: accepted are 1 to {MOST}")
-    base = networks.build(config["network"], given) if given is not None else _base(config["network"], config["source"], find)
+    if given is None:
+        base = _base(config["network"], config["source"], find)
+    else:
+        base = networks.build(config["network"], given) if _innermost(config["network"])["family"] == "given" else given
     if files.weights_sha256(base.state_dict()) != config["sha256"]:
         where = next(iter(config["source"].values()))
         raise ValueError(f"{where}: its weights are not those that this LoRA adapter was trained on")
@@ -110,6 +113,10 @@ def _source_of(model: Teacher, spec: str) -> dict[str, Any]:
         fused = {"lora": str(Path(model.record["lora"]).resolve())} if "lora" in model.record else {}
         return {key: model.codec.source[key] for key in ("folder", "variant") if key in model.codec.source} | fused
     return {"spec": str(Path(spec).resolve()) if Path(spec).exists() else spec}
+
+
+def _innermost(network: dict) -> dict:
+    return _innermost(network["config"]["network"]) if network["family"] == "adapter" else network
 
 
 def is_rounded(network: dict) -> bool:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from conftest import refuses, words
 from pipelines import FAMILIES, PROMPTS
 
+import fewstep as fs
 import teachers
 from distill import files
 from distill.consistency import Consistency, Neighbours, truncated_snr
@@ -24,6 +25,7 @@ from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive
 from recipes.common.building import method_of
 from recipes.data import sets
+from teachers.custom import wrap
 from teachers.lora import merged, rounded, with_adapter
 from teachers.networks.lora import ATTENTION, is_adapter
 
@@ -252,3 +254,24 @@ def test_a_file_whose_adapter_is_described_wrongly_is_refused_in_one_line(change
     description["network"]["config"] |= changes
     files.save(path, tensors, {key: value for key, value in description.items() if key != "format"})
     refuses("", teachers.load, str(path))
+
+
+def test_an_adapter_of_a_teacher_without_a_file_is_loaded_onto_its_network(teacher, tmp_path):
+    """Made from Python: the base is given as net."""
+    path = tmp_path / "student.safetensors"
+    for net, model in ((teacher.denoiser.net, teacher), (Mine(), None)):
+        model = model or wrap(net, schedule=Cosine(), prediction="v", shape=(1, 8, 8), classes=10)
+        student = changed(with_adapter(model, "python-0", 2, ["conv1"] if net is teacher.denoiser.net else ["layer"]))
+        teachers.save(path, student)
+        assert torch.equal(x0(fs.load(path, net=net).inner), x0(student))
+        refuses("", fs.load, path)
+    refuses("its weights are not those that this LoRA adapter was trained on", fs.load, path, net=Mine())
+
+
+class Mine(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, x, t, labels):
+        return self.layer(x.flatten(1)).view_as(x)

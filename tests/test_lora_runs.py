@@ -21,6 +21,7 @@ from distill.sampling import Sampling
 from recipes import consistency, evaluate, export, progressive
 from recipes.common.flags import LoraFlags
 from recipes.common.lora import with_lora
+from teachers.codec import Codec
 from teachers.export import deliver
 from teachers.export.lora import export_lora
 from teachers.lora import merged, rounded, with_adapter
@@ -159,11 +160,14 @@ def test_an_adapter_on_a_rounded_base_is_trained_and_is_a_teacher_of_adapters_an
     assert all(weight.requires_grad for weight in plain.student().net.parameters())
 
 
-def test_a_text_teacher_gets_an_adapter_with_all_that_saves_memory(made, tmp_path, capsys, stock_here):  # noqa: F811
+def test_a_text_teacher_gets_an_adapter_with_all_that_saves_memory(made, tmp_path, capsys, stock_here, monkeypatch):  # noqa: F811
     teacher = ("--teacher", text_model(made), "--data", made / "captioned")
     lora = "--lora-rank 2 --base-precision bf16 --checkpoint-activations --microbatch 16 --decode sliced"
     flags = (SHORT, OURS, measured(made), lora, "--method dmd --steps 1 --output-dir", tmp_path / "run")
+    moves: list = []
+    monkeypatch.setattr(Codec, "to", lambda self, device: moves.append(device.type))
     here(consistency.main, *teacher, *flags)
+    assert moves and set(moves) == {"cpu"}  # the autoencoder leaves the device before each stage
     out = capsys.readouterr().out
     assert "pipeline/ gives the same pixels" in out and "lora/ gives the same pixels in the teacher's own pipeline" in out
     model = teachers.load(str(tmp_path / "run"))
