@@ -77,6 +77,7 @@ def test_a_new_adapter_changes_no_bit_and_needs_no_second_base(teacher):
     model = with_adapter(teacher, "digits", 4, TARGETS)
     student = model.student()
     assert torch.equal(x0(model), x0(teacher))
+    assert all(weight.requires_grad == is_adapter(name) for name, weight in student.net.named_parameters())
     assert pointers(teacher.denoiser.net) < pointers(student.net)
     assert pointers(copy.deepcopy(student.net)) & pointers(student.net) == pointers(teacher.denoiser.net)
 
