@@ -20,7 +20,7 @@ PRESETS: dict[str, dict] = {
     "default": {},  # about 10 minutes on two CPU cores
     "full": {"images_per_stage": 240_000, "images": 10_000},
     "smoke": {  # about a minute, no quality
-        "start_steps": 8, "images_per_stage": 512, "images": 200, "sweep_steps": (1, 2), "sweep_guidance": (1.0, 4.0),
+        "start_steps": 8, "images_per_stage": 256, "images": 200, "sweep_steps": (1, 2), "sweep_guidance": (1.0, 4.0),
     },
 }  # fmt: skip
 
@@ -40,7 +40,9 @@ class Config(flags.DistillationFlags):
     start_steps: int = flag(64, "steps of the guided teacher's DDIM sampler", at_least=2, at_most=STEPS["at_most"])
     end_steps: int = flag(1, "steps of the last student: start-steps divided by a power of two", **STEPS)
     images_per_stage: int = training_flag(
-        24_000, "training images per stage; stages to 2 and 1 steps take twice as many, those to more than 8 half", **TRAINED
+        24_000,
+        "training images per stage; stage one takes three times as many, stages to 2 and 1 steps twice, those to more than 8 half",
+        **TRAINED,
     )
     lr: float = training_flag(1.5e-3, "learning rate; it falls linearly to 0 over each stage", **LEARNING_RATE)
 

@@ -27,6 +27,7 @@ PRESETS: dict[str, dict] = {
     "smoke": {"start_steps": 8, "images_per_stage": 1024, "images": 200, "sweep_steps": (1, 2)},  # about a minute, no quality
 }
 
+GUIDED = 3  # times the images of a stage for the stage in which a student learns guidance
 FIRST_TRY = "first-try"  # the file of a student that is trained again with twice the images
 
 
@@ -128,13 +129,14 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     if plan:
         first = stage_loss(config, on_schedule(target, student.denoiser.schedule), *pairs[0])
         more = sum(budget(config, n).trained_images * (m // n - pairs[0][0] // pairs[0][1]) for m, n in pairs)
-        warm = [config.start_steps] if warm_start(config, e.teacher, student) else []
-        e.plan(first, [budget(config, n) for n in (*warm, *steps)], steps, more=more)
+        name = warm_start(config, e.teacher, student)
+        warm = [warm_budget(config, name)] if name else []
+        e.plan(first, [*warm, *(budget(config, n) for n in steps)], steps, more=more)
     restart(config, e, steps)
     if name := warm_start(config, e.teacher, student):
         times = uniform(student.denoiser.schedule, config.start_steps) if config.data_free else None
         denoising = Regression(Mix(target), times=times)
-        student = e.stage(name, as_v(student), denoising, budget(config, config.start_steps))
+        student = e.stage(name, as_v(student), denoising, warm_budget(config, name))
         target = under_autocast(student.denoiser, precision)
     for before, n in pairs:  # N <- N / 2
         student, go_on = climb(config, e, student, stage_loss(config, target, before, n), n)
@@ -267,6 +269,12 @@ def warm_start(config: Config, teacher: Teacher, student: Teacher) -> str:
     if student.guidance is not None and teacher.guidance is None:
         return "guided"
     return "v" if config.student is not None or student.parametric.prediction in ("eps", "score") else ""
+
+
+def warm_budget(config: Config, name: str) -> Optimization:
+    """Return the training of the stage that `warm_start` names."""
+    planned = budget(config, config.start_steps)
+    return replace(planned, images=GUIDED * planned.images) if name == "guided" else planned
 
 
 def as_v(model: Teacher) -> Teacher:

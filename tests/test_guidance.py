@@ -58,7 +58,8 @@ X, LABELS = torch.randn(64, 2, generator=torch.Generator().manual_seed(1)).doubl
 def loss(method, student, rows=None):
     rng = Rng(torch.Generator().manual_seed(3), len(X), rows)
     part = rows or slice(None)
-    return OverRange(method, RANGE)(student, X[part], rng=rng, progress=0.5, labels=LABELS[part])
+    given = {"labels": LABELS[part], "guidance": torch.ones(len(X[part]))}  # the batch has the model's own scale
+    return OverRange(method, RANGE)(student, X[part], rng=rng, progress=0.5, **given)
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,13 @@ class SlowTime(nn.Module):
 class GuidedTime(nn.Module):
     """Replace a UNet's time projection P by P(t) + A (u, cos(k pi u), sin(k pi u)), k = 1..4, u = (w - low) / (high - low).
 
-    w is the guidance ``scale`` (Fourier features beside the time, Meng et al. 2210.03142). A starts at 0, so that a converted network
-    first ignores w.
+    w is the guidance ``scale`` (Fourier features beside the time, Meng et al. 2210.03142). `with_guidance` begins with A = 0.
     """
 
     def __init__(self, projection: nn.Module, width: int, low: float, high: float):
         super().__init__()
         self.projection, self.low, self.high = projection, low, high
         self.scale_linear = nn.Linear(9, width, bias=False)
-        nn.init.zeros_(self.scale_linear.weight)
         self.scale: Tensor | None = None
 
     def forward(self, t: Tensor) -> Tensor:
