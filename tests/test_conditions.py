@@ -117,8 +117,10 @@ def test_an_encoding_that_was_killed_continues_to_the_same_bytes(made, tmp_path,
         encoding.cached(tmp_path, CAPTIONS, how, PartialState())
     (aside,) = tmp_path.glob(".conditions-*.unfinished")
     assert [p.name for p in aside.glob("conditions-*")] == ["conditions-00000.safetensors"]
-    monkeypatch.setattr(Encoder, "__call__", whole)
+    again = []
+    monkeypatch.setattr(Encoder, "__call__", lambda self, prompts: again.append(prompts) or whole(self, prompts))
     encoding.cached(tmp_path, CAPTIONS, how, PartialState())
+    assert again == [[""], [""], CAPTIONS[4:]]  # of the first shard, nothing
     encoding.cached(tmp_path / "again", CAPTIONS, how, PartialState())
     (one,), (two,) = tmp_path.glob("conditions-*"), (tmp_path / "again").glob("conditions-*")
     names = sorted(p.name for p in one.iterdir())
@@ -182,6 +184,19 @@ def test_online_conditions_are_those_of_the_cache(made):
         one, other = table(torch.tensor(labels))["text"], live(torch.tensor(labels))["text"]
         assert torch.allclose(one, other, atol=1e-6)
     assert live.count == 6 and live.sha256 == table.sha256
+
+
+def test_online_conditions_of_the_null_label_are_the_pipelines_negative_ones(monkeypatch):
+    """SDXL has zeros there, and not what its encoders make of an empty prompt."""
+    monkeypatch.setattr(Encoder, "sha256", "e")
+    monkeypatch.setattr(
+        Encoder,
+        "__call__",
+        lambda _, texts: {"text": (torch.tensor([[float(len(t))] for t in texts]), torch.full((1, 1), -1.0))},
+    )
+    live = online(Encoder("nowhere"), ["a", "bb"])
+    for labels, expected in (([2, 1, 0, 1], [-1, 2, 1, 2]), ([2, 2], [-1, -1]), ([1, 1], [2, 2])):
+        assert live(torch.tensor(labels))["text"][:, 0].tolist() == expected
 
 
 def test_batches_of_mapped_latents_and_conditions_are_those_in_memory(made, monkeypatch):
