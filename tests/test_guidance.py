@@ -58,8 +58,7 @@ X, LABELS = torch.randn(64, 2, generator=torch.Generator().manual_seed(1)).doubl
 def loss(method, student, rows=None):
     rng = Rng(torch.Generator().manual_seed(3), len(X), rows)
     part = rows or slice(None)
-    given = {"labels": LABELS[part], "guidance": torch.ones(len(X[part]))}  # the batch has the model's own scale
-    return OverRange(method, RANGE)(student, X[part], rng=rng, progress=0.5, **given)
+    return OverRange(method, RANGE)(student, X[part], rng=rng, progress=0.5, labels=LABELS[part])
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,14 @@ def test_scales_are_uniform_in_the_range_and_those_of_a_part_are_those_of_the_wh
     assert torch.equal(whole, torch.cat(parts)) and all(float(w) in RANGE for w in whole)
     assert abs(whole.mean() - 2.5) < 0.1 and abs(whole.std() - 3 / 12**0.5) < 0.05
     assert not torch.equal(whole, RANGE.draw(Rng.seeded(6, torch.device("cpu"), 600)))
+
+
+def test_the_drawn_scales_replace_those_that_the_batch_has():
+    def given(student, x0, *, rng, progress, **cond):
+        return cond["guidance"]
+
+    drawn = OverRange(given, RANGE)(None, X, rng=Rng.seeded(5, X.device, 64), progress=0.0, guidance=torch.ones(64))
+    assert torch.equal(drawn, RANGE.draw(Rng.seeded(5, X.device, 64)))
 
 
 def learning(model):
