@@ -15,6 +15,7 @@ Beside them are unet.png and flow.png, pictures by prompt, and quality.json: FID
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ from distill.denoiser import Denoiser
 from distill.distance import snr_plus_one
 from distill.files import replacing, replacing_folder, write_json, write_text
 from distill.images import from_uint8
+from distill.reading import read_json
 from distill.regression import Regression
 from distill.resume import Resumable, whole
 from distill.sampling import Sampling
@@ -110,14 +112,15 @@ def main(argv: list[str] | None = None) -> None:
         tiny_text.prepare()
         run = Run.open(config)
     began, data = clock(run.device), captioned_digits(run)
-    planned = plan(config, run, data)
+    known = run.folder / "quality.json"
+    quality = read_json(known) if known.exists() else {}
+    planned = plan(config, run, data, quality)
     vae = trained_autoencoder(config, run, data)
-    quality = {}
     for family in config.families:
         model = trained_pipeline(config, run, family, vae, data).to(run.device)
-        if run.main:
+        if run.main and family not in quality:
             quality[family] = measure(config, run, family, model, data)
-            write_json(run.folder / "quality.json", quality)
+            write_json(known, quality)
         run.accelerator.wait_for_everyone()
     run.say(f"took {duration(clock(run.device) - began)}, forecast {duration(planned)}")
     run.close()
@@ -136,13 +139,17 @@ def captioned_digits(run: Run) -> Data:
     return data
 
 
-def plan(config: Config, run: Run, data: Data) -> float:
+def plan(config: Config, run: Run, data: Data, measured: Container[str]) -> float:
     """Say what is still to be done and how long it should take, measured on a few steps. Return the seconds."""
     vae, total = tiny_text.autoencoder(config.seed), 0.0
     phases = [autoencoder_phase(config, vae, data), *(pipeline_phase(config, run, f, vae, data)[0] for f in config.families)]
     for phase in phases:
         step, call = measure_step_time(phase.method, phase.student, *next(iter(batches(config, run, phase)(0))))
-        calls = 0 if phase.model is None else config.images * config.steps * sum(1 + (w != 1) for w in config.guidance)
+        calls = (
+            0
+            if phase.model is None or phase.name in measured
+            else config.images * config.steps * sum(1 + (w != 1) for w in config.guidance)
+        )
         seconds = 0.0 if (run.folder / phase.name).exists() else phase.images * step / run.accelerator.num_processes
         weights = sum(p.numel() for p in phase.student.net.parameters())
         run.say(
