@@ -267,7 +267,9 @@ def measure(config: Config, run: Run, family: str, model: Teacher, data: Data) -
                 f"FID {fid['fid']:.3f}, class agreement {rows[-1]['agreement']:.3f}")  # fmt: skip
     best = min(rows, key=lambda row: row["fid"])["guidance"]
     lines, wordings, sheet = model.record["prompts"], len(captions.WORDINGS), []
-    for prompt in range(0, len(lines), wordings + 1):  # every digit, and every wording
+    for prompt in (
+        digit * wordings + digit % wordings for digit in range(len(captions.WORDS))
+    ):  # every digit and every wording
         label_of = dict.fromkeys(range(SHOWN), prompt).__getitem__
         (batch,) = images(
             model,
