@@ -128,7 +128,7 @@ class Experiment:
         own = None
         if teacher is not None and data.imageless:
             own = Generated(
-                asked(teacher, captions), REFERENCE_STEPS, getattr(config, "guidance", 1.0), config.images, config.seed
+                asked(teacher, captions), REFERENCE_STEPS, max(measured(config, student).values()), config.images, config.seed
             )
         real = measured_against(config.reference, data, extractor, own)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
