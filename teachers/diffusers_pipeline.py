@@ -166,7 +166,9 @@ def _network(folder: Path, part: str, name: str, what: str, accepted: tuple[str,
     net: Any = component(folder, part, name, what, variant) if name in (*accepted, "Transformer2DModel") else None
     found = name if net is None else type(net).__name__
     if found not in accepted:
-        raise ValueError(f"{what}: holds a {part} of class {found}; {_accepted()}")
+        known = found in RECORDS and RECORDS[found].encoders  # in a pipeline for something else, such as inpainting
+        accepted_here = f"accepted are its pipelines {', '.join(known)}" if known else _accepted()
+        raise ValueError(f"{what}: holds a {part} of class {found}; {accepted_here}")
     return net
 
 
