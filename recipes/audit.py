@@ -51,7 +51,9 @@ class Config(Checked):
     chunk: int = measuring_flag(64, "samples generated at once", short=False, **BATCH)
     force: bool = flag(False, "write a passport even if the model is far from its base")
     seed: int = machine_flag(0, "seed of noise and labels", **SEED)
-    output: str | None = machine_flag(None, "where the passport goes", own=lambda v: "passport.json in the model's folder")
+    output: str | None = machine_flag(
+        None, "where the passport goes", path="new", own=lambda v: "passport.json in the model's folder"
+    )
 
     TOPICS: ClassVar = {"teacher": flags.TOPICS["teacher"]}
 

@@ -83,7 +83,7 @@ def load(spec: str, download: bool = True) -> Teacher:
         **({"lora": options["lora"]} if "lora" in options else {}),
     }
     if textual:
-        embeddings = Encoder(where, variant).table(lines) if lines else Conditions({})
+        embeddings = Encoder(where, variant, shape[1:]).table(lines) if lines else Conditions({})
         classes = null = embeddings.count
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):
         record["without"] = without

@@ -31,12 +31,14 @@ EXAMPLES = ("a cat", "two dogs on a boat", "a red house", "mountains")  # prompt
 class Encoder:
     """Encode prompts as a text-to-image pipeline does, with its own text encoders, which are loaded when they are first used.
 
-    ``where``: the pipeline, a folder or a hub id. ``variant``: of its weights. ``device``, ``dtype``: where the encoders run, and in
-    which precision. The pipeline's network and autoencoder are not loaded. Nothing is downloaded.
+    ``where``: the pipeline, a folder or a hub id. ``variant``: of its weights. ``side``: height and width of the network's samples, where
+    they are not those of its configuration: some networks are conditioned on the size of their images. ``device``, ``dtype``: where the
+    encoders run, and in which precision. The pipeline's network and autoencoder are not loaded. Nothing is downloaded.
     """
 
     where: str
     variant: str | None = None
+    side: tuple[int, ...] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
 
@@ -48,7 +50,7 @@ class Encoder:
         """
         if model.embeddings is None or model.codec is None or "folder" not in model.codec.source:
             raise ValueError(f"the model takes {model.conditions}: accepted are text-to-image models of a diffusers pipeline")
-        return cls(model.codec.source["folder"], model.codec.source.get("variant"), **how)
+        return cls(model.codec.source["folder"], model.codec.source.get("variant"), model.shape[1:], **how)
 
     @cached_property
     def folder(self) -> Path:
@@ -93,6 +95,9 @@ class Encoder:
         with silent():
             try:
                 hollow = {part: _hollow(self.folder / part, name) for part, name in self._parts("diffusers").items()}
+                network = hollow.get("unet", hollow.get("transformer"))
+                if self.side is not None and "sample_size" in network.config:
+                    network.register_to_config(sample_size=[*self.side])
                 pipeline = assemble(cls, self.folder, hollow, self.variant)
             except Exception as error:  # the libraries raise many types; all mean that an encoder cannot be loaded
                 raise ValueError(f"{self.where}: a text encoder or tokenizer cannot be read ({first_line(error)})") from None

@@ -14,6 +14,8 @@ from recipes.data import sets
 SPECS = {"model": "models", "teacher": "models", "student": "models", "data": "data", "runs": "runs"}
 FREE = {
     "features",
+    "second_features",
+    "benchmark",  # tests/test_layouts.py
     "sampler",
     "samplers",
     "target_mix",

@@ -105,7 +105,7 @@ def test_an_extractor_of_ones_own_comes_by_import_path_and_as_torchscript(tmp_pa
 
 
 def test_an_extractor_with_an_output_of_another_shape_is_refused():
-    message, wrong = "gave [(20, 3, 8, 8)] for 20 images: accepted are a TorchScript", Extractor.create("test_fidelity:Wrong")
+    message, wrong = "gave [(20, 3, 8, 8)] for 20 images: accepted are clip:FOLDER", Extractor.create("test_fidelity:Wrong")
     refuses(message, wrong, digit_images()[0][:20])
 
 

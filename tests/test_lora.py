@@ -178,6 +178,8 @@ def test_every_family_of_networks_takes_an_adapter_and_its_file_needs_no_prompts
     teachers.save(tmp_path / "student.safetensors", replace(model, sampling=Sampling(steps=(1,))))
     (tmp_path / "prompts.txt").unlink()
     again, x = teachers.load(str(tmp_path / "student.safetensors")), torch.randn(2, *model.shape)
+    if teacher.embeddings is not None:
+        again = again.with_conditions(teacher.embeddings)
     one, two, zero = (m.denoiser(x, T, **m.condition(torch.tensor([0, 1]))) for m in (model, again, teacher))
     assert torch.equal(one, two) and (one - zero).abs().max() > 1e-4
 
@@ -193,7 +195,7 @@ def test_what_does_not_fit_an_adapter_ends_in_one_line_and_writes_nothing(teache
         (consistency, "--base-precision bf16", "--base-precision bf16 needs an adapter"),
         (consistency, f"{lora} --student new", "without --student"),
         (consistency, f"{lora} --method ict --from-scratch", "accepted are methods with a teacher"),
-        (consistency, f"{lora} --method meanflow", "without new layers (slow time, two times, heads)"),
+        (consistency, f"{lora} --method meanflow", "without new layers (slow time, two times, heads, --guidance-range)"),
         (
             progressive,
             f"--lora-rank 8 --teacher {tmp_path / 'rank4.safetensors'}",
