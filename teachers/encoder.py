@@ -95,7 +95,7 @@ class Encoder:
         with silent():
             try:
                 hollow = {part: _hollow(self.folder / part, name) for part, name in self._parts("diffusers").items()}
-                network = hollow.get("unet", hollow.get("transformer"))
+                network: Any = hollow.get("unet", hollow.get("transformer"))
                 if self.side is not None and "sample_size" in network.config:
                     network.register_to_config(sample_size=[*self.side])
                 pipeline = assemble(cls, self.folder, hollow, self.variant)
