@@ -29,6 +29,7 @@ from distill.speed import uncompiled
 from distill.target import Target
 
 TRIG = Trig(sigma_data=1.0)
+NO_ROOM = 1e-4  # so near to the end of the time axis differences are backward
 
 
 @dataclass(frozen=True)
@@ -128,20 +129,21 @@ def tangent(
     """Return function(x, a) and its derivative along (dx, 1).
 
     ``mode``: "exact" uses forward mode. "finite" uses central differences over ``h``, shorter near the ends 0 and ``end`` of the time
-    axis; they average over everything that oscillates faster than h. (The fastest time embeddings turn by 0.1 rad in 2e-4.)
+    axis and backward at ``end`` itself; they average over everything that oscillates faster than h. (The fastest time embeddings turn by
+    0.1 rad in 2e-4.)
 
     Raises ValueError that names the operator if one has no forward-mode rule.
     """
     if mode == "finite":
-        to_ends = torch.minimum(a, end - a) / 2
-        by = to_ends.clamp(max=h)
-        step = expand(by, x) * dx
+        to_ends, last = torch.minimum(a, end - a) / 2, end - a < NO_ROOM
+        back = torch.where(last, h, to_ends.clamp(max=h))
+        by = torch.where(last, 0.0, back)
         with torch.no_grad():
             with same_dropout(x.device):
-                ahead = function(x + step, a + by)
+                ahead = function(x + expand(by, x) * dx, a + by)
             with same_dropout(x.device):
-                behind = function(x - step, a - by)
-            return function(x, a), (ahead - behind) / expand(2 * by, x)
+                behind = function(x - expand(back, x) * dx, a - back)
+            return function(x, a), (ahead - behind) / expand(by + back, x)
     try:
         with forward_mode():
             value, derivative = torch.func.jvp(function, (x, a), (dx, torch.ones_like(a)))[:2]

@@ -237,6 +237,14 @@ def test_gamma_0_is_ddim():
     assert torch.allclose(consistency(oracle, x, times, gamma=0.0), ddim(oracle, x, times))
 
 
+def test_a_finite_tangent_is_backward_at_the_very_end_of_the_time_axis():
+    a = torch.tensor([0.3, 0.9, 0.99995, 1.0, 1.0000001]).double()
+    x, dx = torch.ones(5, 1).double(), torch.full((5, 1), 2.0).double()
+    value, slope = tangent(lambda x, a: x * a[:, None], x, a, dx, "finite", 1e-3, end=1.0)
+    torch.testing.assert_close(value, a[:, None])
+    torch.testing.assert_close(slope, 2 * a[:, None] + 1, atol=3e-3, rtol=0)
+
+
 def test_after_midtraining_the_derivative_is_whole_from_the_first_step():
     """Without the derivative the target is the denoiser, which undoes what the start has learned."""
     for name in ("scd", "meanflow"):

@@ -23,6 +23,7 @@ from eval.generate import counted
 from eval.verdict import with_comparisons
 from recipes import consistency, evaluate, guided, progressive, sample
 from recipes.common.guidance import measured
+from teachers.conditions import Conditions
 from teachers.networks.conditional import wrap
 from teachers.networks.records.stable_diffusion import TextUNet
 from teachers.students import untrained, with_guidance, with_heads, with_slow_time, with_two_times
@@ -169,7 +170,8 @@ def test_a_student_begins_as_the_teacher_to_the_bit_takes_the_scale_and_is_saved
 def test_a_text_network_begins_as_its_teacher_and_embeds_the_scale_as_its_pipeline_does(tmp_path):
     adapted = {"family": "adapter", "config": {"kind": "negative", "network": wrap(text_unet())[1]}}
     base = teachers.Teacher(
-        Denoiser(teachers.networks.build(adapted).eval(), Cosine()), (4, 8, 8), adapted, 3, 3, embeddings={"text": torch.randn(4, 5, 8)}
+        Denoiser(teachers.networks.build(adapted).eval(), Cosine()), (4, 8, 8), adapted, 3, 3,
+        embeddings=Conditions.of({"text": torch.randn(4, 5, 8)}),
     )  # fmt: skip
     model, x, t, cond = with_guidance(base, RANGE), torch.randn(2, 4, 8, 8), torch.rand(2), base.condition(torch.arange(2))
     assert torch.allclose(model.guided(3.0)(x, t, **cond), base.denoiser(x, t, **cond), atol=1e-6)

@@ -100,7 +100,7 @@ def test_a_text_student_is_a_stock_pipeline_that_takes_the_scale(family, sampler
     model = with_guidance(teacher, GuidanceRange(3, 15))
     torch.nn.init.normal_(inner(model).time_embedding.cond_proj.weight, std=0.3)
     teachers.save(tmp_path / "s.safetensors", replace(model, sampling=Sampling.parse(sampler, steps=(1, 2))))
-    student = teachers.load(str(tmp_path / "s.safetensors"))
+    student = teachers.load(f"{tmp_path / 's.safetensors'},prompts={tmp_path / 'prompts.txt'}")
     drawn = []
     for scale in (3.0, 8.0):
         at = export.at_scale(student, scale)

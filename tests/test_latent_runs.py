@@ -108,7 +108,7 @@ def test_a_text_teacher_is_distilled_on_captions_and_its_export_needs_no_other_f
     assert "gives the same pixels through diffusers alone" in capsys.readouterr().out
     export.main(words("--model", run, "--output-dir", out))
     prompts = "['a cat', 'two dogs on a boat', 'a red house', 'mountains']"  # the run's own are not in its file
-    call = f"pipeline(prompt={prompts}, guidance_scale=1.0, eta=0.5, num_inference_steps=1)"
+    call = f"pipeline(prompt={prompts}, guidance_scale=1.0, height=16, width=16, eta=0.5, num_inference_steps=1)"
     assert call in (out / "README.md").read_text()
     model = teachers.load(str(run))
     before = model.decode(torch.ones(1, 4, 8, 8))

@@ -90,7 +90,7 @@ def student(tmp_path, family, halved=False):
     sampler = "consistency:0.5" if family == "Stable Diffusion" else "ddim"
     model = changed(with_adapter(rounded(teacher) if halved else teacher, spec, 2), 0.3)
     teachers.save(tmp_path / "s.safetensors", replace(model, sampling=Sampling.parse(sampler, steps=(1, 2))))
-    return teachers.load(str(tmp_path / "s.safetensors")), teachers.load(spec)
+    return teachers.load(str(tmp_path / "s.safetensors") + spec.removeprefix(str(tmp_path / "origin"))), teachers.load(spec)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
