@@ -29,7 +29,7 @@ from distill.speed import uncompiled
 from distill.target import Target
 
 TRIG = Trig(sigma_data=1.0)
-NO_ROOM = 1e-4  # so near to the end of the time axis differences are backward
+NO_ROOM = 1e-5  # so near to the end of the time axis differences are backward
 
 
 @dataclass(frozen=True)
