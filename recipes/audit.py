@@ -72,6 +72,7 @@ from eval.generate import chunks, generate, initial_noise
 from eval.machine import default_device
 from eval.progress import progress
 from teachers import Teacher, passport
+from teachers.encoder import with_examples
 
 
 @dataclass(frozen=True)
@@ -208,16 +209,22 @@ def place(config: Config) -> Path:
     return path
 
 
+def loaded(spec: str) -> Teacher:
+    """Load a model. A text-to-image pipeline without prompts gets a few."""
+    model = teachers.load(spec)
+    return model if model.embeddings is None or model.classes else with_examples(model)
+
+
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        model, device = teachers.load(config.model), default_device()
+        model, device = loaded(config.model), default_device()
         if (known := passport.beside(config.model)) is not None:
             print(
                 f"{config.model} has a passport, for {plural(known.steps[0], 'step')}: it makes {passport.recognises(known, model)}"
             )
             return
-        path, base = place(config), teachers.load(config.teacher)
+        path, base = place(config), loaded(config.teacher)
         model.to(device), base.to(device)
         ranked = search(model, base, config, lambda tried: progress(tried, desc="settings", unit="setting"))
         for distance, setting in ranked[:5]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import refuses, words
+from pipelines import sd
 
 import teachers
 from distill.sampling import Sampling
@@ -148,3 +149,13 @@ def test_the_audit_compares_a_model_that_has_a_passport(student, tmp_path, capsy
     teachers.save(tmp_path / "student.safetensors", student)
     audit.main(words("--teacher digits --model", tmp_path))
     assert "has a passport, for 4 steps: it makes the same images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_text_pipeline_is_recognised_without_any_prompts(tmp_path, stock_here, capsys):
+    sd(tmp_path / "parts").save_pretrained(tmp_path / "origin")
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    teacher = teachers.load(f"{tmp_path / 'origin'},prompts={tmp_path / 'prompts.txt'}")
+    deliver.export_pipelines(replace(teacher, sampling=Sampling(steps=(1,))), tmp_path / "out")
+    audit.main(["--model", str(tmp_path / "out" / "pipeline"), "--teacher", str(tmp_path / "origin")])
+    assert "has a passport, for 1 step: it makes the same images" in capsys.readouterr().out
