@@ -151,11 +151,12 @@ def climb(config: Config, e: Experiment, student: Teacher, loss: Progressive, n:
     With --max-fid-ratio the FID of the student is compared with that of the stage before, or of the teacher, at its own step count. A
     stage that costs more is trained again with twice the images. If it still does, it is kept, and the ladder ends.
     """
-    planned, before, limit = budget(config, n), e.cells[-1], config.max_fid_ratio
+    planned, limit = budget(config, n), config.max_fid_ratio
+    before = e.cells[-1] if limit is not None else None
     twice, sampling = replace(planned, images=2 * planned.images), Sampling(steps=(n,))
     tried = e.file(str(n), FIRST_TRY).exists()
     trained = e.stage(str(n), student, loss, twice if tried else planned, sampling)
-    if limit is None:
+    if limit is None or before is None:
         return trained, True
     ratio = e.fid_ratio(e.cells[-1], before)
     if ratio > limit and not tried:

@@ -10,7 +10,7 @@ from conftest import here
 
 from eval.arena import Standing, advice, front, quantile
 from eval.pixels import Pixels
-from recipes import arena, consistency
+from recipes import arena, consistency, progressive
 
 
 def row(fid, half, seconds=10.0, **more):
@@ -41,9 +41,8 @@ def test_pixels_are_features_in_plus_and_minus_one():
 
 @pytest.mark.slow
 def test_a_killed_arena_goes_on_and_trains_nothing_twice(new, tmp_path, monkeypatch):
-    flags = (
-        "--methods cd pdd sid --seeds 2 --training-images 64 --steps 1 2 --images 60 --chunk 60 --sweep-steps 1 --samplers ddim"
-    )
+    flags = "--methods progressive cd pdd sid --seeds 2 --training-images 64 --steps 1 2 --images 60 --chunk 60"
+    flags += " --sweep-steps 1 --samplers ddim"
     arguments = (flags, "--teacher", new, "--output-dir", tmp_path / "arena", "--threads", "1")
     trained, learn = [], consistency.learn
 
@@ -54,14 +53,18 @@ def test_a_killed_arena_goes_on_and_trains_nothing_twice(new, tmp_path, monkeypa
         learn(config, e, plan)
 
     monkeypatch.setattr(consistency, "learn", counted)
-    monkeypatch.setattr(consistency, "PRESETS", consistency.PRESETS | {"default": {"force": True, "batch_size": 32}})
+    for recipe in (consistency, progressive):
+        monkeypatch.setattr(recipe, "PRESETS", recipe.PRESETS | {"default": {"force": True, "batch_size": 32}})
     with pytest.raises(SystemExit):
         here(arena.main, *arguments)
     here(arena.main, *arguments)
     assert trained == [("cd", 0), ("pdd", 0), ("sid", 0), ("cd", 1), ("cd", 1), ("pdd", 1), ("sid", 1)]
     out = json.loads((tmp_path / "arena" / "arena.json").read_text())
-    assert {(s["method"], s["steps"]) for s in out["standings"]} == {("cd", 1), ("cd", 2), ("pdd", 1), ("pdd", 2), ("sid", 1)}
-    assert all(len(s["fids"]) == 2 and s["memory_gb"] > 0 and s["seconds"] > 0 for s in out["standings"])
+    assert {(s["method"], s["steps"]) for s in out["standings"]} == {
+        ("progressive", 1), ("progressive", 2), ("cd", 1), ("cd", 2), ("pdd", 1), ("pdd", 2), ("sid", 1),
+    }  # fmt: skip
+    assert all(len(s["fids"]) == 2 and s["memory_gb"] > 0 for s in out["standings"])
+    assert all(s["seconds"] > 0 for s in out["standings"] if s["method"] != "progressive")  # a stage of one step has no time
     assert all(0 < s["means"]["fid2"] != s["fid"] for s in out["standings"])
     page = (tmp_path / "arena" / "arena.html").read_text()
     assert "data:image/png" in page and out["advice"].split(" (")[0] in page
