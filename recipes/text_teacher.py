@@ -266,7 +266,8 @@ def measure(config: Config, run: Run, family: str, model: Teacher, data: Data) -
         run.say(f"{family}, guidance {scale:g}, {config.steps} steps, n = {config.images:,}: "
                 f"FID {fid['fid']:.3f}, class agreement {rows[-1]['agreement']:.3f}")  # fmt: skip
     best = min(rows, key=lambda row: row["fid"])["guidance"]
-    lines, wordings, sheet = list(model.embeddings.prompts), len(captions.WORDINGS), []
+    assert model.embeddings is not None
+    lines, wordings, sheet = model.embeddings.prompts, len(captions.WORDINGS), []
     for prompt in (
         digit * wordings + digit % wordings for digit in range(len(captions.WORDS))
     ):  # every digit and every wording
