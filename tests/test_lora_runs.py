@@ -21,6 +21,7 @@ from distill.sampling import Sampling
 from recipes import consistency, evaluate, export, progressive
 from recipes.common.flags import LoraFlags
 from recipes.common.lora import with_lora
+from teachers import passport
 from teachers.codec import Codec
 from teachers.export import deliver
 from teachers.export.lora import export_lora
@@ -111,6 +112,8 @@ def test_merged_weights_and_where_there_are_any_adapter_files_give_the_pixels_of
     assert export_lora(model, tmp_path / "out") < 1e-4
     assert (tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert (tmp_path / "out" / "lora" / "scheduler" / "scheduler_config.json").is_file()
+    stated = passport.read(tmp_path / "out" / "lora" / passport.NAME)
+    assert stated.steps == (1, 2) and passport.recognises(stated, model) == "the same images"
 
 
 def test_a_wrong_adapter_file_is_found_and_removed(tmp_path, stock_here, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distill.files import FILE_MODE, replacing_folder
+from teachers import passport
 from teachers.export import deliver, latent
 from teachers.hub import fetch
 from teachers.lora import is_rounded, merged
@@ -18,7 +19,8 @@ FOLDER = "lora"
 
 
 def export_lora(model: Teacher, folder: Path) -> float | None:
-    """Write ``folder``/lora: pytorch_lora_weights.safetensors, and scheduler/, or scheduler-N/ for a step count N that needs its own.
+    """Write ``folder``/lora: pytorch_lora_weights.safetensors, passport.json, and scheduler/, or scheduler-N/ for a step count N that
+    needs its own.
 
     Returns the largest difference of a pixel between our sampler and the teacher's pipeline with both, and None for a model without an
     adapter. Raises ValueError if the pipeline cannot load one, and RuntimeError if it gives other pixels; the folder is then removed.
@@ -46,6 +48,8 @@ def export_lora(model: Teacher, folder: Path) -> float | None:
             halved = part if is_rounded(network) else None
             how = {"folder": str(aside.resolve()), "class": type(scheduler).__name__, "scheduler": name, "rounded": halved}
             differences.append(deliver.verify(plain, base, steps, variant, lora=how))
+        if model.distilled:
+            passport.write(aside / passport.NAME, passport.of(model))
     return max(differences)
 
 
