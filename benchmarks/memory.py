@@ -13,7 +13,8 @@ import torch
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.training import built, steps
 from eval.machine import default_device, peak_memory_gb, resident_bytes
-from recipes.common.plan import saved_bytes, size_of
+from recipes.common.footprint import saved_bytes
+from recipes.common.plan import size_of
 
 
 def activations(network: Network, net: torch.nn.Module, device: torch.device) -> int:

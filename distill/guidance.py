@@ -2,7 +2,7 @@
 
     w ~ U[low, high], one per sample          x0_hat = D(x, null) + w (D(x, c) - D(x, null))          student(x_t, t, c, w)
 
-The target is `distill.denoiser.Guided` with the scale of each sample. One call of the student then stands for two of the teacher.
+The target is `distill.denoiser.Guided` with the scale of each sample. The student then needs one call where the guided teacher needs two.
 """
 
 from __future__ import annotations

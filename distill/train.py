@@ -164,7 +164,7 @@ def train(
     """
     o = optimization
     split = BatchSplit(o.batch_size, accelerator.num_processes, accelerator.process_index, o.microbatch)
-    # a step of an optimizer that cannot be told to leave the weights alone is judged before it is taken
+    # AdamW of torch can skip a step on the device; other optimizers cannot, so that the host checks each step first
     waiting = waits(accelerator.device) and o.optimizer == "adamw"  # where the host reads from the device at some steps only
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     lay_out(student.net, accelerator.device, sharded)

@@ -134,7 +134,7 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
     for _, model in (one for _, group in models for one in group):
         if data is not None:
             check_match(model, data)
-    models = [(spec, [(path, asked(config, model, data)) for path, model in group]) for spec, group in models]
+    models = [(spec, [(path, on_captions(config, model, data)) for path, model in group]) for spec, group in models]
     cells = cells_of(config, models)
     warned = {warning for cell in cells if (warning := outside(cell.model, cell.guidance))}
     extractor.fits(cells[0].model.image_shape)
@@ -151,7 +151,7 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
     return run, cells, Measurement.of(extractor, real, run, **settings)  # type: ignore[arg-type]
 
 
-def asked(config: Config, model: Teacher, data: Data | None) -> Teacher:
+def on_captions(config: Config, model: Teacher, data: Data | None) -> Teacher:
     """Return a text-to-image model with the prompts of --captions, else with its own, else with the captions of the data.
 
     Raises ValueError where there are none.

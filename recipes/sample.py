@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 def prompted(model: Teacher, config: Config) -> tuple[Teacher, list[Task], Callable[[Path, Task, Tensor], None]]:
     """Return the model with the prompts of --benchmark, its tasks, and what writes their images.
 
-    Raises ValueError for a model that takes no text, for files of another form, and where other labels or a .png are asked for too.
+    Raises ValueError for a model that takes no text, for files of another form, and where --labels, --captions or a .png are given too.
     """
     assert config.benchmark is not None
     kind, _, where = config.benchmark.partition(":")

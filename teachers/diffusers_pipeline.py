@@ -9,13 +9,14 @@ from torch import nn
 
 from distill.denoiser import Denoiser
 from distill.guidance import GuidanceRange
-from teachers import diffusers_scheduler, fused_lora, passport, prompts
+from teachers import diffusers_scheduler, fused_lora, passport
 from teachers.codec import Codec, downsampling, latent_channels, statistics
 from teachers.conditions import Conditions
 from teachers.encoder import Encoder
 from teachers.hub import UNUSED, check_adapters, check_numbers, check_pickles, component, fetch, left_out, read_json, variant_of
 from teachers.networks import adapters, conditional, unet
-from teachers.networks.records import RECORDS
+from teachers.networks.records import ENCODERS, RECORDS
+from teachers.prompts import read_prompts
 from teachers.teacher import Teacher, frozen
 
 TEXTUAL = tuple(name for name, record in RECORDS.items() if record.encoders)  # conditioned on text
@@ -51,7 +52,7 @@ def load(spec: str, download: bool = True) -> Teacher:
     index = read_json(folder / "model_index.json", "no diffusers pipeline")
     name = str(index.get("_class_name"))
     lines = _read_prompts(where, name, file)
-    textual = name in prompts.ENCODERS
+    textual = name in ENCODERS
     _check_parts(where, folder, index)
     part = "unet" if "unet" in index else "transformer"
     if part not in index or "scheduler" not in index:
@@ -139,11 +140,11 @@ def _shape(where: str, net: Any, codec: Codec | None, size: str | None) -> tuple
 
 
 def _read_prompts(where: str, name: str, path: str | None) -> list[str]:
-    if name not in prompts.ENCODERS:
+    if name not in ENCODERS:
         if path is not None:
             raise ValueError(f"{where}: a {name} takes no prompts; text-to-image pipelines with a record do; {conditional.OWN}")
         return []
-    return [] if path is None else prompts.read_prompts(path)
+    return [] if path is None else read_prompts(path)
 
 
 def _check_parts(where: str, folder: Path, index: dict) -> None:

@@ -1,9 +1,8 @@
-"""What the text encoders of each text-to-image pipeline give for prompts, by the pipeline itself."""
+"""Read files of prompts."""
 
 from __future__ import annotations
 
 from distill.reading import read_text
-from teachers.networks.records import ENCODERS as ENCODERS
 
 
 def read_prompts(path: str) -> list[str]:

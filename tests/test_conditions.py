@@ -29,7 +29,7 @@ from recipes.data import latent_shards, sets
 from recipes.data.condition_shards import distinct, read_conditions
 from teachers.conditions import Rows
 from teachers.encoder import Encoder, online
-from teachers.prompts import ENCODERS
+from teachers.networks.records import ENCODERS
 
 CAPTIONS = [f"{a} {b}" for a in ("red", "a small", "the") for b in ("cat", "boat")]
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ import teachers
 from distill.denoiser import Denoiser
 from distill.schedule import Flow
 from recipes.common.cost import cost
-from recipes.common.plan import saved_bytes, sharding_of, training_memory
+from recipes.common.footprint import saved_bytes
+from recipes.common.plan import sharding_of, training_memory
 
 
 def celeba():

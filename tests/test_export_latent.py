@@ -12,7 +12,7 @@ import teachers
 from distill.sampling import Sampling
 from teachers.export import deliver, latent
 from teachers.hub import read_json
-from teachers.prompts import ENCODERS
+from teachers.networks.records import ENCODERS
 from teachers.students import untrained
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,8 @@ from pipelines import FAMILIES, PROMPTS, WIDTH, dit, ldm, pixart, sd, unet, vae
 
 import teachers
 from distill.schedule import EDM, Flow, Table
-from teachers import diffusers_scheduler, prompts
+from teachers import diffusers_scheduler
+from teachers.networks.records import ENCODERS
 
 BETAS = {"epsilon": "scaled_linear", "v_prediction": "squaredcos_cap_v2", "sample": "linear"}
 
@@ -167,7 +168,7 @@ def test_a_latent_teacher_and_its_file_give_the_pixels_of_their_own_pipeline(tmp
     made.save_pretrained(tmp_path / "pipeline")
     pipeline = type(made).from_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    prompted = type(pipeline).__name__ in prompts.ENCODERS
+    prompted = type(pipeline).__name__ in ENCODERS
     spec = str(tmp_path / "pipeline")
     teacher = teachers.load(f"{spec},prompts={tmp_path / 'prompts.txt'}" if prompted else spec)
     assert teacher.classes == (3 if prompted else 1000 if family == "DiT" else None)

@@ -76,7 +76,7 @@ def test_what_needs_images_is_refused_in_one_line(made, tmp_path, refused):
     for recipe, more, message in (
         (consistency, "--method ect", "--method ect trains on images, and the data have none: accepted are cd, cmt, lmd"),
         (consistency, "--method scd", "--method scd trains on images"),
-        (consistency, "--method cd --target-mix 0.5", "a training without images knows the teacher alone"),
+        (consistency, "--method cd --target-mix 0.5", "without images the target is the teacher alone"),
         (consistency, "--method cd --teacher digits", "prompts holds prompts alone, and the teacher takes 10 labels"),
         (progressive, "--teacher digits", "prompts holds prompts alone, and the teacher takes 10 labels"),
     ):

@@ -147,7 +147,7 @@ def _check_latents(teacher: Teacher, data: Data) -> None:
 
 
 def decoded_by(model: Teacher, how: str) -> Teacher:
-    """Return the model as --decode asks. Raises ValueError for a model without an autoencoder, or whose own does not support it."""
+    """Return the model with the decoding of --decode. Raises ValueError where its autoencoder cannot, or it has none."""
     if model.codec is None:
         if how != "plain":
             raise ValueError(f"--decode {how}: this model works on pixels; accepted is plain")
@@ -190,7 +190,7 @@ def check_unsharded(flag: str) -> None:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise ValueError for an optimizer that is not installed, or that cannot be sharded as the launcher asks."""
+    """Raise ValueError for an optimizer that is not installed, or that cannot be sharded where the launcher shards."""
     check_installed(name)
     if name != "adamw":
         check_unsharded(f"--optimizer {name}")

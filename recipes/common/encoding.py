@@ -1,4 +1,4 @@
-"""Encode prompts into memory-mapped shards, by all processes, in the middle of which a command may be interrupted."""
+"""Encode prompts into memory-mapped shards, with all processes. An interrupted command keeps its finished shards."""
 
 from __future__ import annotations
 

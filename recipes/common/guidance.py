@@ -10,7 +10,7 @@ from teachers.students import with_guidance
 
 
 def taking_scale(flags: GuidanceFlags, teacher: Teacher | None, student: Teacher) -> Teacher:
-    """Return the student as a network that takes the guidance scale, where --guidance-range or the teacher asks for it.
+    """Return the student as a network that takes the guidance scale, where --guidance-range is given, or the teacher takes the scale.
 
     Raises ValueError for a range that is none, that the teacher cannot be guided over, or that contradicts another flag.
     """

@@ -15,7 +15,7 @@ from teachers.teacher import require_network
 def with_lora(
     flags: LoraFlags, teacher: Teacher | None, student: Teacher, spec: str, seed: int
 ) -> tuple[Teacher | None, Teacher]:
-    """Return teacher and student as --lora-rank, --lora-targets and --base-precision ask.
+    """Return teacher and student for --lora-rank, --lora-targets and --base-precision.
 
     With a rank, the student is the teacher's network with an adapter. Without one, the adapter of a student that has one is merged, so that
     all weights are trained. ``spec``: of the teacher. ``seed``: of the adapter. Raises ValueError where the flags do not fit.

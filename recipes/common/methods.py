@@ -337,7 +337,7 @@ def check_flags(flags: MethodFlags, student: str | None) -> None:
     terms_of(flags)
     if flags.data_free and (teacher_weight(flags) != 1 or flags.target != "mix" or flags.regularize):
         raise ValueError(
-            "a training without images knows the teacher alone: accepted are --target mix, --target-mix 1 and no --regularize"
+            "without images the target is the teacher alone: accepted are --target mix, --target-mix 1 and no --regularize"
         )
     if flags.method in ("dmd", "sid") and len(steps_of(flags)) > 1:
         raise ValueError(f"--method {flags.method} trains a student for one step count: accepted is one number in --steps")

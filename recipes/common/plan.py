@@ -25,7 +25,7 @@ from distill.zero import BUCKET
 from eval.features import Extractor
 from eval.sweep import KEPT, KEPT_BYTES
 from recipes.common.cost import ADAM, CARDS, Cost, cost, largest_batch
-from recipes.common.footprint import saved_bytes as saved_bytes
+from recipes.common.footprint import saved_bytes
 from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
 from teachers import Teacher

@@ -128,7 +128,11 @@ class Experiment:
         own = None
         if teacher is not None and data.imageless:
             own = Generated(
-                asked(teacher, captions), REFERENCE_STEPS, max(measured(config, student).values()), config.images, config.seed
+                on_captions(teacher, captions),
+                REFERENCE_STEPS,
+                max(measured(config, student).values()),
+                config.images,
+                config.seed,
             )
         real = measured_against(config.reference, data, extractor, own)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
@@ -158,7 +162,7 @@ class Experiment:
     def add_baselines(self, steps: int, samplers: Iterable[str] = BASELINES) -> None:
         """Add the cells of the teacher: training-free ``samplers``, and DDIM at ``steps``, which ratios are taken against."""
         assert self.teacher is not None
-        teacher = asked(self.teacher, self.captions)
+        teacher = on_captions(self.teacher, self.captions)
         for ending, guidance in measured(self.config, self.student).items():
             self.cells += baselines(teacher, f"teacher{ending}", self.config.sweep_steps, samplers, guidance)
             self.cells += baselines(teacher, f"teacher{ending}", (steps,), ("ddim",), guidance)
@@ -249,7 +253,7 @@ class Experiment:
         self.seconds = training_seconds(file) or self.seconds
         if sampling is not None:
             label = label or f"student@{name}"
-            stored = Stored(file, asked(self.student, self.captions), student.fingerprint, student.denoiser.schedule)
+            stored = Stored(file, on_captions(self.student, self.captions), student.fingerprint, student.denoiser.schedule)
             self.students |= dict.fromkeys(sampling.steps, stored)
             for ending, guidance in measured(self.config, student).items():
                 named = f"{label}{ending}"
@@ -341,7 +345,7 @@ class Experiment:
         self.run.close()
 
 
-def asked(model: Teacher, captions: Conditions | None) -> Teacher:
+def on_captions(model: Teacher, captions: Conditions | None) -> Teacher:
     """Return the model with the conditions of --captions, where there are any."""
     return model if captions is None else model.with_conditions(captions)
 

@@ -1,4 +1,4 @@
-"""The class `Record`: what this project has to be told about one class of diffusers network."""
+"""The class `Record`: what differs between the classes of diffusers networks."""
 
 from __future__ import annotations
 
