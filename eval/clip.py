@@ -3,8 +3,9 @@
     CMMD = 1000 |mean k(x, .) - mean k(y, .)|^2,  k(x, y) = exp(-|x - y|^2 / 200)      (Jayasumana et al. 2401.09603)
     CLIP score = 100 max(cos(image, text), 0)                                          (Hessel et al. 2104.08718)
 
-Both are of features of unit length. ``--features clip:FOLDER`` takes them for FID too. The folder is one that transformers reads with
-`CLIPModel.from_pretrained`; nothing is downloaded. The CMMD of the paper is that of openai/clip-vit-large-patch14-336.
+Both are of features of unit length. ``--features clip:FOLDER`` takes them for FID too, and adds CMMD and CLIP score to the report. The
+folder is one that transformers reads with `CLIPModel.from_pretrained`; nothing is downloaded. The CMMD of the paper is that of
+openai/clip-vit-large-patch14-336.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.functional import interpolate, normalize
 
 SIGMA, SCALE = 10.0, 1000.0  # of the paper
 ROWS = 1_024  # of a kernel in memory
+CAPTIONS = 64  # in a batch of the text encoder
 
 
 class Clip(nn.Module):
@@ -31,6 +33,7 @@ class Clip(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.encoded: dict[str, Tensor] = {}  # features of the captions of `numbers`, which every cell shares
 
     @classmethod
     def load(cls, folder: str | Path) -> Clip:
@@ -67,6 +70,21 @@ class Clip(nn.Module):
         tokens = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(self.mean.device)
         text = self.model.text_model(**tokens).pooler_output
         return normalize(self.model.text_projection(text), dim=1)
+
+    def numbers(self, images: Tensor, real: Tensor | None, captions: list[str]) -> dict[str, float]:
+        """Return ``cmmd`` of features [N, D] to those of real images [M, D], and ``clip_score``, the mean over ``captions``, one per image.
+
+        Each of them is left out where there is nothing to compare with.
+        """
+        found = {} if real is None else {"cmmd": cmmd(images, real)}
+        if not captions:
+            return found
+        new = sorted(set(captions) - self.encoded.keys())
+        for i in range(0, len(new), CAPTIONS):
+            part = new[i : i + CAPTIONS]
+            self.encoded |= dict(zip(part, self.texts(part).float().cpu(), strict=True))
+        texts = torch.stack([self.encoded[caption] for caption in captions])
+        return found | {"clip_score": clip_scores(images, texts).mean().item()}
 
 
 def cmmd(generated: Tensor, real: Tensor) -> float:

@@ -14,6 +14,9 @@ from eval.metrics import Features, Moments, Reference, measure, measure_moments
 from eval.variety import spread
 
 INCOMPLETE = "an index is missing or occurs twice"
+More = Callable[
+    [Tensor, Tensor | None], dict
+]  # features [N, D] and labels [N] in the order of the index -> further numbers of a row
 
 
 class Collector(Protocol):
@@ -30,8 +33,8 @@ class Collector(Protocol):
 class AllFeatures:
     """Keep every feature, for FID, KID, IS, precision and recall. The numbers do not depend on the number of processes."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
+    def __init__(self, reference: Reference, more: More | None = None) -> None:
+        self.reference, self.more = reference, more
         self.parts: list[tuple[Tensor, Tensor | None, Features]] = []
 
     def add(self, index: Tensor, labels: Tensor | None, features: Features) -> None:
@@ -51,14 +54,15 @@ class AllFeatures:
         assert torch.equal(index[order], torch.arange(images)), INCOMPLETE
         labels, logits = (None if rows is None else rows[order] for rows in (labels, logits))
         features = Features(fid[order], logits)
-        varied = {"spread": spread(features.fid, labels)}
-        return measure(features, self.reference) | varied | _class_counts(features.logits, labels, classes)
+        numbers = measure(features, self.reference) | {"spread": spread(features.fid, labels)}
+        numbers |= {} if self.more is None else self.more(features.fid, labels)
+        return numbers | _class_counts(features.logits, labels, classes)
 
 
 class MomentsOnly:
     """Keep float64 moments of 20 groups, for FID and its interval. Memory does not grow with the number of images."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, more: More | None = None) -> None:
         self.reference = reference
         self.moments: Moments | None = None
 
@@ -77,7 +81,7 @@ class MomentsOnly:
         return measure_moments(moments, self.reference) if accelerator.is_main_process else {}
 
 
-COLLECTORS: dict[str, Callable[[Reference], Collector]] = {"all": AllFeatures, "fid": MomentsOnly}
+COLLECTORS: dict[str, Callable[[Reference, More | None], Collector]] = {"all": AllFeatures, "fid": MomentsOnly}
 
 
 def _class_counts(logits: Tensor | None, labels: Tensor | None, classes: int | None) -> dict:

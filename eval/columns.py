@@ -16,6 +16,8 @@ COLUMNS = {
     "break_even_images": "break-even images",
     "drift": "drift",
     "kid": "KID × 1000",
+    "cmmd": "CMMD",
+    "clip_score": "CLIP score",
     "isc": "IS",
     "precision": "precision",
     "recall": "recall",
@@ -46,8 +48,10 @@ NOTES = {
     "drift": "distance to the teacher's images from the same noise, divided by the distance between the teacher's images from "
     "different noise; 0 means equal images, 1 means unrelated images",
     "coverage": "fraction of real images with a generated image nearer than their 5th nearest real one",
-    "diversity": "mean distance of two images of one class in feature space, divided by that of the teacher at its largest number of DDIM "
-    "steps",
+    "cmmd": "1000 times the squared kernel distance of the CLIP features of generated and real images (2401.09603)",
+    "clip_score": "100 times the cosine of the CLIP features of an image and its prompt, at least 0, averaged (2104.08718)",
+    "diversity": "mean distance of two images of one class or prompt in feature space, divided by that of the teacher at its largest "
+    "number of DDIM steps",
     "agreement": "fraction of images that the feature extractor assigns to the requested class",
     "nearest_real": "median distance to the nearest real image, divided by this median among real images; values well below 1 "
     "indicate memorisation",
@@ -71,10 +75,11 @@ FACTS = {  # entries of the protocol and of a run
     "runs": "compared runs",
 }
 _FORMATS: dict[str, tuple[float, str]] = {  # factor and format of a column's numbers
-    **dict.fromkeys(("fid", "fid_interval", "fid_infinity", "ratio", "drift", "isc"), (1, ".3f")),
+    **dict.fromkeys(("fid", "fid_interval", "fid_infinity", "ratio", "drift", "isc", "cmmd"), (1, ".3f")),
     **dict.fromkeys(("precision", "recall", "coverage", "diversity", "agreement", "nearest_real", "copies"), (1, ".3f")),
     **dict.fromkeys(("kid", "seconds_per_image", "seconds_interval", "decode_seconds_per_image"), (1000, ".2f")),
     "nfe": (1, "g"),
+    "clip_score": (1, ".2f"),
     "equivalent_nfe": (1, ".1f"),
     "break_even_images": (1, ",.0f"),
     "peak_memory_gb": (1, ".1f"),

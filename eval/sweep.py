@@ -14,7 +14,8 @@ from tqdm import tqdm
 from eval.arithmetic import arithmetic
 from eval.behind import one_behind
 from eval.cells import Cell, Protocol, finished, head, save
-from eval.collect import COLLECTORS, Collector
+from eval.clip import Clip
+from eval.collect import COLLECTORS, Collector, More
 from eval.features import Extractor
 from eval.generate import Batch, chunks, counted, images
 from eval.machine import clock, peak_memory_gb
@@ -72,7 +73,7 @@ def _measure_cell(
     bar: tqdm,
 ) -> dict:
     row = head(cell, protocol)
-    collector = COLLECTORS[protocol.metrics](reference)
+    collector = COLLECTORS[protocol.metrics](reference, _clip_numbers(cell, extractor, reference))
     first, facts = _generate_cell(cell, protocol, extractor, accelerator, collector, bar)
     if "error" in facts:
         return row | facts
@@ -81,6 +82,20 @@ def _measure_cell(
     if accelerator.is_main_process:
         save(folder, row, first)
     return row
+
+
+def _clip_numbers(cell: Cell, extractor: Extractor, reference: Reference) -> More | None:
+    """Return what adds CMMD and CLIP score to a row, where the extractor is a CLIP."""
+    clip, table = extractor.module, cell.model.embeddings
+    if not isinstance(clip, Clip):
+        return None
+    prompts = [] if table is None or not table.prompts else [*table.prompts, ""]  # the last row is that of the empty prompt
+
+    def numbers(features: Tensor, labels: Tensor | None) -> dict:
+        captions = [prompts[label] for label in labels.tolist()] if prompts and labels is not None else []
+        return clip.numbers(features, reference.features, captions)
+
+    return numbers
 
 
 def _generate_cell(

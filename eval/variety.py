@@ -25,12 +25,14 @@ def coverage(generated: Tensor, real: Tensor) -> float:
     return (to_generated < radius).float().mean().item()
 
 
-def spread(features: Tensor, labels: Tensor | None) -> float:
+def spread(features: Tensor, labels: Tensor | None) -> float | None:
     """Return the mean distance of two images of one class, from features [N, D], averaged over the classes of ``labels`` [N].
 
-    Of each class the first `PER_CLASS` images count; without labels all images are of one class.
+    A prompt is a class. Of each class the first `PER_CLASS` images count; without labels all images are of one class. None where no
+    two images share a class.
     """
     if labels is None:
         return torch.pdist(features[:PER_CLASS].float()).mean().item()
-    means = [torch.pdist(features[labels == label][:PER_CLASS].float()).mean() for label in labels.unique()]
-    return torch.stack([mean for mean in means if mean.isfinite()]).mean().item()
+    classes, counts = labels.unique(return_counts=True)
+    means = [torch.pdist(features[labels == label][:PER_CLASS].float()).mean() for label in classes[counts > 1]]
+    return torch.stack(means).mean().item() if means else None

@@ -6,11 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import refuses
-from pipelines import WIDTH, clip
+from conftest import here, refuses, rows, words
+from pipelines import PROMPTS, WIDTH, clip, sd
 
+import teachers
+from eval.cells import pictures
 from eval.clip import SCALE, SIGMA, Clip, clip_scores, cmmd
 from eval.features import Extractor
+from eval.generate import images, initial_noise
+from recipes import evaluate
+from teachers.encoder import with_prompts
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,3 +83,43 @@ def test_it_is_a_feature_extractor_by_name(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     refuses("no CLIP of transformers", Extractor.create, f"clip:{tmp_path}")
     refuses("no CLIP of transformers", Extractor.create, "clip:openai/clip-vit-base-patch32")
+
+
+@pytest.mark.slow
+def test_a_report_of_clip_features_has_cmmd_and_the_score_of_each_image_with_its_prompt(folder, tmp_path):
+    sd(tmp_path / "words").save_pretrained(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    real = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "real.npz", images=real.permute(0, 2, 3, 1).numpy())
+    options = "--images 40 --chunk 20 --steps 1 --samplers ddim --baseline-steps 0"
+    files_and_folders = (
+        "--captions",
+        tmp_path / "prompts.txt",
+        "--data",
+        tmp_path / "real.npz",
+        "--output-dir",
+        tmp_path / "run",
+    )
+    here(evaluate.main, *words("--model", tmp_path / "sd", options, "--features", f"clip:{folder}"), *files_and_folders)
+    (row,) = rows(tmp_path / "run").values()
+    clip = Clip.load(folder)
+    shown = pictures(tmp_path / "run" / "cells" / "teacher_ddim_1.safetensors")  # the first ones
+    labels = initial_noise(range(40), (1,), len(PROMPTS), 0).labels.tolist()
+    model = with_prompts(teachers.load(str(tmp_path / "sd")), PROMPTS)
+    more = [
+        batch.pixels
+        for batch in images(
+            model,
+            model.sampling.on_best_grid(model.denoiser.schedule, 1),
+            1,
+            [range(20), range(20, 40)],
+            0,
+            torch.device("cpu"),
+        )
+    ]
+    made = clip(torch.cat(more))
+    assert (more[0][: len(shown)].float() - shown).abs().max() <= 1  # a run keeps its conditions in half precision
+    assert row["cmmd"] == pytest.approx(cmmd(made, clip(real)), rel=1e-2)
+    texts = clip.texts([PROMPTS[label] for label in labels])
+    right, wrong = clip_scores(made, texts).mean().item(), clip_scores(made, texts.roll(1, 0)).mean().item()
+    assert abs(row["clip_score"] - right) < 0.1 * abs(right - wrong)

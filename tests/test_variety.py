@@ -29,3 +29,7 @@ def test_the_spread_is_the_mean_distance_within_a_class_and_not_between_classes(
     assert spread(torch.cat([x, 50 + torch.zeros(1, 3)]), torch.cat([labels, torch.tensor([7])])) == pytest.approx(
         spread(x, labels)
     )
+
+
+def test_images_that_share_no_class_have_no_spread():
+    assert spread(features(3, 0), torch.arange(3)) is None
