@@ -268,9 +268,10 @@ def test_a_student_with_heads_begins_as_the_model_and_jumps_by_the_mean_of_the_r
     assert weight.shape == model.denoiser.net.unet.conv_out.weight.shape and bias.shape == (1,)
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("data_free", [False, True])
-def test_parallel_decoding_is_at_rest_where_every_head_gives_the_teachers_rate_at_its_time(data_free):
-    """With Euler steps of a Gaussian teacher, whose whole path is linear in the state at t_n: exact heads can be written down."""
+def test_parallel_decoding_is_at_rest_where_every_head_gives_the_teachers_rate_at_its_time(data_free, order):
+    """With Euler or midpoint steps of a Gaussian teacher, whose path is linear in the state at t_n: exact heads can be written down."""
     teacher, n = Gaussian(FLOW, MEAN, STD), 8
     times = decoding_times(FLOW, n)[1]
 
@@ -278,6 +279,10 @@ def test_parallel_decoding_is_at_rest_where_every_head_gives_the_teachers_rate_a
         out, state = [], x
         for i in range(n):
             v = (state - teacher(state, times[i])) / times[i]
+            if order == 2:
+                half = (times[i] + times[i + 1]) / 2
+                middle = state - (times[i] - half) * v
+                v = (middle - teacher(middle, half)) / half
             out.append(torch.where((first <= i)[:, None], v, torch.zeros_like(v)))
             state = torch.where((first <= i)[:, None], state - (times[i] - times[i + 1]) * v, state)
         return torch.stack(out, 1)
@@ -298,7 +303,7 @@ def test_parallel_decoding_is_at_rest_where_every_head_gives_the_teachers_rate_a
             mean = (weights / weights.sum(1, keepdim=True)).unsqueeze(2).mul(u).sum(1)
             return x - t[:, None] * mean
 
-    method = ParallelDecoding(Mix(teacher), n, starts=4, order=1, data_free=data_free)
+    method = ParallelDecoding(Mix(teacher), n, starts=4, order=order, data_free=data_free)
     assert method(Exact(), data(400), rng=rng(400), progress=0.0).max() < 1e-8
     assert method(WithoutHeads(teacher), data(400), rng=rng(400), progress=0.0).mean() > 1e-2
 

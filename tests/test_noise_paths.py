@@ -8,15 +8,17 @@ from conftest import Function
 from distill.consistency import Consistency, Neighbours
 from distill.denoiser import Denoiser
 from distill.grid import uniform
+from distill.midtraining import MidTraining
 from distill.noise_paths import steps_from_noise
 from distill.progressive import Progressive, steps_in_one
 from distill.regression import Regression
 from distill.rng import Rng
-from distill.schedule import Cosine, Flow, move, prior_std
+from distill.schedule import EDM, Cosine, Flow, move, prior_std
 from distill.target import Mix
 from teachers.oracle import Gaussian
 
 TEACHER = Gaussian(Cosine(), MEAN, STD)
+TEACHER_OF_EDM = Gaussian(EDM(), MEAN, STD)
 
 
 def ddim_step(times):
@@ -80,6 +82,13 @@ def test_the_perfect_student_loses_nothing_and_the_data_only_give_the_shape(name
     assert losses[0].shape == (64,) and torch.equal(*losses) and losses[0].max() < 1e-3
     other = Function(Cosine(), lambda x, t: 0.9 * student(x, t))
     assert method(other, data(64), rng=rng(64), progress=0.0).mean() > 10 * losses[0].mean() + 1e-4
+
+
+def test_paths_of_midtraining_begin_at_pure_noise_where_the_schedule_ends_with_data_left():
+    """On EDM x_t at t_max is x0 plus noise, so that a path from the data would show."""
+    method = MidTraining(TEACHER_OF_EDM, steps=4, data_free=True)
+    losses = [method(TEACHER_OF_EDM, x0, rng=rng(16), progress=0.0) for x0 in (data(16), 100 * data(16))]
+    assert torch.equal(*losses) and losses[0].max() > 0
 
 
 @pytest.mark.parametrize("name", METHODS)
