@@ -79,6 +79,17 @@ def test_the_loss_of_meanflow_vanishes_on_the_exact_jumps_and_not_on_the_denoise
     assert method(Gaussian(FLOW, MEAN, STD), data(500), rng=rng(500), progress=0.0).mean() > 2e-3
 
 
+def test_the_normalised_tangent_of_meanflow_is_e_by_e_plus_a_tenth_for_the_plain_error_e():
+    """The loss is the square of the tangent, and that of power 0 is e^2."""
+    student = Gaussian(FLOW, MEAN, STD)
+    plain, normalised = (
+        MeanFlow(EXACT_TEACHER, power=0, normalised=how)(student, data(100), rng=rng(100), progress=1.0)
+        for how in (False, True)
+    )
+    e = plain.sqrt()
+    torch.testing.assert_close(normalised, (e / (e + 0.1)).square())
+
+
 def test_jumps_of_the_exact_student_land_on_the_data_in_any_number_of_steps():
     schedule, x = Cosine(), torch.randn(100, 2).double()
     exact = Exact(schedule)(x, torch.ones(100).double())
