@@ -90,6 +90,13 @@ def test_the_normalised_tangent_of_meanflow_is_e_by_e_plus_a_tenth_for_the_plain
     torch.testing.assert_close(normalised, (e / (e + 0.1)).square())
 
 
+def test_the_tangent_of_meanflow_has_no_weight_at_the_start_of_its_warm_up():
+    """The denoiser then loses nothing: its rate is the teacher's, and only du/dt would show that it does not jump."""
+    method = MeanFlow(EXACT_TEACHER, power=0, warmup=0.5)
+    losses = [method(EXACT_TEACHER.teacher, data(100), rng=rng(100), progress=at).mean() for at in (0.0, 0.25, 0.5, 1.0)]
+    assert losses[0] < 1e-12 and losses[1] < 0.5 * losses[2] and losses[2] == losses[3]
+
+
 def test_jumps_of_the_exact_student_land_on_the_data_in_any_number_of_steps():
     schedule, x = Cosine(), torch.randn(100, 2).double()
     exact = Exact(schedule)(x, torch.ones(100).double())
