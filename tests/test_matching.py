@@ -148,6 +148,24 @@ def test_microbatches_accumulate_in_both_networks():
     assert torch.allclose(*results, atol=2e-5)
 
 
+@pytest.mark.parametrize("lr", [0.0, 1e-5, 0.1])
+def test_the_second_network_learns_at_its_own_rate(lr):
+    """Adam's first step moves a weight by at most its learning rate, and most of them by nearly as much."""
+    begin, student = Denoiser(Small(), Cosine()), fresh()
+    fakes = []
+
+    @dataclass(frozen=True)
+    class Seen(Matching):
+        def __call__(self, student, x0, *, second, **options):
+            fakes.append(weights(second))
+            return super().__call__(student, x0, second=second, **options)
+
+    before = weights(begin)
+    list(trained(student, Optimization(images=64, batch_size=64, lr=1e-3), Seen(ORACLE, Second(begin, lr=lr, period=1), 2)))
+    moved = (fakes[0] - before).abs()
+    assert moved.max() <= 1.01 * lr + 1e-7 and moved.median() >= 0.9 * lr - 1e-7
+
+
 def energy_distance(a, b):
     return 2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()
 
