@@ -69,9 +69,9 @@ class Rng:
         """Return standard normal numbers: of the shape and dtype of ``like`` [B, ...], or one per sample, float32 [B]."""
         return self._cut(torch.randn) if like is None else self._cut(torch.randn, *like.shape[1:]).to(like)
 
-    def uniform(self) -> Tensor:
-        """Return numbers in [0, 1), one per sample: float32 [B]."""
-        return self._cut(torch.rand)
+    def uniform(self, like: Tensor | None = None) -> Tensor:
+        """Return numbers in [0, 1): of the shape and dtype of ``like`` [B, ...], or one per sample, float32 [B]."""
+        return self._cut(torch.rand) if like is None else self._cut(torch.rand, *like.shape[1:]).to(like)
 
     def integers(self, high: int) -> Tensor:
         """Return integers in 0..high-1, one per sample: int64 [B]."""
