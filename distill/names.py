@@ -14,3 +14,4 @@ WEIGHTS = ("x0", "snr", "truncated_snr", "snr_plus_one", "min_snr", "soft_min_sn
 GAP_WEIGHTS = ("one", "inverse_gap", "inverse_level", "truncated_snr")
 RESIDUALS = ("martingale", "fokker-planck", "self-consistency")
 OPTIMIZERS = ("adamw", "adamw8bit")
+MASKED_SAMPLERS = ("ancestral", "confidence")

@@ -35,8 +35,10 @@ class Step:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (loss [b] with gradient, noise level [b]) of each microbatch of a process, with the draws of the training step."""
         seen: list[Tensor] = []
-        known = {f.name: getattr(student, f.name) for f in dataclasses.fields(Denoiser)}
-        watched = _Watched(**known, seen=seen)
+        watched = student
+        if isinstance(student, Denoiser):  # others, of categories, have no noise level
+            known = {f.name: getattr(student, f.name) for f in dataclasses.fields(Denoiser)}
+            watched = _Watched(**known, seen=seen)
         torch.manual_seed(seed_of(self.seed, self.phase, self.step, "dropout", rank))
         for (x0, cond), (start, stop) in zip(parts, self.rows[rank], strict=True):
             rng = Rng.seeded(seed_of(self.seed, self.phase, self.step), x0.device, self.batch_size, slice(start, stop))

@@ -174,7 +174,7 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
         student = teachers.load(config.student)
     elif teacher is None or config.student == "new":
         classes = data.classes if teacher is None else teacher.classes
-        student = untrained(data.shape, classes, config.channels, config.layers, config.seed)
+        student = untrained(data.sample_shape, classes, config.channels, config.layers, config.seed)
         student = replace(student, codec=codec_of(data) if teacher is None else teacher.codec)
     else:
         student = teacher

@@ -172,7 +172,7 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
 
 def initial_model(config: Config, data: Data, classes: int | None) -> Teacher:
     """Return the untrained network as a denoiser of the configuration's schedule and prediction."""
-    model = untrained(data.shape, classes, config.channels, config.layers, config.seed)
+    model = untrained(data.sample_shape, classes, config.channels, config.layers, config.seed)
     default = model.parametric
     schedule: Schedule = default.schedule if config.schedule == "table" else schedule_from(config.schedule)
     time = {"table": default.time, "edm": "thousand_log_sigma"}.get(config.schedule, "thousand_time")

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("this report needs one process and a set in memory, of which some images are held out")
         if teacher.embeddings is not None:
             raise ValueError("the students of this report are conditioned on labels or on nothing, and this teacher on text")
-        fresh = untrained(data.shape, teacher.classes, (32, 48), 1, config.seed)
+        fresh = untrained(data.sample_shape, teacher.classes, (32, 48), 1, config.seed)
         run = Run.open(config)
     device = run.device
     for model in (teacher, fresh):

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from distill.bits import pixels_to_bits, pixels_to_tokens, to_pixels
 from teachers.hub import component, fetch
 
 Numbers = float | list[float]  # for all channels, or for each
@@ -27,8 +28,8 @@ class Codec:
 
     Both are one number, or one per channel. The z of an AutoencoderKLFlux2 has squares of 2x2 as channels, as its networks see it.
     ``vae``: the autoencoder (AutoencoderKL, VQModel, AutoencoderTiny, ...); None to load it from ``source`` when it is first used.
-    ``source``: where it is, {"folder" (or hub id), "part", "class"}, and "variant" where its weights have one. A model's file holds
-    this and not the autoencoder. ``how``: a value of `DECODING`.
+    ``source``: where it is, {"folder" (or hub id), "part", "class"}, and "variant" where its weights have one; or {"bits": n} for
+    images as bits (`Bits`). A model's file holds this and not the autoencoder. ``how``: a value of `DECODING`.
     """
 
     vae: Any = None
@@ -42,6 +43,8 @@ class Codec:
         """The autoencoder. A file that names one on the hub causes no download. Raises ValueError if it is not at its source."""
         if self.vae is not None:
             return self.vae
+        if "bits" in self.source:
+            return Bits(self.source["bits"])
         where, variant = self.source["folder"], self.source.get("variant")
         folder = fetch(where, variant, download=False)
         vae = component(folder, self.source["part"], self.source["class"], where, variant)
@@ -96,6 +99,8 @@ class Codec:
 
         Raises ValueError if the autoencoder's folder is gone. A hub id is only looked up when the autoencoder is first used.
         """
+        if "bits" in description:
+            return cls.of_bits(description["bits"])
         source = {k: str(description[k]) for k in ("folder", "part", "class", "variant") if description.get(k) is not None}
         scale, shift = (_numbers(description[k]) for k in ("scale", "shift"))
         (scales, shifts) = (value if isinstance(value, list) else [value] for value in (scale, shift))
@@ -109,8 +114,41 @@ class Codec:
             raise ValueError(f"{folder}: there is no {source['part']} in it any more, the autoencoder of this model's latents")
         return cls(None, scale, shift, source)
 
+    @classmethod
+    def of_bits(cls, bits: int) -> Codec:
+        """Return the codec of images of 2^``bits`` levels as bits. Raises ValueError unless ``bits`` is 1 to 8."""
+        if type(bits) is not int or not 1 <= bits <= 8:
+            raise ValueError(f"bits are {str(bits)[:40]!r}; accepted are 1 to 8")
+        return cls(source={"bits": bits})
+
     def _on(self, x: Tensor) -> Any:
         return self.network.to(x.device) if isinstance(self.network, torch.nn.Module) else self.network
+
+
+@dataclass
+class Decoded:
+    """Hold what an autoencoder returns, under the names of diffusers."""
+
+    sample: Tensor
+
+    @property
+    def latents(self) -> Tensor:
+        return self.sample
+
+
+class Bits(nn.Module):
+    """Decode the bits of images, channels near +-1, to the levels that their signs mean (`distill.bits`)."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("count", torch.tensor(bits))  # of the sha256 of models
+
+    def encode(self, images: Tensor) -> Decoded:
+        return Decoded(pixels_to_bits(images, self.bits))
+
+    def decode(self, values: Tensor) -> Decoded:
+        return Decoded(to_pixels(pixels_to_tokens(values, self.bits), 2**self.bits))
 
 
 def statistics(vae: Any) -> tuple[Numbers, Numbers]:

@@ -89,6 +89,8 @@ def load_file(path: Path | str, net: nn.Module | None = None, find: Callable[[st
     """
     path = Path(path)
     tensors, description = files.load(path)
+    if "masked" in description:
+        raise ValueError(f"{path}: a masked diffusion model of tokens; accepted here are models of E[x0 | x_t] in numbers")
     if "network" not in description:
         raise ValueError(f"{path}: holds no model; it may be the checkpoint of an unfinished run")
     with malformed(path), warnings.catch_warnings(action="ignore"):
@@ -141,13 +143,13 @@ def _check(description: dict, tensors: dict[str, Tensor]) -> None:
         raise ValueError(
             f"the conditions {embedded[0]!r} have other rows than {description['classes']} classes and the null class"
         )
-    _check_size(description["network"], tensors)
+    check_size(description["network"], tensors)
 
 
-def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
+def check_size(network: dict, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError for a description of a network that is much larger than its weights, before it is built."""
     if network["family"] == "adapter":
-        return _check_size(network["config"]["network"], tensors)
+        return check_size(network["config"]["network"], tensors)
     if network["family"] not in ("unet2d", "stock"):
         return None
     check_numbers(network["config"], "network")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from distill import consistency, denoiser, distance, grid, names, regression, regularize, samplers
+from distill import consistency, denoiser, distance, grid, masked, names, regression, regularize, samplers
 from distill.sampling import Sampling
 from eval import collect
 from eval import names as eval_names
@@ -26,6 +26,7 @@ TABLES = {
     "GAP_WEIGHTS": consistency.GAP_WEIGHTS,
     "RESIDUALS": regularize.RESIDUALS,
     "OPTIMIZERS": ADAM,
+    "MASKED_SAMPLERS": masked.SAMPLERS,
 }
 
 

@@ -43,6 +43,11 @@ def check_match(teacher: Teacher, data: Data, training: bool = False) -> Data:
         _check_latents(teacher, data)
     elif data.imageless:
         data = data.shaped(teacher.shape)
+    elif data.bits is not None:
+        if teacher.codec != codec_of(data) or teacher.image_shape != data.shape:
+            raise ValueError(
+                f"{data.name} are bits of {data.shape}: accepted is a teacher that was trained on {data.bits} bits"
+            )
     elif training and teacher.codec is not None:
         raise ValueError(f"the teacher works on latents, {data.name} holds images: recipes/latents.py makes latents of them")
     elif teacher.image_shape != data.shape:
@@ -156,7 +161,9 @@ def decoded_by(model: Teacher, how: str) -> Teacher:
 
 
 def codec_of(data: Data) -> Codec | None:
-    """Load the autoencoder that made the latents; None for images. Raises ValueError where it is gone or has changed."""
+    """Load the autoencoder of latents, or the codec of bits; None for images. Raises ValueError where it is gone or has changed."""
+    if data.bits is not None:
+        return Codec.of_bits(data.bits)
     if data.latents is None:
         return None
     described = data.latents.get("codec", {})
@@ -228,7 +235,7 @@ def probed(teacher: Teacher, data: Data, seed: int, **how: Any) -> Probe:
         raise ValueError(f"a probe needs images, and {data.name} holds prompts alone")
     index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     labels = None if data.labels is None else data.labels[index]
-    return probe(teacher, data.x0(index), labels, seed=seed, encoded=data.latents is not None, **how)
+    return probe(teacher, data.x0(index), labels, seed=seed, encoded=data.latents is not None or data.bits is not None, **how)
 
 
 def check_denoiser(teacher: Teacher, data: Data, seed: int, force: bool) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.bits import pixels_to_bits, pixels_to_tokens, to_pixels
 from distill.device import send
 from distill.images import from_uint8, to_uint8
 from distill.train import Batches, BatchSplit
@@ -33,7 +34,8 @@ class Data:
     probability 1/2. ``latents``: the index of a folder of latents, else None; large ones are `Rows`, mapped into memory. ``stream``: the
     source of training batches if the set does not fit in memory; ``images`` are then the first of the set, and the reference is
     computed from them. ``known_classes``: the number of classes, if known; the labels may not show all. ``table``: the conditions of
-    the captions, if they are encoded. ``imageless``: the set has prompts alone, see `of_prompts`.
+    the captions, if they are encoded. ``imageless``: the set has prompts alone, see `of_prompts`. ``bits``: images have 2^bits levels,
+    and samples are their bits as channels of +-1 (`distill.bits`); None for samples that are the images.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Data:
     known_classes: int | None = None
     table: Conditions | None = None
     imageless: bool = False
+    bits: int | None = None
 
     @classmethod
     def of_prompts(cls, prompts: list[str], name: str) -> Data:
@@ -88,6 +91,16 @@ class Data:
         return tuple(self.images.shape[1:])
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample of `x0`: that of an image or latent, or of the bits of an image."""
+        return self.shape if self.bits is None else (self.shape[0] * self.bits, *self.shape[1:])
+
+    def in_bits(self, bits: int) -> Data:
+        """Return the set of images rounded to 2^``bits`` levels, with their bits as samples."""
+        tokens = pixels_to_tokens(pixels_to_bits(from_uint8(self.images), bits), bits)
+        return replace(self, name=f"{self.name}, {bits} bits", images=to_uint8(to_pixels(tokens, 2**bits)), bits=bits)
+
+    @property
     def classes(self) -> int | None:
         """The number of classes; None without labels."""
         return None if self.labels is None else max(self.known_classes or 0, int(self.labels.max()) + 1)
@@ -100,12 +113,15 @@ class Data:
         return self.images
 
     def x0(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
-        """Return samples as float32 [B, ...]: images in [-1, 1], latents unchanged."""
+        """Return samples as float32 [B, ...]: images in [-1, 1] or their bits, latents unchanged."""
         return self.scaled(self.images[index], device)
 
     def scaled(self, images: Tensor, device: torch.device | str) -> Tensor:
         """Return images or latents of this set, as it stores them, as float32 [B, ...] on ``device``."""
-        return send(images.contiguous(), device).float() if images.is_floating_point() else from_uint8(images, device)
+        if images.is_floating_point():
+            return send(images.contiguous(), device).float()
+        pixels = from_uint8(images, device)
+        return pixels if self.bits is None else pixels_to_bits(pixels, self.bits)
 
     def captioned(self, prompts: list[str]) -> Data:
         """Return the set with each image's caption as label: its position in ``prompts``.
@@ -170,6 +186,11 @@ class Data:
 def load(spec: str) -> Data:
     """Load the data set of a spec, one of `spec.ACCEPTED`. Raises ValueError in one line for any other."""
     kind, where, options = parse(spec)
+    loaded = _loaded(kind, where, options)
+    return loaded.in_bits(int(options["bits"])) if "bits" in options else loaded
+
+
+def _loaded(kind: str, where: str, options: dict[str, str]) -> Data:
     flip = "flip" in options
     if kind == "digits":
         from teachers.digits import digits

@@ -22,6 +22,7 @@ FORMS = {
 COMMON = ("digits", "FOLDER", "FILE.npz")  # suggested if no form resembles a wrong spec
 OPTION_HELP = {
     ",flip": "mirror half of the training images (all sets but latents)",
+    ",bits=2": "round to 2^bits levels and train on their bits as channels of +-1 (all sets but latents and prompts)",
     ",size=32": "crop the centre square and resize it to 32x32 (FOLDER, hf, wds)",
     ",stream=10000": "read while training, through a buffer of 10,000 images in memory (FOLDER, hf, wds)",
     ",classes=1000": "the number of classes, which a labelled stream needs (hf, wds)",
@@ -30,19 +31,20 @@ OPTION_HELP = {
     ",download": f"download the set to ROOT ({', '.join(TORCHVISION)})",
 }
 ACCEPTED = "\n".join(f"{form}: {meaning}" for form, meaning in {**FORMS, **OPTION_HELP}.items())
-DECODED = frozenset({"size", "stream", "flip"})
+PIXELS = frozenset({"flip", "bits"})
+DECODED = PIXELS | {"size", "stream"}
 OPTIONS: dict[str, frozenset[str]] = {
-    "digits": frozenset({"flip"}),
-    "npz": frozenset({"flip"}),
+    "digits": PIXELS,
+    "npz": PIXELS,
     "latents": frozenset(),
     "prompts": frozenset(),
     "folder": DECODED,
     "wds": DECODED | {"classes"},
     "hf": DECODED | {"classes", "split", "config", "image", "label", "caption"},
-    **dict.fromkeys(TORCHVISION, frozenset({"download", "flip"})),
+    **dict.fromkeys(TORCHVISION, PIXELS | {"download"}),
 }
 SWITCHES = {"flip", "download"}
-NUMBERS = {"size": 4096, "stream": 10_000_000, "classes": MAX_CLASSES}  # the largest that is accepted
+NUMBERS = {"bits": 8, "size": 4096, "stream": 10_000_000, "classes": MAX_CLASSES}  # the largest that is accepted
 
 
 def parse(spec: str) -> tuple[str, str, dict[str, str]]:
