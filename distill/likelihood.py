@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import DenoiserLike
-from distill.schedule import add_noise, expand
+from distill.schedule import Schedule, add_noise, expand
 
 LOWEST = -20.0  # lowest log-SNR of the bound; below it nothing of x0 is left (alpha may reach 0)
 
@@ -36,9 +36,84 @@ class Bound:
         return self.prior + self.diffusion + self.decoder
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """Draw log-SNRs from a density that is constant between ``edges`` [K + 1], with probabilities ``mass`` [K], both float64."""
+
+    edges: Tensor
+    mass: Tensor
+
+    @classmethod
+    def uniform(cls, low: float, high: float) -> Proposal:
+        """Return the uniform density from low to high."""
+        return cls(torch.tensor([low, high], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+
+    @classmethod
+    def measured(cls, edges: Tensor, values: Tensor, floor: float = 0.05) -> Proposal:
+        """Return a density proportional to ``values`` [K] at least 0, mixed with a part ``floor`` of the uniform one.
+
+        The floor bounds the weights where the measured values are too small.
+        """
+        widths = edges.diff()
+        mass = values.double() * widths
+        return cls(edges, (1 - floor) * mass / mass.sum() + floor * widths / widths.sum())
+
+    def __call__(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-SNRs [B] at which the cumulative probability is ``share`` [B] in [0, 1], and 1 / density there."""
+        ends = self.mass.cumsum(0)
+        k = torch.searchsorted(ends, share, right=True).clamp(max=len(self.mass) - 1)
+        wide = self.edges.diff()[k]
+        inside = (share - (ends - self.mass)[k]) / self.mass[k]
+        return self.edges[k] + wide * inside, wide / self.mass[k]
+
+
+def span(schedule: Schedule) -> tuple[float, float]:
+    """Return the log-SNRs over which the bound integrates, from t_max or `LOWEST` to t_min."""
+    low, high = (float(v) for v in schedule.logsnr(schedule.ends()))
+    return max(low, LOWEST), high
+
+
+@torch.no_grad()
+def integrand(denoiser: DenoiserLike, x0: Tensor, logsnr: Tensor, rng: torch.Generator, **cond: Any) -> Tensor:
+    """Return exp(L) |x0 - D(x_t)|^2 / 2 at log-SNRs L [B] of x0 [B, ...] with new noise: float64 [B], nats per unit of L.
+
+    Its expectation over the noise is the integrand of the diffusion term of `bound`.
+    """
+    schedule = denoiser.schedule
+    t = schedule.time(logsnr).clamp(*sorted((schedule.t_min, schedule.t_max))).to(x0.dtype)
+    x_t = add_noise(schedule, x0, _normal(x0, rng), t)
+    error = (denoiser(x_t, t, **cond) - x0).square().flatten(1).sum(1).double().cpu()
+    return logsnr.exp() * error / 2
+
+
+@torch.no_grad()
+def discrete(denoiser: DenoiserLike, x0: Tensor, rng: torch.Generator, steps: int, **cond: Any) -> Tensor:
+    """Return the diffusion terms of a chain of T = ``steps`` equal steps in log-SNR, [steps, B] in nats, the noisiest first.
+
+        L_t = KL[q(x_s | x_t, x0) | p(x_s | x_t)] = (snr(s) - snr(t)) |x0 - D(x_t, t)|^2 / 2        (VDM, 2107.00630, eq. 13)
+
+    with one x_t per term. The sum falls to the diffusion term of `bound` as T grows.
+    """
+    edges = torch.linspace(*span(denoiser.schedule), steps + 1, dtype=torch.float64)
+    gaps = edges.diff()
+    return torch.stack(
+        [
+            torch.expm1(gap) * integrand(denoiser, x0, edge.expand(len(x0)), rng, **cond)
+            for edge, gap in zip(edges, gaps, strict=False)
+        ]
+    )
+
+
 @torch.no_grad()
 def bound(
-    denoiser: DenoiserLike, x0: Tensor, rng: torch.Generator, *, levels: int = 64, values: int | None = None, **cond: Any
+    denoiser: DenoiserLike,
+    x0: Tensor,
+    rng: torch.Generator,
+    *,
+    levels: int = 64,
+    values: int | None = None,
+    proposal: Proposal | None = None,
+    **cond: Any,
 ) -> Bound:
     """Return the continuous-time variational bound (VDM, Kingma et al. 2107.00630, eq. 14) of x0 [B, ...], with L = log-SNR:
 
@@ -46,22 +121,20 @@ def bound(
         diffusion  1/2 int exp(L) E|x0 - D|^2 dL from t_max to t_min, Monte Carlo at ``levels`` stratified L a sample
         decoder    -log p(x0 | x_t) at t_min
 
-    ``levels``: noise levels per sample. ``values``: the number of equidistant values in [-1, 1] of discrete data. The decoder is then
-    a probability, proportional to N(x_t; alpha x0, sigma^2) over the values. For continuous data (None) it is a density,
+    ``levels``: noise levels per sample. ``proposal``: the density of L; default is the uniform one. ``values``: the number of
+    equidistant values in [-1, 1] of discrete data. The decoder is then a probability, proportional to N(x_t; alpha x0, sigma^2) over
+    the values. For continuous data (None) it is a density,
     N(x0; x_t / alpha, (sigma / alpha)^2). The bound of an exact denoiser on continuous data is loose only by the smoothing at t_min,
     for a Gaussian ln(1 + level(t_min)^2 / std^2) / 2 per dimension.
     """
     schedule, axis = denoiser.schedule, tuple(range(1, x0.dim()))
-    low, high = (float(v) for v in schedule.logsnr(schedule.ends()))
-    low = max(low, LOWEST)
+    low, high = span(schedule)
+    draw = proposal or Proposal.uniform(low, high)
     total = torch.zeros(len(x0), dtype=torch.float64)
     for k in range(levels):
         share = (k + torch.rand(len(x0), generator=rng, dtype=torch.float64)) / levels
-        logsnr = low + (high - low) * share
-        t = schedule.time(logsnr).clamp(*sorted((schedule.t_min, schedule.t_max))).to(x0.dtype)
-        x_t = add_noise(schedule, x0, _normal(x0, rng), t)
-        error = (denoiser(x_t, t, **cond) - x0).square().sum(axis).double().cpu()
-        total += logsnr.exp() * error * ((high - low) / (2 * levels))
+        logsnr, weight = draw(share)
+        total += integrand(denoiser, x0, logsnr, rng, **cond) * weight / levels
     level = float(schedule.level(schedule.ends()[1]))
     prior = x0.square().sum(axis).double().cpu() * (math.exp(low) / 2)
     return Bound(prior, total, _decoder(x0, _normal(x0, rng), level, values).cpu())

@@ -65,7 +65,7 @@ class Config(flags.RunFlags, flags.TrainingFlags):
     TOPICS: ClassVar = flags.TOPICS
     MOVED: ClassVar = {
         "--probe": "python recipes/probe.py --model SPEC --data DATA",
-        "--nll": "python recipes/probe.py --model SPEC --data DATA --nll",
+        "--nll": "python recipes/likelihood.py --model SPEC --data DATA",
     }
 
 
