@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from distill.grid import GRIDS
 from distill.noise_paths import PathSteps, steps_from_noise
 from distill.rng import Rng
 from distill.schedule import Schedule, add_noise, expand, heun_x0, move, per_sample
+from distill.self_conditioning import carrying, carrying_target, first_estimate
 from distill.target import Target
 
 HIGHEST = 80.0  # noise levels sigma / alpha above this count as this, the usual sigma_max
@@ -171,17 +172,20 @@ class Consistency:
     ) -> Tensor:
         schedule = student.schedule
         if self.data_free:
-            at = self._from_noise(schedule, x0, rng, progress, cond)
+            at = replace(self, target=carrying_target(self.target))._from_noise(schedule, x0, rng, progress, cond)
             x_t, t, s, cond = at.x_t, at.t, at.s, at.cond
         else:
             t, s = self.pairs(schedule, rng, progress)
             x_t = add_noise(schedule, x0, rng.normal(x0), t)
+        previous = first_estimate(student, x_t, t, rng, **cond)
         with torch.no_grad():
-            x_s = at.x_s if self.data_free else self._path(schedule, x_t, t, s, x0, **cond)
+            walking = replace(self, target=carrying_target(self.target, previous))
+            x_s = at.x_s if self.data_free else walking._path(schedule, x_t, t, s, x0, **cond)
             with same_dropout(x0.device):
-                f_s = with_boundary(average if self.averaged and average is not None else student, x_s, s, **cond)
+                f = average if self.averaged and average is not None else student
+                f_s = with_boundary(carrying(f, previous), x_s, s, **cond)
         weight = self.weight(noise_level(schedule, t), noise_level(schedule, s))
-        distance = self.distance(student(x_t, t, **cond), f_s)
+        distance = self.distance(carrying(student, previous)(x_t, t, **cond), f_s)
         return expand(weight, distance) * distance
 
     def _from_noise(self, schedule: Schedule, x0: Tensor, rng: Rng, progress: float, cond: dict[str, Any]) -> PathSteps:

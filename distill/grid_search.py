@@ -15,12 +15,13 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.schedule import expand, move
+from distill.self_conditioning import carrying
 
 
 @torch.inference_mode()
 def trajectory(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Run DDIM from x at times[0]. Return x at every time, T + 1 of them, and E[x0 | x] at every time but the last."""
-    xs, x0s = [x], []
+    denoiser, xs, x0s = carrying(denoiser), [x], []
     for t, s in pairwise(times):
         x0s.append(denoiser(xs[-1], t, **cond))
         xs.append(move(denoiser.schedule, xs[-1], x0s[-1], t, s))

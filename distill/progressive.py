@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from distill.distance import Distance, Weight, l2, truncated_snr
 from distill.noise_paths import steps_from_noise
 from distill.rng import Rng
 from distill.schedule import add_noise, expand, explain, move
+from distill.self_conditioning import carrying, first_estimate
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,28 @@ class Progressive:
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         schedule = self.teacher.schedule
         if self.data_free:
-            at = steps_from_noise(self._steps, schedule, self.times[:: self.substeps], x0, rng, cond)
+            at = steps_from_noise(
+                partial(self._steps, carrying(self.teacher)), schedule, self.times[:: self.substeps], x0, rng, cond
+            )
             x_t, t, cond = at.x_t, at.t, at.cond
             target = explain(schedule, x_t, at.x_s, t, at.s)
+            previous = first_estimate(student, x_t, t, rng, **cond)
         else:
             i = self.substeps * rng.integers((len(self.times) - 1) // self.substeps)
             times = self.times.to(i.device)
             path = [times[i + k] for k in range(self.substeps + 1)]
             t = path[0]
             x_t = add_noise(schedule, x0, rng.normal(x0), t)
+            previous = first_estimate(student, x_t, t, rng, **cond)
             with torch.no_grad():
-                target = steps_in_one(self.teacher, x_t, path, **cond)
-        distance = self.distance(student(x_t, t, **cond), target)
+                target = steps_in_one(carrying(self.teacher, previous), x_t, path, **cond)
+        distance = self.distance(carrying(student, previous)(x_t, t, **cond), target)
         return expand(self.weight(schedule, t), distance) * distance
 
-    def _steps(self, x: Tensor, i: int, **cond: Any) -> Tensor:
+    def _steps(self, teacher: DenoiserLike, x: Tensor, i: int, **cond: Any) -> Tensor:
         """Return where the teacher's moves of the i-th student step from x end."""
         for t, s in pairwise(self.times[i * self.substeps : (i + 1) * self.substeps + 1]):
-            x = move(self.teacher.schedule, x, self.teacher(x, t, **cond), t, s)
+            x = move(teacher.schedule, x, teacher(x, t, **cond), t, s)
         return x
 
 

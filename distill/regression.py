@@ -17,6 +17,7 @@ from distill.distance import Distance, Weight, l2, snr_plus_one
 from distill.noise_paths import PathSteps, steps_from_noise
 from distill.rng import Rng
 from distill.schedule import Schedule, add_noise, expand, move
+from distill.self_conditioning import carrying, carrying_target, first_estimate
 from distill.target import DataSample, Target
 
 Draw = Callable[[Schedule, Rng], Tensor]  # where training draws its times: t [B]
@@ -59,17 +60,18 @@ class Regression:
         else:
             at = self._from_noise(schedule, x0, rng, cond)
             x_t, t, cond = at.x_t, at.t, at.cond
-        x0_hat = self.target(schedule, x_t, t, x0, **cond)
-        distance = self.distance(student(x_t, t, **cond), x0_hat)
+        previous = first_estimate(student, x_t, t, rng, **cond)
+        x0_hat = carrying_target(self.target, previous)(schedule, x_t, t, x0, **cond)
+        distance = self.distance(carrying(student, previous)(x_t, t, **cond), x0_hat)
         return expand(self.weight(schedule, t), distance) * distance
 
     def _from_noise(self, schedule: Schedule, x0: Tensor, rng: Rng, cond: dict[str, Any]) -> PathSteps:
         """Return DDIM steps of the target's paths from noise."""
         assert self.times is not None
-        times = self.times.float()
+        times, target = self.times.float(), carrying_target(self.target)
 
         def step(x: Tensor, i: int, **cond: Any) -> Tensor:
             t, s = (time.expand(len(x)) for time in times[i : i + 2])
-            return move(schedule, x, self.target(schedule, x, t, x, **cond), t, s)
+            return move(schedule, x, target(schedule, x, t, x, **cond), t, s)
 
         return steps_from_noise(step, schedule, times, x0, rng, cond)

@@ -14,6 +14,7 @@ from distill.grid import GRIDS
 from distill.names import SAMPLER_TEXT as ACCEPTED
 from distill.samplers import SAMPLERS
 from distill.schedule import EDM, VE, Schedule, Table
+from distill.self_conditioning import carrying
 
 SEARCHED = "searched"  # the name of a grid whose times were found by a search and are listed
 
@@ -97,11 +98,14 @@ class Sampling:
         return GRIDS[self.grid](schedule, steps)
 
     def run(self, denoiser: DenoiserLike, x: Tensor, times: Tensor, noise: Callable[[Tensor], Tensor], **cond: Any) -> Tensor:
-        """Return the x0 [B, ...] that the sampler makes of x along ``times``. ``noise``: the source of a noisy sampler's noise."""
+        """Return the x0 [B, ...] that the sampler makes of x along ``times``. ``noise``: the source of a noisy sampler's noise.
+
+        A self-conditioned denoiser gets its previous estimate at each step (`distill.self_conditioning`), zeros at first.
+        """
         extra: dict[str, Any] = {"noise": noise} if self.noisy else {}
         if self.gamma is not None:
             extra["gamma"] = self.gamma
-        return SAMPLERS[self.name].run(denoiser, x, times, **extra, **cond)
+        return SAMPLERS[self.name].run(carrying(denoiser), x, times, **extra, **cond)
 
     def on_best_grid(self, schedule: Schedule, steps: int) -> Sampling:
         """Return the same sampler on the grid that serves it best for a training-free model (figures in EXPERIMENTS.md).

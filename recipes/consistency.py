@@ -19,6 +19,7 @@ from recipes.common.methods import (
     METHODS,
     START_LR,
     MethodFlags,
+    check_carrying,
     check_flags,
     check_range,
     lr_of,
@@ -75,10 +76,11 @@ from distill.denoiser import under_autocast
 from distill.grid import uniform
 from distill.regression import Regression
 from distill.sampling import Sampling
+from distill.self_conditioning import self_conditioned
 from distill.target import DataSample, Mix
 from distill.train import Method, Optimization
 from recipes.common.building import method_of, student_of
-from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, codec_of, conditioned
+from recipes.common.checks import check_levels, check_match, check_sampler, check_steps, check_unsharded, codec_of, conditioned
 from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
@@ -137,6 +139,8 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
             " leave --checkpoint-activations out"
         )
     config.check_precision(teacher)
+    if config.method == "unrolled" and config.unroll > 1:
+        check_unsharded(f"--unroll {config.unroll}")
     if teacher is not None:
         teacher, data = conditioned(teacher, data, config)
         data = check_match(teacher, data, training=True)
@@ -182,6 +186,8 @@ def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teac
         raise ValueError(f"the student takes {student.conditions} and the teacher {teacher.conditions}: they must be the same")
     if teacher is not None and teacher.embeddings is not None:
         student = student.with_conditions(teacher.embeddings)
+    if self_conditioned(student.denoiser):
+        check_carrying(config)
     student = taking_scale(config, teacher, student_of(config, student))
     if student.guidance is not None:
         check_range(config)

@@ -57,6 +57,11 @@ class Config(flags.RunFlags, flags.TrainingFlags):
     )
     channels: tuple[int, ...] = model_flag((32, 48), "channels of the UNet, one per resolution", **CHANNELS)
     layers: int = model_flag(1, "residual blocks per resolution", short=False, **LAYERS)
+    self_conditioning: bool = model_flag(
+        False,
+        "a network that also takes its previous estimate of x0, fed on half of each batch (arXiv 2208.04202)",
+        short=False,
+    )
     label_dropout: float = training_flag(
         0.1, "part of the labels replaced by the null class, for guidance", short=False, at_least=0, at_most=1
     )
@@ -101,7 +106,7 @@ from recipes.common.training import divergence_errors
 from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher
-from teachers.students import untrained
+from teachers.students import untrained, with_self_conditioning
 from teachers.teacher import frozen
 
 
@@ -173,6 +178,7 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
 def initial_model(config: Config, data: Data, classes: int | None) -> Teacher:
     """Return the untrained network as a denoiser of the configuration's schedule and prediction."""
     model = untrained(data.sample_shape, classes, config.channels, config.layers, config.seed)
+    model = with_self_conditioning(model) if config.self_conditioning else model
     default = model.parametric
     schedule: Schedule = default.schedule if config.schedule == "table" else schedule_from(config.schedule)
     time = {"table": default.time, "edm": "thousand_log_sigma"}.get(config.schedule, "thousand_time")

@@ -1,5 +1,5 @@
-"""Networks that students start from: a new UNet, or a teacher's weights with a second time, a slow time, heads, the guidance scale, or
-on a discrete table."""
+"""Networks that students start from: a new UNet, or a teacher's weights with a second time, a slow time, heads, the guidance scale, a
+previous estimate, or on a discrete table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from distill.denoiser import TIMES, Denoiser
 from distill.guidance import GuidanceRange
 from distill.sampling import Sampling
 from distill.schedule import Schedule
+from distill.self_conditioning import self_conditioned
 from teachers import networks
 from teachers.diffusers_scheduler import table_of
-from teachers.networks import unet
+from teachers.networks import adapters, unet
 from teachers.networks.unet import UNet
 from teachers.teacher import Teacher, frozen
 
@@ -143,6 +144,27 @@ def _taking_scale(network: dict, over: GuidanceRange) -> dict:
     return network | {"config": config | more}
 
 
+def with_self_conditioning(model: Teacher) -> Teacher:
+    """Return the model as a network that also takes its previous estimate of x0, and at first ignores it; unchanged if it takes one.
+
+    Raises ValueError unless the network is a UNet2DModel with one time.
+    """
+    net = model.parametric.net
+    if self_conditioned(net):
+        return model
+    if not isinstance(net, UNet) or net.two_times:
+        raise ValueError("a previous estimate can be given only to a UNet2DModel with one time")
+    assert model.network is not None
+    config = model.network["config"]
+    wide, weights = config | {"in_channels": 2 * config["in_channels"]}, net.state_dict()
+    first = weights["unet.conv_in.weight"]
+    twin = unet.build(wide)
+    twin.load_state_dict(weights | {"unet.conv_in.weight": torch.cat([first, torch.zeros_like(first)], 1)})
+    twin.train(net.training).requires_grad_(net.unet.conv_in.weight.requires_grad)  # type: ignore[operator, union-attr]
+    adapted, network = adapters.wrap(twin, model.network | {"config": wide}, {"kind": "self_conditioned"})
+    return replace(model, denoiser=replace(model.parametric, net=adapted), network=network)
+
+
 def _refuse_guided(net: UNet, what: str) -> None:
     if net.guided:
         raise ValueError(f"{what} cannot be given to a network that takes the guidance scale: accepted is one that does not")
@@ -156,8 +178,8 @@ def on_table(model: Teacher) -> Teacher:
     """
     net: Any = model.parametric.net
     inner = net if isinstance(net, UNet) else getattr(net, "net", None)
-    if not isinstance(inner, UNet) or inner.two_times:
-        raise ValueError("only a UNet2DModel with one time input can be put on a discrete table")
+    if not isinstance(inner, UNet) or inner.two_times or self_conditioned(net):
+        raise ValueError("only a UNet2DModel with one time input and no previous estimate can be put on a discrete table")
     _refuse_guided(inner, "another table")
     tables = (table_of(COSINE_ZERO_SNR | {"num_train_timesteps": 2**k}) for k in range(10, 0, -1))
     fits = (table for table in tables if _lowest_level(table) >= _lowest_level(model.denoiser.schedule) / 2)

@@ -34,12 +34,12 @@ class MethodFlags(Checked):
 
     method: str = flag(
         "cd",
-        "cd, scd, cmt, lmd, psd, pdd, meanflow, alpha_flow, denoise distil a teacher, dmd, sid refine a student; ct, ict, ect, sct train on"
-        " data",
+        "cd, scd, cmt, lmd, psd, pdd, meanflow, alpha_flow, unrolled, denoise distil a teacher, dmd, sid refine a student;"
+        " ct, ict, ect, sct train on data",
         choices=lambda: METHODS,
     )
     steps: tuple[int, ...] | None = flag(
-        None, "step counts of the student", own=lambda v: " ".join(map(str, METHODS[v["method"]].steps)), **STEPS
+        None, "step counts of the student", own=lambda v: " ".join(map(str, own_steps(v["method"], v["unroll"]))), **STEPS
     )
     from_scratch: bool = model_flag(False, "start from new weights and use no teacher")
     target_mix: str | None = method_flag(
@@ -125,6 +125,12 @@ class MethodFlags(Checked):
     heads: int = method_flag(
         16, "pdd: last layers of the student, one for each step of its grid", short=False, at_least=2, at_most=256
     )
+    unroll: int = method_flag(
+        1, "unrolled: steps of the student's sampler that it is trained through, its own --steps", short=False, **STEPS
+    )
+    teacher_steps: int = method_flag(
+        16, "unrolled: steps of the teacher's DDIM sampler, whose end is the target", short=False, **STEPS
+    )
     data_free: bool = method_flag(False, "begin at pure noise and use no training image", short=False)
     sampler: str | None = method_flag(
         None,
@@ -134,7 +140,8 @@ class MethodFlags(Checked):
     )
 
 
-IMAGELESS = ("dmd", "sid")  # methods that take only the shape of the data
+IMAGELESS = ("dmd", "sid", "unrolled")  # methods that take only the shape of the data
+CARRYING = ("cd", "ct", "ict", "ect", "unrolled", "denoise")  # methods that train a self-conditioned student
 SECOND = ("second_period", "second_lr")  # flags of every method that trains a second network
 PAIRS = ("weight", "distance", "averaged_target")  # flags of every method of pairs
 
@@ -257,7 +264,12 @@ def pdd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
 
 def steps_of(flags: MethodFlags) -> tuple[int, ...]:
     """Return the step counts of the student."""
-    return flags.steps or METHODS[flags.method].steps
+    return flags.steps or own_steps(flags.method, flags.unroll)
+
+
+def own_steps(method: str, unroll: int) -> tuple[int, ...]:
+    """Return the step counts of a student where none are given: those of its method, or the steps that it is trained through."""
+    return (unroll,) if method == "unrolled" else METHODS[method].steps
 
 
 def lr_of(flags: MethodFlags, given: float | None) -> float:
@@ -300,6 +312,14 @@ def denoise(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Meth
     return Regression(target)
 
 
+def unrolled(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
+    from distill.target import teacher_of
+    from distill.unrolled import Unrolled
+
+    how = {"distance": options["distance"]} if "distance" in options else {}
+    return Unrolled(teacher_of(target), flags.unroll, flags.teacher_steps, **how)
+
+
 AFTER_CMT: dict[str, Any] = {"start": "cmt", "start_part": 0.5, "lr": 3e-4}  # at 1e-3 continuous-time methods drift off
 METHODS: dict[str, MethodDefaults] = {
     "cd": MethodDefaults(
@@ -318,6 +338,9 @@ METHODS: dict[str, MethodDefaults] = {
     "pdd": MethodDefaults(pdd, 1.0, ("heads", "data_free"), sampler="jump", from_data=False),
     "dmd": MethodDefaults(dmd, 1.0, SECOND, sampler="consistency", from_data=False, steps=(1,), lr=2e-4),
     "sid": MethodDefaults(dmd, 1.0, (*SECOND, "sid_alpha"), sampler="consistency", from_data=False, steps=(1,), lr=2e-4),
+    "unrolled": MethodDefaults(
+        unrolled, 1.0, ("unroll", "teacher_steps", "distance"), sampler="ddim", from_data=False, steps=(1,)
+    ),
     "denoise": MethodDefaults(denoise, 1.0, (), sampler="ddim", from_data=False),
 }
 
@@ -352,6 +375,16 @@ def check_flags(flags: MethodFlags, student: str | None) -> None:
         )
     if flags.target_mix not in (None, "0"):
         raise ValueError(f"--target-mix {flags.target_mix} needs a teacher and --from-scratch has none")
+
+
+def check_carrying(flags: MethodFlags) -> None:
+    """Raise ValueError where the method, or its start, cannot train a self-conditioned student."""
+    for name, value in (("--method", flags.method), ("--start", start_name(flags))):
+        if value not in (*CARRYING, "as-is"):
+            raise ValueError(
+                f"{name} {value} does not carry the previous estimate of a self-conditioned student: accepted are --method"
+                f" {', '.join(CARRYING)}, and --start as-is or denoise"
+            )
 
 
 def check_range(flags: MethodFlags) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distill.files import FILE_MODE, replacing_folder
+from distill.self_conditioning import self_conditioned
 from teachers import passport
 from teachers.export import latent, pixel
 from teachers.hub import nulls
@@ -55,6 +56,10 @@ def form_of(model: Teacher) -> Any:
 def check_exportable(model: Teacher) -> None:
     """Raise ValueError if no stock pipeline can hold the model."""
     require_network(model := merged(model))
+    if self_conditioned(model.denoiser):
+        raise ValueError(
+            "no stock pipeline carries the previous estimate of a self-conditioned network: accepted is its .safetensors"
+        )
     if model.sampling.name not in EXPORTED:
         raise ValueError(f"no stock scheduler takes the steps of {model.sampling.label!r}: accepted are {', '.join(EXPORTED)}")
     form_of(model).check(model)

@@ -107,6 +107,16 @@ class Renamed(Adapter):
         return self.net(x, t, **({} if labels is None else {self.name: labels}), **cond)
 
 
+class SelfConditioned(Adapter):
+    """Call a network of twice the input channels with x and the ``previous`` estimate of x0, zeros where there is none (2208.04202)."""
+
+    self_conditioned = True
+
+    def forward(self, x: Tensor, t: Tensor, previous: Tensor | None = None, **cond: Any) -> Tensor:
+        previous = torch.zeros_like(x) if previous is None else previous.to(x.dtype)
+        return self.net(torch.cat([x, previous], 1), t, **cond)[:, : x.shape[1]]
+
+
 def _scaled(cond: dict[str, Any], factor: float) -> dict[str, Any]:
     """Return the conditions of a call with the end of a jump, ``to``, times ``factor``, as its start is."""
     return cond | {"to": factor * cond["to"]} if "to" in cond else cond
@@ -122,6 +132,7 @@ KINDS: dict[str, type[Adapter]] = {
     "boundary": Boundary,
     "renamed": Renamed,
     "rounded": Rounded,
+    "self_conditioned": SelfConditioned,
 }
 
 
