@@ -3,11 +3,13 @@
     python recipes/latents.py --model PIPELINE --data IMAGES,size=256 --output-dir latents/mine
     accelerate launch --num_processes 8 recipes/latents.py --model PIPELINE --data wds:SHARDS --output-dir latents/mine
     accelerate launch recipes/progressive.py --teacher PIPELINE --data latents/mine --reference fid-reference.npz ...
+    python recipes/latents.py --model PIPELINE --data FOLDER --sizes 1024x1024 832x1216 1216x832 --output-dir latents/mine
 
 The folder holds latents-00000.safetensors, ... with latents [n, ...], and labels [n] and captions if the data has them. The latents
 are scaled and shifted as the denoiser expects them. An encoder that outputs a distribution gives its mean. For a text-to-image model it
 also holds conditions-00000.safetensors, ... with a row for each different caption, and conditions.safetensors with the empty prompt's.
-index.json records model, count, and the sha256 of the autoencoder and of the text encoders. Training maps all files into memory. A
+index.json records model, count, and the sha256 of the autoencoder and of the text encoders. Training maps all files into memory. With
+--sizes each image is cut to the size of the nearest aspect ratio; the latents of each size are a sub-folder, which can be used alone. A
 command that was interrupted keeps its finished shards in a hidden folder beside the new one, and goes on there when it is started
 again, on any number of processes.
 """
@@ -38,6 +40,9 @@ class Config(MachineFlags):
     model: str = model_flag(REQUIRED, "the latent model (accepted: --help teacher)")
     data: str = model_flag("digits", "the images (accepted: --help data)")
     most: int = model_flag(0, "largest number of images; 0 for all", at_least=0, at_most=10**10)
+    sizes: tuple[str, ...] = model_flag(
+        (), "HEIGHTxWIDTH in pixels of several sizes; an image gets that of the nearest aspect ratio", short=False
+    )
     dtype: str = model_flag("float16", "number format of latents and conditions", choices=("float16", "float32"))
     encoder_precision: str = model_flag("fp32", "precision of the text encoders", choices=("fp32", "bf16"), short=False)
     output_dir: str = machine_flag("runs/latents", "a new directory", path="folder")
@@ -62,6 +67,7 @@ from recipes.common.encoding import Encoding, row_bytes
 from recipes.common.interrupts import interruptible
 from recipes.common.plan import check_disk, gigabytes
 from recipes.common.run import agreed
+from recipes.common.several_sizes import check_sizes, write_indices
 from recipes.common.shards import (
     Shard,
     finished_shards,
@@ -72,34 +78,37 @@ from recipes.common.shards import (
     write_everywhere,
 )
 from recipes.data import sets as datasets
+from recipes.data.buckets import SeveralSizes, sizes_of
 from recipes.data.condition_shards import distinct
 from recipes.data.latent_shards import DTYPES, LATENTS, PATTERN, codec_sha256
 from teachers import Teacher
 from teachers.encoder import Encoder
 
+Images = datasets.Data | SeveralSizes
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def encoded(
-    model: Teacher, data: datasets.Data, config: Config, state: PartialState, finished: Container[str] = ()
+    model: Teacher, data: Images, config: Config, state: PartialState, finished: Container[str] = ()
 ) -> Iterator[Shard]:
     """Yield this process's shards that are not ``finished``: every ``num_processes``-th, in the data's order.
 
-    They hold latents [n, ...], and labels [n] and captions [n] if the data have them. Raises ValueError if a latent overflows the number
-    format.
+    With --sizes a shard is split into one for each size, in the folder of this size. They hold latents [n, ...], and labels [n] and
+    captions [n] if the data have them. Raises ValueError if a latent overflows the number format.
     """
     assert model.codec is not None
     for number, images, labels, captions in data.walk(
         config.shard_images, config.most or None, state.process_index, state.num_processes
     ):
-        if (name := f"latents-{number:05d}.safetensors") in finished:
+        folder = "x".join(map(str, images.shape[2:])) + "/" if config.sizes else ""
+        if (name := f"{folder}latents-{number:05d}.safetensors") in finished:
             continue
         codes = (model.codec.encode(from_uint8(part, state.device)) for part in images.split(config.batch_size))
         latents = torch.cat([stored(z, DTYPES[config.dtype], f"latents of {data.name}") for z in codes])
         yield name, {"latents": latents} | ({} if labels is None else {"labels": labels}), {"captions": captions}
 
 
-def describe(model: Teacher, data: datasets.Data, config: Config) -> dict:
+def describe(model: Teacher, data: Images, config: Config) -> dict:
     """Return the entries of index.json that do not depend on the latents."""
     assert model.codec is not None
     return {
@@ -112,44 +121,63 @@ def describe(model: Teacher, data: datasets.Data, config: Config) -> dict:
         "dtype": config.dtype,
         "data": data.name,
         "classes": data.classes,
+        **({"factor": model.image_shape[1] // model.shape[1]} if config.sizes else {}),
     }
 
 
-def load_pair(config: Config) -> tuple[Teacher, datasets.Data]:
+def load_pair(config: Config) -> tuple[Teacher, Images]:
     """Load model and data. Raises ValueError for a pixel-space model, for data that are latents, and for shapes that disagree."""
     model = teachers.load(config.model)
     if model.codec is None:
         raise ValueError(f"{config.model} is a pixel-space model without autoencoder; accepted are latent models")
-    data = datasets.load(config.data)
-    if data.latents is not None:
+    if config.sizes:
+        sizes = sizes_of(config.sizes)
+        check_sizes(model, sizes)
+    data: Images = datasets.several_sizes(config.data, sizes) if config.sizes else datasets.load(config.data)
+    if isinstance(data, datasets.Data) and data.latents is not None:
         raise ValueError(f"{config.data} holds latents already; accepted are images")
-    if model.embeddings is not None and data.captions is None:
+    captioned = data.captioned if isinstance(data, SeveralSizes) else data.captions is not None
+    if model.embeddings is not None and not captioned:
         raise ValueError(
             f"{config.model} is conditioned on text, and {data.name} has no captions; --help data says who has them"
         )
-    check_match(model, data)
+    if isinstance(data, datasets.Data):
+        check_match(model, data)
+    elif model.image_shape[0] != (channels := 1 if data.form.mode == "L" else 3):
+        raise ValueError(
+            f"the model makes images of {model.image_shape[0]} channels, {data.name} holds {channels}: they must agree"
+        )
     return model, data
 
 
 def captions_of(folder: Path) -> list[str]:
     """Return the captions of all shards of latents, in order."""
-    shards = (files.load(path, check=False) for path in sorted(folder.glob(PATTERN)))
+    shards = (files.load(path, check=False) for path in sorted(folder.rglob(PATTERN)))
     return [caption for _, description in shards for caption in description["captions"]]
 
 
-def announce(data: datasets.Data, model: Teacher, config: Config, row: int) -> None:
+def announce(data: Images, model: Teacher, config: Config, row: int) -> None:
     """Say how much will be written, and check that the disk has it. ``row``: bytes of the conditions of one caption."""
-    assert data.images is not None
+    if isinstance(data, SeveralSizes):
+        areas = [math.prod(size) / math.prod(model.image_shape[1:]) for size in data.form.sizes]
+        each = round(math.prod(model.shape) * max(areas)) * DTYPES[config.dtype].itemsize
+        print(of_a_million(each, row, "at most "))
+        return
     count = min(len(data.images), config.most or len(data.images))
     known = [] if data.captions is None else distinct(data.captions[:count])
     each = math.prod(model.shape) * DTYPES[config.dtype].itemsize
     if data.stream is not None:
-        texts = f" and {gigabytes(1e6 * row)} for each million different captions" if row else ""
-        print(f"{gigabytes(1e6 * each)} of latents for each million images{texts}")
+        print(of_a_million(each, row))
         return
     texts = f" and {gigabytes(row * len(known))} of conditions for {len(known):,} different captions" if row else ""
     print(f"{gigabytes(each * count)} of latents{texts}")
     check_disk(unfinished(Path(config.output_dir)), each * count + row * len(known))
+
+
+def of_a_million(each: int, row: int, most: str = "") -> str:
+    """Return the disk that a million images take, for people."""
+    texts = f" and {gigabytes(1e6 * row)} for each million different captions" if row else ""
+    return f"{most}{gigabytes(1e6 * each)} of latents for each million images{texts}"
 
 
 @interruptible()
@@ -167,23 +195,23 @@ def main(argv: list[str] | None = None) -> None:
         row = 0 if encoding is None else row_bytes(encoding.null())
         agreed(lambda: announce(data, model, config, row))
         index = describe(model, data, config)
-        total = math.ceil(len(data.images) / config.shard_images / state.num_processes) if data.stream is None else None
+        count = len(data.images) if isinstance(data, datasets.Data) and data.stream is None else None
+        total = None if count is None else math.ceil(count / config.shard_images / state.num_processes)
         settings = {"shard_images": config.shard_images, "batch_size": config.batch_size, "most": config.most}
-        made_with = json.loads(json.dumps(index | settings | {"images_sha256": fingerprint(data.images)}))
-        finished = finished_shards(unfinished(folder), PATTERN, made_with)
+        sizes, sha256 = (data.form.sizes, data.sha256) if isinstance(data, SeveralSizes) else ((), fingerprint(data.images))
+        made_with = json.loads(json.dumps(index | settings | {"images_sha256": sha256} | ({"sizes": sizes} if sizes else {})))
+        finished = finished_shards(unfinished(folder), f"**/{PATTERN}", made_with)
         with shared_folder(folder, state) as aside:
             shards = encoded(model, data, config, state, finished)
             bar = progress(shards, show=state.is_main_process, desc="latents", unit="shard", total=total)
             shapes = finished | write_everywhere(aside, bar, made_with)
-            sizes = {name: shape[0] for name, shape in sorted(shapes.items())}
-            index |= {"count": sum(sizes.values()), "shape": next(iter(shapes.values()))[1:], "shards": sizes}
             if encoding is not None:
                 encoding.write(aside, distinct(captions_of(aside)), state)
                 index["encoder_sha256"] = encoding.encoder.sha256
             if state.is_main_process:
-                files.write_json(aside / "index.json", index)
+                count = write_indices(aside, index, shapes, sizes)
         if state.is_main_process:
-            print(f"{index['count']:,} latents of {data.name}: {folder}")
+            print(f"{count:,} latents of {data.name}: {folder}")
 
 
 def encoding_of(model: Teacher, config: Config, state: PartialState) -> Encoding:

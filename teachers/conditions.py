@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.device import send
 from distill.files import weights_sha256
 
+SIZES = ("time_ids", "resolution", "aspect_ratio")  # conditions of the size of the images, see `of_size`
 CLOSE = 5e-3  # largest difference of two empty prompts in half precision, as part of the largest value
 
 
@@ -120,6 +121,12 @@ class Conditions:
             raise ValueError("this model is conditioned on text and has no prompts: accepted is ,prompts=FILE after the model")
         return {name: as_float(rows, labels.device) for name, rows in self.lookup(labels.cpu()).items()}
 
+    def sized(self, height: int, width: int) -> Conditions:
+        """Return the conditions for images of this size in pixels."""
+        lookup = self.lookup
+        null = sized(self.null, height, width)
+        return replace(self, null=null, lookup=None if lookup is None else lambda index: sized(lookup(index), height, width))
+
     def agrees_with(self, other: Conditions) -> bool:
         """Return whether both come from the same encoder, as far as that is known.
 
@@ -133,6 +140,26 @@ class Conditions:
             return False
         pairs = [(self.null[name].float(), other.null[name].float()) for name in self.null]
         return all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+
+
+def of_size(height: float, width: float) -> dict[str, Tensor]:
+    """Return the conditions of uncropped images of a size in pixels, float32 {a name of `SIZES`: [1, n]}.
+
+    ``time_ids``: original size, crop (0, 0), target size of SDXL (2307.01952). ``resolution``, ``aspect_ratio``: of PixArt-alpha
+    (2310.00426), the ratio as height over width.
+    """
+    size = torch.tensor([height, width], dtype=torch.float32)
+    return {
+        "time_ids": torch.cat([size, torch.zeros(2), size])[None],
+        "resolution": size[None],
+        "aspect_ratio": (size[:1] / size[1:])[None],
+    }
+
+
+def sized(cond: Mapping[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
+    """Return conditions {name: [B, ...]} with those of this image size in place of those of another."""
+    here = {name: row for name, row in of_size(height, width).items() if name in cond}
+    return {**cond, **{name: row.expand(len(cond[name]), -1).to(cond[name]) for name, row in here.items()}}
 
 
 def as_float(rows: Tensor, device: torch.device | str) -> Tensor:

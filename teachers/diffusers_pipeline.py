@@ -125,8 +125,7 @@ def _shape(where: str, net: Any, codec: Codec | None, size: str | None) -> tuple
     step = 1 if codec is None else downsampling(codec.network)
     sides = [int(side) if side.isdecimal() else 0 for side in size.split("x")]
     height, width = sides * (3 - len(sides)) if len(sides) < 3 else (0, 0)
-    record = RECORDS.get(type(net).__name__)
-    even = step * max(record.packing if record else 1, *net.config.get("all_patch_size", (1,)))
+    even = step * conditional.multiple_of(type(net).__name__, net.config)
     if not (height and width) or height % even or width % even:
         raise ValueError(f"size={size}: accepted are HEIGHTxWIDTH in pixels, multiples of {even}")
     latents = height // step, width // step

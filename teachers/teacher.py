@@ -22,7 +22,7 @@ from distill.guidance import AtScale, GuidanceRange
 from distill.sampling import Sampling
 from distill.schedule import describe
 from teachers.codec import Codec
-from teachers.conditions import Conditions, as_float, described
+from teachers.conditions import SIZES, Conditions, as_float, described
 
 MOST_VALUES, MOST_CLASSES, MOST_PROMPTS = 2**26, 1_000_000, 10**10  # of a sample, labels, and rows of a table
 EMBEDDINGS = "table."  # prefix of the conditions among the tensors of a file
@@ -189,7 +189,8 @@ class Teacher:
             raise ValueError("guidance needs a teacher trained with a null class; this one has none: use --guidance 1")
         if self.embeddings is None:
             return {"labels": torch.tensor([self.null])}
-        return {name: as_float(row, "cpu") for name, row in self.embeddings.null.items()}
+        # of the size of the images, the unconditional half takes the conditions of the other one
+        return {name: as_float(row, "cpu") for name, row in self.embeddings.null.items() if name not in SIZES}
 
     def to(self, device: torch.device) -> Teacher:
         """Move the model in place, and return self. Conditions stay; its autoencoder moves to where it encodes or decodes."""

@@ -16,6 +16,7 @@ from distill.train import Method
 from eval.perceptual import Lpips
 from eval.progress import progress
 from recipes.common.methods import METHODS, MethodFlags, teacher_weight, terms_of
+from recipes.common.several_sizes import at_size
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.networks.lora import Adapted
@@ -25,7 +26,9 @@ LEVELS = torch.linspace(-9, 13, 23)  # log-SNRs at which --target-mix auto estim
 
 
 def estimated_bias(teacher: Teacher, data: Data, most: int, seed: int, device: torch.device) -> TeacherBias:
-    """Return the estimator of the teacher's bias on at most ``most`` random samples of the data."""
+    """Return the estimator of the teacher's bias on at most ``most`` random samples of the data, of one shape."""
+    data = data.of_one_shape(teacher.shape)
+    teacher = at_size(teacher, data)
     some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:most]
     labels = None if data.labels is None or teacher.classes is None else data.labels[some].to(device)
     return TeacherBias(teacher.denoiser, data.x0(some, device), labels, teacher.condition)

@@ -16,6 +16,8 @@ from distill.optimizers import check_installed
 from distill.sampling import Sampling
 from distill.schedule import Table
 from recipes.common.encoding import Encoding, cached
+from recipes.common.several_sizes import at_size, fits, shapes_text
+from recipes.data.buckets import Buckets
 from recipes.data.condition_shards import distinct
 from recipes.data.latent_shards import codec_sha256
 from recipes.data.sets import Data
@@ -127,21 +129,22 @@ def check_finite_weights(model: Teacher) -> None:
 def check_finite_data(data: Data) -> Data:
     """Return the data. Raises ValueError that names the first image or latent with NaN or infinity, of the first `CHECKED`."""
     if data.images.is_floating_point() and not data.imageless:
-        for start in range(0, min(len(data.images), CHECKED), 4096):
-            finite = data.images[start : start + 4096].isfinite().flatten(1).all(1)
-            if not finite.all():
-                first = start + int((~finite).nonzero()[0])
-                raise ValueError(f"{data.name}: sample {first} is not finite: accepted are data without NaN and infinity")
+        for part in data.images.parts if isinstance(data.images, Buckets) else [data.images]:
+            for start in range(0, min(len(part), CHECKED), 4096):
+                finite = part[start : start + 4096].isfinite().flatten(1).all(1)
+                if not finite.all():
+                    first = start + int((~finite).nonzero()[0])
+                    raise ValueError(f"{data.name}: sample {first} is not finite: accepted are data without NaN and infinity")
     return data
 
 
 def _check_latents(teacher: Teacher, data: Data) -> None:
     index, codec = data.latents or {}, teacher.codec
-    if codec is None or teacher.shape != data.shape:
+    if codec is None or not fits(teacher, data):
         works = "images" if codec is None else "latents"
         raise ValueError(
-            f"{data.name} holds latents of {index['model']} and shape {data.shape}, the teacher works on {works} of"
-            f" {teacher.shape}: they must agree"
+            f"{data.name} holds latents of {index['model']} and shape {shapes_text(data)}, the teacher works on {works} of"
+            f" {'x'.join(map(str, teacher.shape))}: they must agree"
         )
     here = {"scale": codec.scale, "shift": codec.shift, "codec_sha256": codec_sha256(codec)}
     if wrong := [key for key, value in here.items() if index[key] != value]:
@@ -233,6 +236,8 @@ def probed(teacher: Teacher, data: Data, seed: int, **how: Any) -> Probe:
     """Probe the teacher on some of the data. Raises ValueError for data without images."""
     if data.imageless:
         raise ValueError(f"a probe needs images, and {data.name} holds prompts alone")
+    data = data.of_one_shape(teacher.shape)
+    teacher = at_size(teacher, data)
     index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     labels = None if data.labels is None else data.labels[index]
     return probe(teacher, data.x0(index), labels, seed=seed, encoded=data.latents is not None or data.bits is not None, **how)

@@ -59,7 +59,7 @@ def refuse_existing(folder: Path) -> None:
 
 
 def finished_shards(folder: Path, pattern: str, identity: dict) -> Shapes:
-    """Return the shards of a pattern that an interrupted command left.
+    """Return the shards of a pattern that an interrupted command left, by their paths in the folder.
 
     Raises ValueError for a damaged shard, and for those of other settings.
     """
@@ -69,7 +69,7 @@ def finished_shards(folder: Path, pattern: str, identity: dict) -> Shapes:
             tensors, description = files.load(path)
         if description.get("made_with") != identity:
             raise ValueError(f"{folder} holds shards of other settings: delete it, or choose another --output-dir")
-        shapes[path.name] = list(next(iter(tensors.values())).shape)
+        shapes[path.relative_to(folder).as_posix()] = list(next(iter(tensors.values())).shape)
     return shapes
 
 

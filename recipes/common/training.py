@@ -50,6 +50,8 @@ from recipes.common.plan import (
     weights_of,
 )
 from recipes.common.run import Run, finished_file, processes, settings_of
+from recipes.common.several_sizes import shapes_text
+from recipes.data.buckets import Buckets
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.conditions import Conditions
@@ -175,7 +177,8 @@ class Experiment:
         """
         student, world = self.student, self.run.accelerator.num_processes
         images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
-        batches = self.data.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
+        largest = self.data.of_one_shape()
+        batches = largest.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
         x0, cond = next(iter(batches(0)))
         training, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
         weights, trained = (sum(map(torch.Tensor.numel, ws)) for ws in weights_of(student))
@@ -188,7 +191,8 @@ class Experiment:
         for line in (
             self.title,
             f"  network   {weights / 1e6:.2f} M weights" + (f", {trained / 1e6:.2f} M trained" if trained < weights else ""),
-            f"  data      {self.data.name}: {len(self.data.images):,} images of {'x'.join(map(str, self.data.shape))}",
+            f"  data      {self.data.name}: {len(self.data.images):,} images of {shapes_text(self.data)}"
+            + ("; time and memory are those of the largest" if isinstance(self.data.images, Buckets) else ""),
             f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
             f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
             f" about {duration(self.forecast.training)}",

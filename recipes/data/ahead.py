@@ -21,10 +21,11 @@ THREAD = "batches ahead"
 PATIENCE = 5.0  # seconds for which an end waits for the thread; one that waits for a disk ends later, with its batch
 
 
-def ahead(batches: Generator[Batch, None, None], depth: int = DEPTH) -> Generator[Batch, None, None]:
+def ahead(batches: Generator[Batch, None, None], depth: int = DEPTH, room: int | None = None) -> Generator[Batch, None, None]:
     """Yield what ``batches`` yields, in pinned memory where there is a GPU, prepared up to ``depth`` batches ahead by a thread.
 
-    All batches have the shapes and types of the first. An exception of ``batches`` is raised here, after the batches before it. The thread
+    All batches have the number of samples and the types of the first. ``room``: the numbers of the largest sample; default is the
+    first batch's, whose shape all others then have. An exception of ``batches`` is raised here, after the batches before it. The thread
     ends when this iterator is closed, garbage or interrupted. Raises RuntimeError in a process that was forked meanwhile.
     """
     first = next(batches, None)
@@ -51,8 +52,8 @@ def ahead(batches: Generator[Batch, None, None], depth: int = DEPTH) -> Generato
     thread.start()
     try:
         for _ in range(depth - 1):  # and one that waits for a buffer
-            spare.put(_buffers(first))
-        yield _filled(_buffers(first), first)
+            spare.put(_buffers(first, room))
+        yield _filled(_buffers(first, room), first)
         while True:
             if os.getpid() != owner:
                 raise RuntimeError(
@@ -63,22 +64,25 @@ def ahead(batches: Generator[Batch, None, None], depth: int = DEPTH) -> Generato
                 return
             if isinstance(batch, BaseException):
                 raise batch
-            spare.put(_buffers(first))
+            spare.put(_buffers(first, room))
             yield batch
     finally:
         closed.set()
-        spare.put(_buffers(first))  # ends a wait for one
+        spare.put(_buffers(first, room))  # ends a wait for one
         if os.getpid() == owner and threading.current_thread() is not thread:
             thread.join(PATIENCE)
 
 
-def _buffers(like: Batch) -> Batch:
+def _buffers(like: Batch, room: int | None) -> Batch:
+    """Return flat memory for the images of a batch with samples of up to ``room`` numbers, and for its labels."""
     pinned: dict[str, Any] = {"pin_memory": True} if torch.cuda.is_available() else {}
-    images, labels = (None if part is None else torch.empty(part.shape, dtype=part.dtype, **pinned) for part in like)
-    assert images is not None
-    return images, labels
+    images, labels = like
+    flat = torch.empty(images.numel() if room is None else room * len(images), dtype=images.dtype, **pinned)
+    return flat, None if labels is None else torch.empty(labels.shape, dtype=labels.dtype, **pinned)
 
 
 def _filled(buffers: Batch, batch: Batch) -> Batch:
     (images, labels), (some, theirs) = buffers, batch
-    return images.copy_(some), None if labels is None or theirs is None else labels.copy_(theirs)
+    return images[: some.numel()].view(some.shape).copy_(some), None if labels is None or theirs is None else labels.copy_(
+        theirs
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -36,10 +37,27 @@ class Record:
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Hold the format of decoded images: side length, and mode "L" or "RGB"."""
+    """Hold the format of decoded images: side length, and mode "L" or "RGB".
+
+    ``sizes``: (height, width) of each shape of a set of several shapes, whose ``size`` has no meaning.
+    """
 
     size: int
     mode: str
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that an image of these sides gets: that of the nearest aspect ratio, by its logarithm.
+
+        Of equal ratios it is the largest that the image covers, or the smallest where it covers none.
+        """
+
+        def distance(size: tuple[int, int]) -> tuple[float, bool, int]:
+            off = abs(math.log(size[0] / size[1]) - math.log(height / width))
+            covered = size[0] <= height and size[1] <= width
+            return off, not covered, -math.prod(size) if covered else math.prod(size)
+
+        return min(self.sizes, key=distance) if self.sizes else (self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -80,31 +98,35 @@ def _open(record: Record) -> Image.Image | None:
 
 
 def pixels_of(record: Record, form: ImageFormat) -> np.ndarray | None:
-    """Return an image as uint8 [C, S, S], or None if it cannot be read.
+    """Return an image as uint8 [C, S, S], or [C, H, W] of one of several shapes, or None if it cannot be read.
 
+    The largest centred rectangle of the format's aspect ratio is cut out and resized.
     Raises ValueError for an image that is smaller than the format, or has colours where the format is grey.
     """
-    image, size = _open(record), form.size
+    image = _open(record)
     if image is None:
         return None
-    side = min(image.size)
-    if side < size:
+    height, width = form.size_for(image.height, image.width)
+    scale = min(image.width / width, image.height / height)
+    if scale < 1:
+        smaller = "a smaller one in --sizes" if form.sizes else "a smaller size=..."
         raise ValueError(
-            f"{record.where}: {image.width}x{image.height} is smaller than {size}x{size}; "
-            "accepted are larger images, or a smaller size=..."
+            f"{record.where}: {image.width}x{image.height} is smaller than {width}x{height}; "
+            f"accepted are larger images, or {smaller}"
         )
     if form.mode == "L" and image.mode not in GREY:
         raise ValueError(
             f"{record.where}: a colour image in a set whose first images are grey; accepted are images of one kind"
         )
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    across, down = round(width * scale), round(height * scale)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
     try:
-        square = _flat(image.crop((left, top, left + side, top + side)), form.mode)
+        part = _flat(image.crop((left, top, left + across, top + down)), form.mode)
     except UNREADABLE:
         return None
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(square)
+    if part.size != (width, height):
+        part = part.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(part)
     return pixels[None] if form.mode == "L" else pixels.transpose(2, 0, 1).copy()
 
 

@@ -14,14 +14,15 @@ from teachers.codec import Codec
 from teachers.conditions import Rows
 
 LATENTS, PATTERN = "fewstep-latents/1", "latents-*.safetensors"
+BUCKETS = "fewstep-latent-buckets/1"  # a folder with a folder of latents for each of several shapes
 IN_MEMORY = 2**28  # bytes of latents that are read and checked; more are mapped into memory
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def is_latents(folder: Path) -> bool:
-    """Return whether a folder has an index of latents."""
+    """Return whether a folder has an index of latents, of one shape or of several."""
     index = folder / "index.json"
-    return index.is_file() and LATENTS in reading.read_text(index)
+    return index.is_file() and any(format in reading.read_text(index) for format in (LATENTS, BUCKETS))
 
 
 def read_latents(folder: Path) -> tuple[Tensor | Rows, Tensor | None, list[str] | None, dict]:
@@ -65,10 +66,10 @@ def _checked_index(index: dict, folder: Path) -> dict:
     held = sum(regular(folder / Path(name).name).stat().st_size for name in sizes)
     if min(count, *shape) < 1 or count * math.prod(shape) * DTYPES[index["dtype"]].itemsize > max(held, 2**28):
         raise ValueError(f"{count} latents of shape {shape} do not fit the {held:,} bytes of the shards")
-    names = {"model": str, "codec_sha256": str, "scale": float | int, "shift": float | int, "classes": int | None}
-    if wrong := [
-        name for name, kind in names.items() if not isinstance(index.get(name) if name == "classes" else index[name], kind)
-    ]:
+    names = {"model": str, "codec_sha256": str, "scale": float | int, "shift": float | int}
+    optional = {"classes": int | None, "factor": int | None}
+    wrong = [name for name, kind in names.items() if not isinstance(index[name], kind)]
+    if wrong := wrong + [name for name, kind in optional.items() if not isinstance(index.get(name), kind)]:
         raise ValueError(f"{wrong[0]} is {index[wrong[0]]!r}")
     return index | {"shards": sizes, "count": count, "shape": shape}
 

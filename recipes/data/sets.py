@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill import reading
 from distill.bits import pixels_to_bits, pixels_to_tokens, to_pixels
 from distill.device import send
 from distill.images import from_uint8, to_uint8
@@ -17,7 +18,9 @@ from distill.train import Batches, BatchSplit
 from eval.features import fingerprint
 from recipes.data import condition_shards, folders, huggingface, latent_shards, webdataset
 from recipes.data.batches import batches as make_batches
+from recipes.data.buckets import Buckets, SeveralSizes, is_bucket, read_buckets
 from recipes.data.decode import Source, check_label, decode_blocks, format_of, read_all
+from recipes.data.latent_shards import BUCKETS
 from recipes.data.npz import read_npz
 from recipes.data.spec import ACCEPTED as ACCEPTED
 from recipes.data.spec import parse
@@ -30,12 +33,12 @@ from teachers.prompts import read_prompts
 class Data:
     """Hold a data set.
 
-    ``images``: uint8 [N, C, H, W]; for latents, floats [N, ...] in the denoiser's own space. ``flip``: mirror each training image with
-    probability 1/2. ``latents``: the index of a folder of latents, else None; large ones are `Rows`, mapped into memory. ``stream``: the
-    source of training batches if the set does not fit in memory; ``images`` are then the first of the set, and the reference is
-    computed from them. ``known_classes``: the number of classes, if known; the labels may not show all. ``table``: the conditions of
-    the captions, if they are encoded. ``imageless``: the set has prompts alone, see `of_prompts`. ``bits``: images have 2^bits levels,
-    and samples are their bits as channels of +-1 (`distill.bits`); None for samples that are the images.
+    ``images``: uint8 [N, C, H, W]; for latents, floats [N, ...] in the denoiser's own space, or `Buckets` of several shapes. ``flip``:
+    mirror each training image with probability 1/2. ``latents``: the index of a folder of latents, else None; large ones are `Rows`,
+    mapped into memory. ``stream``: the source of training batches if the set does not fit in memory; ``images`` are then the first of
+    the set, and the reference is computed from them. ``known_classes``: the number of classes, if known; the labels may not show all.
+    ``table``: the conditions of the captions, if they are encoded. ``imageless``: the set has prompts alone, see `of_prompts`. ``bits``:
+    images have 2^bits levels, and samples are their bits as channels of +-1 (`distill.bits`); None for samples that are the images.
     """
 
     name: str
@@ -87,7 +90,7 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one image or latent."""
+        """The shape of one image or latent. Raises ValueError for a set of several shapes."""
         return tuple(self.images.shape[1:])
 
     @property
@@ -111,6 +114,23 @@ class Data:
             what = "prompts alone" if self.imageless else "latents"
             raise ValueError(f"{self.name} holds {what}, which FID cannot be measured against; give a stored --reference")
         return self.images
+
+    def of_one_shape(self, shape: tuple[int, ...] | None = None) -> Data:
+        """Return the set or, of several shapes, the samples of this one; without it, or where none has it, those of the largest."""
+        if not isinstance(self.images, Buckets):
+            return self
+        rows = self.images.rows(shape)
+        images = self.images.parts[self.images.starts.index(rows.start)]
+        labels, captions = (None if known is None else known[rows] for known in (self.labels, self.captions))
+        return replace(self, images=images, labels=labels, captions=captions)  # type: ignore[arg-type]
+
+    def pixels(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Return height and width of the images of latents of a shape, where the conditions of their size follow the shape.
+
+        They do where --sizes made the latents; None for all other sets.
+        """
+        factor = (self.latents or {}).get("factor")
+        return None if factor is None else (factor * shape[-2], factor * shape[-1])
 
     def x0(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
         """Return samples as float32 [B, ...]: images in [-1, 1] or their bits, latents unchanged."""
@@ -174,7 +194,8 @@ class Data:
     ) -> Batches:
         """Return the function step -> iterator of microbatches (x0, cond) from that step on.
 
-        Samples are drawn with replacement, as a function of (seed, phase, step); for a stream see `Stream.microbatches`.
+        Samples are drawn with replacement, as a function of (seed, phase, step); for a stream see `Stream.microbatches`. Those of a
+        step have one shape: of several, it is drawn by the number of samples.
         `recipes.data.batches` describes how they reach a GPU.
         ``condition``: labels [B] or None -> the conditions of the network, such as `Teacher.condition`. Labels are replaced by ``null``
         with ``null_probability``, the label dropout of classifier-free guidance.
@@ -197,9 +218,7 @@ def _loaded(kind: str, where: str, options: dict[str, str]) -> Data:
 
         return Data("digits", *digits(), flip=flip)
     if kind == "latents":
-        latents, labels, captions, index = latent_shards.read_latents(Path(where))
-        table = condition_shards.read_conditions(Path(where))
-        return Data(Path(where).absolute().name, latents, labels, captions, latents=index, table=table)  # type: ignore[arg-type]
+        return _latents(Path(where))
     if kind == "prompts":
         return Data.of_prompts(read_prompts(where), Path(where).stem)
     if kind == "npz":
@@ -207,6 +226,27 @@ def _loaded(kind: str, where: str, options: dict[str, str]) -> Data:
     if kind in folders.TORCHVISION:
         return Data(kind, *folders.read_torchvision(kind, where, "download" in options), flip=flip)
     return replace(_decoded(_source(kind, where, options), options), flip=flip)
+
+
+def several_sizes(spec: str, sizes: tuple[tuple[int, int], ...]) -> SeveralSizes:
+    """Return the images of a spec for `recipes/latents.py --sizes`. Raises ValueError for a set without encoded images."""
+    kind, where, options = parse(spec)
+    if kind not in ("folder", "hf", "wds") or "size" in options:
+        what = "its size=... is another size" if "size" in options else "its images have one size"
+        raise ValueError(f"--sizes with --data {spec}: {what}; accepted are FOLDER, hf and wds without size=...")
+    return SeveralSizes.of(_source(kind, where, options), sizes)
+
+
+def _latents(folder: Path) -> Data:
+    """Read a folder of latents with its conditions. One of several folders has those of all, for the size of its own images."""
+    several = BUCKETS in reading.read_text(folder / "index.json")
+    latents, labels, captions, index = read_buckets(folder) if several else latent_shards.read_latents(folder)
+    part = not several and is_bucket(folder)
+    table = condition_shards.read_conditions(folder.absolute().parent if part else folder)
+    name = "/".join(folder.absolute().parts[-2 if part else -1 :])
+    data = Data(name, latents, labels, captions, latents=index, table=table)  # type: ignore[arg-type]
+    size = None if several or table is None else data.pixels(data.shape)
+    return data if size is None or table is None else replace(data, table=table.sized(*size))
 
 
 def _source(kind: str, where: str, options: dict[str, str]) -> Source:

@@ -6,6 +6,7 @@ variance; it is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -64,3 +65,28 @@ def channels_of(net: Any) -> int:
     """Return the channels of one sample that a network takes."""
     record = RECORDS.get(type(net).__name__)
     return net.config["in_channels"] // (record.packing**2 if record else 1)
+
+
+def multiple_of(name: str, config: Mapping[str, Any]) -> int:
+    """Return what height and width of a sample are multiples of, for a network of this class and configuration."""
+    if name == "UNet2DModel":
+        return 2 ** (len(config["block_out_channels"]) - 1)
+    record, patch = RECORDS.get(name), config.get("patch_size") or 1
+    return max(record.packing if record else 1, patch, *config.get("all_patch_size", (1,)))
+
+
+def check_sides(network: dict | None, height: int, width: int, unit: int = 1) -> None:
+    """Raise ValueError where the network of a description takes no samples of this height and width, in parts 1 / ``unit`` of a latent.
+
+    Of networks from elsewhere nothing is known.
+    """
+    while network is not None and "network" in network["config"]:  # inside adapters
+        network = network["config"]["network"]
+    config = {} if network is None or network["family"] not in ("stock", "unet2d") else network["config"]
+    name = config.get("class", "UNet2DModel" if config else "")
+    if name == "DiTTransformer2DModel":
+        raise ValueError(f"a {name} has one size; accepted are UNets and other transformers")
+    every = unit * multiple_of(name, config)
+    most = every * (config.get("pos_embed_max_size") or 2**16)
+    if height % every or width % every or max(height, width) > most:
+        raise ValueError(f"accepted are heights and widths that are multiples of {every}, up to {most}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from teachers.conditions import of_size
 from teachers.networks.adapters import Adapter
 from teachers.networks.records.record import Encoded, Record, device, pixels
 
@@ -38,13 +39,13 @@ class PixArt(Adapter):
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
-    """Add the size conditioning of PixArt-alpha's 1024 model (2310.00426): resolution in pixels, and height over width."""
+    """Add the size conditioning of PixArt-alpha's 1024 model."""
     text, mask, null, null_mask = pipeline.encode_prompt(prompts, device=device(pipeline))
     out = {"text": (text, null), "mask": (mask, null_mask)}
     if pipeline.transformer.use_additional_conditions:
-        resolution = pixels(pipeline, pipeline.transformer).repeat(len(prompts), 1)
-        ratio = resolution[:, :1] / resolution[:, 1:]
-        out |= {"resolution": (resolution, resolution), "aspect_ratio": (ratio, ratio)}
+        here = of_size(*pixels(pipeline, pipeline.transformer))
+        rows = {name: here[name].repeat(len(prompts), 1) for name in ("resolution", "aspect_ratio")}
+        out |= {name: (row, row) for name, row in rows.items()}
     return out
 
 

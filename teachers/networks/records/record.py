@@ -61,10 +61,11 @@ def device(pipeline: Any) -> torch.device:
     return pipeline.text_encoder.device
 
 
-def pixels(pipeline: Any, net: Any) -> Tensor:
-    """Return the height and the width of a pipeline's images, float32 [2]."""
+def pixels(pipeline: Any, net: Any) -> tuple[int, int]:
+    """Return the height and the width of a pipeline's images."""
     size = net.config.sample_size
-    return pipeline.vae_scale_factor * torch.tensor([size, size] if isinstance(size, int) else size, dtype=torch.float32)
+    height, width = (size, size) if isinstance(size, int) else size
+    return pipeline.vae_scale_factor * height, pipeline.vae_scale_factor * width
 
 
 def padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:

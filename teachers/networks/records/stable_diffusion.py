@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teachers.conditions import of_size
 from teachers.networks.adapters import Adapter
 from teachers.networks.records.record import Encoded, Record, device, pixels
 
@@ -53,10 +54,9 @@ def encode(pipeline: Any, prompts: list[str]) -> Encoded:
 
 
 def encode_xl(pipeline: Any, prompts: list[str]) -> Encoded:
-    """Add SDXL's size conditioning (2307.01952) of uncropped images: original size, crop (0, 0), target size."""
+    """Add SDXL's size conditioning."""
     text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, device=device(pipeline))
-    size = pixels(pipeline, pipeline.unet)
-    ids = torch.cat([size, torch.zeros(2), size]).repeat(len(prompts), 1)
+    ids = of_size(*pixels(pipeline, pipeline.unet))["time_ids"].repeat(len(prompts), 1)
     return {"text": (text, null), "pooled": (pooled, null_pooled), "time_ids": (ids, ids)}
 
 
