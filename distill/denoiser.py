@@ -1,4 +1,4 @@
-"""denoiser(x_t [B, ...], t [] or [B], to=None, **cond) -> E[x0 | x_t] [B, ...]          and denoiser.schedule
+"""denoiser(x_t [B, ...], t [] or [B], to=None, **cond) -> E[x0 | x_t], [B, ...]         and denoiser.schedule
 
 This is the one contract. Teacher, student, EMA copy, guided teacher and oracle are all denoisers. Wrap a denoiser to change it.
 ``to`` is the end of the jump, [] or [B], for two-time (flow-map) networks; all other denoisers ignore it or refuse it. Times are on

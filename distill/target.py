@@ -105,7 +105,7 @@ def _over_processes(rows: Tensor) -> Tensor:
 def posterior_mean(
     schedule: Schedule, x_t: Tensor, t: Tensor, data: Tensor, labels: Tensor | None = None, data_labels: Tensor | None = None
 ) -> Tensor:
-    """Return E[x0 | x_t] [B, ...] for the empirical distribution of ``data`` [N, ...].
+    """Return E[x0 | x_t], [B, ...], for the empirical distribution of ``data`` [N, ...].
 
     With ``labels`` [B] and ``data_labels`` [N] the mean is over samples of the same label, or over all where no sample has it.
     """

@@ -89,7 +89,7 @@ class Model:
         return self.inner.sampling.steps
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """Return E[x0 | x_t] [B, ...] at x_t [B, ...] and t [] or [B]."""
+        """Return E[x0 | x_t], [B, ...], at x_t [B, ...] and t [] or [B]."""
         return self.inner.denoiser(x_t, t, **cond)
 
     def __repr__(self) -> str:
