@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from eval.columns import plural
-from eval.html_page import document, picture
+from eval.html_page import definitions, document, figure, table
 from eval.plots import FRONT, drawing
+from eval.svg import Axis, Curve, Point, chart, look
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1, 2, ... degrees of freedom
 MEANS = ("diversity", "recall", "coverage", "copies", "agreement", "fid2")  # averaged over the seeds where rows have them
@@ -100,11 +100,11 @@ def draw(standings: list[Standing], baselines: list[dict], path: Path) -> None:
             axis.grid(alpha=0.25, which="both")
 
 
-def page(title: str, standings: list[Standing], baselines: list[dict], facts: dict[str, Any], folder: Path) -> str:
-    """Return the page. ``folder`` holds arena.png, which becomes part of it."""
+def page(title: str, standings: list[Standing], baselines: list[dict], facts: dict[str, Any]) -> str:
+    """Return the page."""
     names = [name for name in MEANS if any(name in dict(s.means) for s in standings)]
     heads = ("method", "steps", "FID", "95 % ±", *names, "training, s", "memory, GB", "FID of each seed")
-    rows = ""
+    rows, kinds = list[list[str]](), list[str]()
     for steps in sorted({s.steps for s in standings}):
         own = sorted((s for s in standings if s.steps == steps), key=lambda s: s.fid)
         best = {s.method for s in front(own)}
@@ -113,24 +113,34 @@ def page(title: str, standings: list[Standing], baselines: list[dict], facts: di
             cells = [s.method, str(s.steps), f"{s.fid:.4f}", f"{s.half:.4f}"]
             cells += [f"{means[name]:.3f}" if name in means else "" for name in names]
             cells += ["" if s.seconds is None else f"{s.seconds:,.0f}", "" if s.memory_gb is None else f"{s.memory_gb:.2f}"]
-            cells.append(", ".join(f"{fid:.4f}" for fid in s.fids))
-            kind = ' class="front"' if s.method in best else ""
-            rows += f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n"
-    free = "".join(
-        f"<tr><td>{escape(row['sampler'])}</td><td>{row['nfe']:g}</td><td>{row['fid']:.4f}</td></tr>\n"
-        for row in sorted(baselines, key=lambda row: (row["nfe"], row["fid"]))
-    )
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
-    body = f"""<div class="wide scroll">{picture(folder / "arena.png", "FID against seconds of training")}</div>
-<p>A star and a ring mark the Pareto front of training time and FID at each step count. The dashed line is the teacher's best
-training-free sampler with as many evaluations. Intervals cover other training seeds and other samples.</p>
-<div class="scroll"><table class="cells"><thead><tr>{"".join(f"<th>{escape(h)}</th>" for h in heads)}</tr></thead><tbody>
-{rows}</tbody></table></div>
+            rows.append([*cells, ", ".join(f"{fid:.4f}" for fid in s.fids)])
+            kinds.append("front" if s.method in best else "")
+    free = sorted(baselines, key=lambda row: (row["nfe"], row["fid"]))
+    body = f"""{charts(standings, baselines)}
+<p>A star marks the Pareto front of training time and FID at each step count. The dashed line is the teacher's best training-free
+sampler with as many evaluations. Intervals cover other training seeds and other samples.</p>
+{table(heads, rows, kinds)}
 <h2>Training-free samplers of the teacher</h2>
-<div class="scroll"><table><tr><th>sampler</th><th>NFE</th><th>FID</th></tr>
-{free}</table></div>
-<h2>Protocol</h2><dl>{listed}</dl>"""
+{table(("sampler", "NFE", "FID"), ([row["sampler"], f"{row['nfe']:g}", f"{row['fid']:.4f}"] for row in free))}
+<h2>Protocol</h2>{definitions((name, str(value)) for name, value in facts.items())}"""
     return document(title, advice(standings), body)
+
+
+def charts(standings: list[Standing], baselines: list[dict]) -> str:
+    """Return the charts of the page: FID against training seconds, one for each step count."""
+    methods = sorted({s.method for s in standings})
+    out = ""
+    for steps in sorted({s.steps for s in standings}):
+        drawn = []
+        for s in (s for s in standings if s.steps == steps and s.seconds):
+            tip = f"{s.method}: FID {s.fid:.4f} ± {s.half:.4f} after {s.seconds:,.0f} s"
+            point = Point(s.seconds or 0, s.fid, (s.fid - s.half, s.fid + s.half), tip)
+            drawn.append(Curve(s.method, [point], *look(methods.index(s.method))))
+        free = [row["fid"] for row in baselines if row["nfe"] <= steps]
+        rules = [(min(free), "best training-free sampler")] if free else []
+        title = plural(steps, "evaluation")
+        out += figure(chart(title, drawn, Axis("seconds of training"), Axis("FID"), rules), "", title)
+    return f'<div class="plots">{out}</div>'
 
 
 def as_json(standings: list[Standing], baselines: list[dict], facts: dict[str, Any]) -> dict[str, Any]:

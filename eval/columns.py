@@ -11,6 +11,8 @@ COLUMNS = {
     "fid": "FID",
     "fid_interval": "95 % interval",
     "fid_infinity": "FID at infinite n",
+    "paired_difference": "FID − best free sampler's",
+    "paired_with": "best free sampler",
     "ratio": "FID / teacher's FID",
     "equivalent_nfe": "teacher's NFE for this FID",
     "break_even_images": "break-even images",
@@ -32,14 +34,26 @@ COLUMNS = {
     "peak_memory_gb": "peak memory, GB",
     "same_as": "measured as",
 }
+SHOWN = (
+    "nfe",
+    "fid",
+    "fid_interval",
+    "paired_difference",
+    "ratio",
+    "equivalent_nfe",
+    "seconds_per_image",
+)  # and the row's name
 NOTES = {
     "nfe": "network evaluations per image; guidance doubles them",
     "fid_interval": "of the FID, from a jackknife over 20 groups of the generated images; in simulations it covered 92 to 95 % of the time, "
     "and 86 % with heavy-tailed features",
     "fid_infinity": "FID extrapolated to infinitely many generated images; it has the width of the FID's interval, so that a small one may "
     "be below 0",
+    "paired_difference": "FID of a student minus that of the teacher's best training-free sampler with at most as many evaluations, with "
+    "the 95 % interval of the paired difference, in which the shared noise cancels; below 0 the student is better",
     "ratio": "FID divided by the FID of the teacher at its largest number of DDIM steps",
-    "equivalent_nfe": "network evaluations with which the teacher's best samplers reach this FID",
+    "equivalent_nfe": "network evaluations with which the teacher's best samplers reach this FID; a student that needs as many itself is "
+    "of no use",
     "break_even_images": "number of images at which the time saved in sampling equals the training time; empty where the rounds of timing "
     "disagree by more than a factor of 2 on the time saved",
     "seconds_per_image": "median over six rounds, each of which times a batch of every cell in turn",
@@ -73,6 +87,7 @@ FACTS = {  # entries of the protocol and of a run
     "training": "training time",
     "versions": "software versions",
     "runs": "compared runs",
+    "commit": "commit of fewstep",
 }
 _FORMATS: dict[str, tuple[float, str]] = {  # factor and format of a column's numbers
     **dict.fromkeys(("fid", "fid_interval", "fid_infinity", "ratio", "drift", "isc", "cmmd"), (1, ".3f")),
@@ -99,6 +114,8 @@ def text(row: dict, column: str) -> str:
         return row["error"]
     if value is None:
         return ""
+    if column == "paired_difference":
+        return f"{value:+.3f} ± {(row['paired_interval'][1] - row['paired_interval'][0]) / 2:.3f}".replace("-", "−")
     factor, form = _FORMATS.get(column, (1, None))
     if isinstance(value, list):
         return " – ".join(f"{factor * end:{form}}" for end in value)

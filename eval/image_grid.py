@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,21 @@ def sample_grid(rows: list[tuple[str, Tensor]], path: Path, columns: int = 12, h
         canvas.paste(upright.rotate(90, expand=True), (left + x * (tile.width + GAP) + tile.width // 2 - 7, 0))
     with replacing(path) as aside:
         canvas.save(aside, format="PNG")
+
+
+def strip(images: Tensor, count: int, side: int = 96) -> bytes:
+    """Return the first uint8 images [n, C, H, W] side by side as a PNG, each with a transparent gap, and at most ``side`` pixels high."""
+    tiles = [Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for pixels in images[:count]]
+    if tiles[0].height > side:
+        size = (max(1, round(tiles[0].width * side / tiles[0].height)), side)
+        tiles = [tile.resize(size, Image.Resampling.LANCZOS) for tile in tiles]
+    step = tiles[0].width + max(1, tiles[0].width // 16)
+    canvas = Image.new("RGBA", (count * step, tiles[0].height))
+    for i, tile in enumerate(tiles):
+        canvas.paste(tile, (i * step, 0))
+    out = io.BytesIO()
+    canvas.save(out, format="PNG", optimize=True)
+    return out.getvalue()
 
 
 def contact_sheet(images: Tensor, path: Path, columns: int = 10) -> None:

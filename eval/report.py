@@ -13,12 +13,12 @@ from torch import Tensor
 from distill.files import write_json, write_text
 from eval.cells import picture_path, pictures
 from eval.columns import COLUMNS, NOTES, facts, floor_note, plural, text, used_columns
-from eval.html_page import page
 from eval.image_grid import sample_grid
 from eval.metrics import Reference
 from eval.plots import fid_against, label_shares
+from eval.report_page import page
 from eval.series import curves, series
-from eval.verdict import good, reference_row, verdict, warnings, with_comparisons
+from eval.verdict import good, headline, reference_row, verdict, warnings, with_comparisons
 
 SCHEMA = "fewstep-report/2"  # described by report.schema.json in this folder
 
@@ -38,6 +38,7 @@ def assemble(title: str, rows: list[dict], protocol: dict, floor: float | None, 
     return {
         "schema": SCHEMA,
         "title": title,
+        "headline": headline(rows),
         "verdict": verdict(rows),
         "warnings": warnings(rows, protocol, dimension),
         "protocol": protocol,
@@ -72,7 +73,7 @@ def write(report: dict, folder: Path, cells: Path, prompts: Sequence[str] = ()) 
     write_json(folder / "report.json", report)
     write_text(folder / "report.csv", _csv(report["rows"]))
     write_text(folder / "report.md", _markdown(report))
-    write_text(folder / "report.html", page(report, folder))
+    write_text(folder / "report.html", page(report, folder, cells))
 
 
 def _pictured(rows: list[dict]) -> list[dict]:
@@ -89,7 +90,7 @@ def _label(row: dict) -> str:
 
 def _csv(rows: list[dict]) -> str:
     out = io.StringIO()
-    intervals = {"fid_interval": "fid", "seconds_interval": "seconds"}
+    intervals = {"fid_interval": "fid", "seconds_interval": "seconds", "paired_interval": "paired"}
     names = [name for name in COLUMNS if name not in intervals]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*names, *(f"{name}_{end}" for name in intervals.values() for end in ("low", "high")), "error"])

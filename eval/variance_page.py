@@ -5,11 +5,11 @@ The dict ``out`` of these functions is the content of variance.json, which recip
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
-from eval.html_page import document, picture
+from eval.html_page import document, figure, table
 from eval.plots import drawing
+from eval.svg import Axis, Curve, Point, chart, look
 
 COLOURS = {"data": "#1f77b4", "teacher": "#d62728", "mix": "#2ca02c", "posterior mean": "#9467bd"}
 NAMES = {"data": "data sample"}  # where the page's name differs from the key
@@ -35,21 +35,47 @@ def draw(out: dict, path: Path) -> None:
             axis.legend(fontsize=8)
 
 
-def page(out: dict, folder: Path) -> str:
-    """Return the page. ``folder`` holds variance.png, which becomes part of it."""
-    heads = "".join(f"<th>{escape(NAMES.get(name, name))}</th>" for name in out["targets"])
-    rows = ""
+def page(out: dict) -> str:
+    """Return the page."""
+    heads = ["log-SNR", *(NAMES.get(name, name) for name in out["targets"]), "best teacher weight"]
+    rows = []
     for i, level in enumerate(out["logsnr"]):
-        cells = "".join(f"<td>{target['error'][i]:.2e}</td>" for target in out["targets"].values())
-        rows += f"<tr><td>{round(level, 1) + 0.0:.1f}</td>{cells}<td>{out['best'][i]:.3f}</td></tr>\n"
-    body = f"""<div class="wide scroll">{picture(folder / "variance.png", "variance, gradients and loss curves")}</div>
+        errors = [f"{target['error'][i]:.2e}" for target in out["targets"].values()]
+        rows.append([f"{round(level, 1) + 0.0:.1f}", *errors, f"{out['best'][i]:.3f}"])
+    body = f"""<div class="plots">{charts(out)}</div>
 <h2>Error of each target</h2>
 <p>Mean squared distance of the target from E[x0 | x_t], per pixel. 0 stands for a bias within chance. The mix is the weighted mean of
 data sample and teacher. Its teacher weight is the best one for training, where the errors of many targets average out. It is not the one
 that minimises the error of a single target.</p>
-<div class="scroll"><table><tr><th>log-SNR</th>{heads}<th>best teacher weight</th></tr>
-{rows}</table></div>"""
+{table(heads, rows)}"""
     return document("Target variance", out["verdict"], body)
+
+
+def charts(out: dict) -> str:
+    """Return the charts of the page. A bias within chance is 0, which a logarithmic axis cannot show."""
+    level = Axis("log-SNR", "linear")
+    shown = [
+        (
+            "Error of the target: variance + bias²",
+            level,
+            {n: zip(out["logsnr"], t["error"], strict=True) for n, t in out["targets"].items()},
+        ),
+        (
+            "Signal-to-noise ratio of a batch's gradient",
+            level,
+            {n: zip(out["logsnr"], t["gradient_snr"], strict=True) for n, t in out["targets"].items()},
+        ),
+        ("Held-out error of the student above the teacher's", Axis("training images", "linear"), out["curves"]),
+    ]
+    names = list(COLOURS)
+    parts = []
+    for title, axis, lines in shown:
+        drawn = []
+        for name, pairs in lines.items():
+            points = [Point(x, y, tip=f"{NAMES.get(name, name)}: {y:.3g} at {x:,.6g}") for x, y in pairs]
+            drawn.append(Curve(NAMES.get(name, name), points, *look(names.index(name) if name in names else len(names))))
+        parts.append(figure(chart(title, drawn, axis, Axis("")), "", title))
+    return "".join(parts)
 
 
 def verdict(out: dict) -> str:

@@ -61,7 +61,7 @@ def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
 
     The reference of a row is the `reference_row` of its guidance scale, or of all rows where the teacher was not measured at that scale.
     Adds ``ratio`` (FID over the FID of the reference), ``diversity`` (`eval.variety.spread` over that of the reference) and ``drift``,
-    for students also ``equivalent_nfe`` and the `break_even`.
+    for students also ``equivalent_nfe``, the `against_free` difference and the `break_even`.
     """
     teachers, out = _of("teacher", rows), []
     for row in rows:
@@ -77,10 +77,23 @@ def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
                     new["drift"] = drift(kept[row["name"]], kept[baseline["name"]])
             if row["role"] == "student" and teachers:
                 new["equivalent_nfe"] = equivalent_nfe(row, teachers)
+                new |= against_free(row, teachers)
                 new |= break_even(row | new, teachers)
             row = row | new
         out.append(row)
     return out
+
+
+def against_free(row: dict, teachers: list[dict]) -> dict:
+    """Return the FID of a student minus that of the best training-free sampler with at most as many evaluations, paired.
+
+    ``paired_difference``, its 95 % interval ``paired_interval``, and the name ``paired_with`` of that sampler's row; {} without one.
+    """
+    if (rival := best_rival(row, teachers)) is None:
+        return {}
+    difference, error = paired_difference(row, rival)
+    ends = [difference - T_975 * error, difference + T_975 * error]
+    return {"paired_difference": difference, "paired_interval": ends, "paired_with": rival["name"]}
 
 
 def drift(images: Tensor, reference: Tensor) -> float | None:
@@ -120,32 +133,60 @@ def break_even(row: dict, teachers: list[dict]) -> dict:
     return {"break_even_images": value, "break_even_interval": [low, high]}
 
 
+def _wins(rows: list[dict]) -> list[dict]:
+    """Return the rows of students that are better than every training-free sampler with at most as many evaluations."""
+    teachers = _of("teacher", rows)
+    return [row for row in _of("student", rows) if (rival := best_rival(row, teachers)) and _is_better(row, rival)]
+
+
+def headline(rows: list[dict]) -> str:
+    """Return what the best student has with the fewest evaluations at which it wins, and what the teacher has; empty without a win."""
+    if not (wins := _wins(rows)):
+        return ""
+    best = _best_at(min(row["nfe"] for row in wins), wins)
+    rival = best_rival(best, _of("teacher", rows))
+    assert rival is not None
+    who = f" ({_who(best)})" if _several(rows) else ""
+    count = plural(round(best["nfe"]), "network evaluation")
+    return f"{count}: FID {best['fid']:.3g}{who} instead of {rival['fid']:.3g} ({rival['sampler']})."
+
+
+def _several(rows: list[dict]) -> bool:
+    return len({series(row) for row in _of("student", rows)}) > 1
+
+
+def _who(row: dict) -> str:
+    return series(row).removeprefix("student ")
+
+
 def verdict(rows: list[dict]) -> str:
     """Return in words up to how many network evaluations the best student is better, and what the teacher needs to match it.
 
-    Where several students win at that number, the one with the lowest FID is named; so are other students that are better at fewer.
+    It opens with the `headline` where that is about fewer evaluations. Where several students win at the largest number, the one with the
+    lowest FID is named; so are other students that are better at fewer.
     """
     students, teachers = _of("student", rows), _of("teacher", rows)
     if not students or not teachers:
         return "There is nothing to compare: this report has no student or no teacher."
-    wins = [row for row in students if (rival := _best_rival(row, teachers)) and _is_better(row, rival)]
-    if not wins:
+    if not (wins := _wins(rows)):
         return "No student is better than the teacher's best training-free sampler at equally many network evaluations."
     last = _best_at(max(row["nfe"] for row in wins), wins)
-    nearest = _best_rival(last, teachers)
+    nearest = best_rival(last, teachers)
     assert nearest is not None
     difference, error = paired_difference(last, nearest)
     nfe = equivalent_nfe(last, teachers)
     equal = "No sampler of the teacher in this report reaches this FID."
     if nfe is not None:
         equal = f"The teacher's samplers need about {nfe:.1f} evaluations to reach this FID."
-    who = f" {series(last).removeprefix('student ')}" if len({series(row) for row in students}) > 1 else ""
+    first = f"{headline(rows)} " if any(row["nfe"] < last["nfe"] for row in wins) else ""
+    who = f" {_who(last)}" if _several(rows) else ""
     there = {series(row) for row in students if row["nfe"] == last["nfe"]}
     among = f", the lowest of {len(there)} students" if len(there) > 1 else ""
     return (
-        f"Use the student{who} up to {plural(round(last['nfe']), 'network evaluation')}. There its FID is {last['fid']:.3f}{among}; "
+        f"{first}Use the student{who} up to {plural(round(last['nfe']), 'network evaluation')}. There its FID is {last['fid']:.3f}{among}; "
         f"the teacher's best training-free sampler ({nearest['sampler']}) has {nearest['fid']:.3f}. The difference is {-difference:.3f} ± "
         f"{T_975 * error:.3f} (95 % interval). {equal}{_earned(last)}{_others(last, wins)}"
+        f"{_beyond(last, students, teachers)}"
     )
 
 
@@ -170,13 +211,29 @@ def _others(last: dict, wins: list[dict]) -> str:
     return f" At fewer evaluations other students have a lower FID: {', '.join(found)}." if found else ""
 
 
+def _beyond(last: dict, students: list[dict], teachers: list[dict]) -> str:
+    """Return a sentence about students of more evaluations: where a training-free sampler is better, and where neither is."""
+    worse, level = list[str](), list[str]()
+    for nfe in sorted({row["nfe"] for row in students if row["nfe"] > last["nfe"]}):
+        best = _best_at(nfe, students)
+        rival = best_rival(best, teachers)
+        assert rival is not None
+        (worse if _is_better(rival, best) else level).append(f"{nfe:g}")
+    said = f" At {_listed(level)} evaluations the difference is within its interval." if level else ""
+    return said + (f" At {_listed(worse)} evaluations a training-free sampler is better." if worse else "")
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def _round(value: float) -> str:
     """Return a number to two significant digits, with thousands separated."""
     digits = 10 ** max(0, math.floor(math.log10(value)) - 1)
     return f"{round(value / digits) * digits:,}"
 
 
-def _best_rival(row: dict, teachers: list[dict]) -> dict | None:
+def best_rival(row: dict, teachers: list[dict]) -> dict | None:
     """Return the teacher's best row with no more network evaluations."""
     return min((t for t in teachers if t["nfe"] <= row["nfe"]), key=lambda t: t["fid"], default=None)
 

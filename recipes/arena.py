@@ -203,7 +203,7 @@ def write(config: Config, run: Run, rows: list[dict]) -> None:
     write_json(run.folder / "arena.json", arena.as_json(standings, free, facts))
     if standings:
         arena.draw(standings, free, run.folder / "arena.png")
-    write_text(run.folder / "arena.html", arena.page(f"Methods on {config.data}", standings, free, facts, run.folder))
+    write_text(run.folder / "arena.html", arena.page(f"Methods on {config.data}", standings, free, facts))
     run.say(f"\n{arena.advice(standings)}")
 
 

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.main:
         write_json(run.folder / "variance.json", out)
         draw(out, run.folder / "variance.png")
-        write_text(run.folder / "variance.html", page(out, run.folder))
+        write_text(run.folder / "variance.html", page(out))
     run.say(f"{out['verdict']}\nreport: {run.folder / 'variance.html'}")
     run.close()
 
