@@ -54,6 +54,7 @@ from eval.likelihood_plot import draw
 from eval.progress import progress
 from recipes.common.checks import check_match, conditioned
 from recipes.common.run import Run, processes
+from recipes.common.several_sizes import at_size
 from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -132,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         data = check_match(model, data, training=True)
         if data.imageless or processes() > 1:
             raise ValueError("a likelihood needs one process, and data with images or latents")
+        data = data.of_one_shape(model.shape)
+        model = at_size(model, data)
         run = Run.open(config)
     out = measured(model.to(run.device), data, config, run.device)
     write_json(run.folder / "likelihood.json", out)
