@@ -160,7 +160,7 @@ def with_self_conditioning(model: Teacher) -> Teacher:
     first = weights["unet.conv_in.weight"]
     twin = unet.build(wide)
     twin.load_state_dict(weights | {"unet.conv_in.weight": torch.cat([first, torch.zeros_like(first)], 1)})
-    twin.train(net.training).requires_grad_(net.unet.conv_in.weight.requires_grad)  # type: ignore[operator, union-attr]
+    twin.train(net.training).requires_grad_(next(net.parameters()).requires_grad)
     adapted, network = adapters.wrap(twin, model.network | {"config": wide}, {"kind": "self_conditioned"})
     return replace(model, denoiser=replace(model.parametric, net=adapted), network=network)
 
