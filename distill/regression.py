@@ -44,6 +44,9 @@ class Regression:
     ``target``: x0_hat, the data sample, a teacher's E[x0 | x_t], or a mix. ``draw``: where t is drawn. ``weight`` and ``distance``:
     w and d, in x0. ``times``: instead, x_t is at these times, float64 [N + 1], on the target's own path from pure noise, and only the
     shape is taken from the data.
+
+    A condition ``noise`` [B, ...] takes the place of new noise: pairs of noise and samples are a coupling, and the regression on them is
+    reflow (Liu et al. 2209.03003).
     """
 
     target: Target = field(default_factory=DataSample)
@@ -52,11 +55,13 @@ class Regression:
     draw: Draw = uniform
     times: Tensor | None = None
 
-    def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
+    def __call__(
+        self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, noise: Tensor | None = None, **cond: Any
+    ) -> Tensor:
         schedule = student.schedule
         if self.times is None:
             t = self.draw(schedule, rng)
-            x_t = add_noise(schedule, x0, rng.normal(x0), t)
+            x_t = add_noise(schedule, x0, rng.normal(x0) if noise is None else noise, t)
         else:
             at = self._from_noise(schedule, x0, rng, cond)
             x_t, t, cond = at.x_t, at.t, at.cond
