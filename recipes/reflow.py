@@ -11,6 +11,7 @@ Writes runs/reflow-digits: pairs/, stages/reflow-k/student.safetensors, reflow.j
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from recipes.common import flags
 from recipes.common.accepted import STEPS, TRAINED
@@ -107,7 +108,8 @@ def pairs_of(config: Config, e: Experiment, model: Teacher, denoiser: DenoiserLi
 def bend(config: Config, e: Experiment, model: Teacher, denoiser: DenoiserLike) -> float:
     """Return the mean `straightness` of the paths of the first images of the seed."""
     drawn = initial_noise(range(MEASURED), model.shape, model.classes, config.seed, e.run.device)
-    return float(straightness(denoiser, drawn.noise, **model.condition(drawn.labels)).mean())
+    cond: dict[str, Any] = model.condition(drawn.labels)
+    return float(straightness(denoiser, drawn.noise, **cond).mean())
 
 
 def prepare(config: Config, teacher: Teacher, data: sets.Data) -> Experiment:
