@@ -52,6 +52,17 @@ def to_output(prediction: str, schedule: Schedule, x_t: Tensor, x0: Tensor, t: T
     return (x0 - c_skip * x_t) / c_out
 
 
+def score(denoiser: DenoiserLike, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """Return the gradient of log p(x_t) by Tweedie's formula, (alpha E[x0 | x_t] - x_t) / sigma^2, [B, ...] like x_t. t is [] or [B]."""
+    alpha, variance = coefficients(_alpha_and_variance, denoiser.schedule, x_t, t)
+    return (scaled(alpha, denoiser(x_t, t, **cond)) - x_t) / variance
+
+
+def _alpha_and_variance(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    alpha, sigma = schedule.at(t)
+    return alpha, sigma.square()
+
+
 def _index(schedule: Schedule, t: Tensor) -> Tensor:
     assert isinstance(schedule, Table)
     return t * schedule.steps - 1

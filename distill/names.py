@@ -3,9 +3,23 @@
 tests/test_names.py compares each with its table: `SAMPLERS` with `distill.samplers.SAMPLERS`, and so on.
 """
 
-SAMPLERS = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis", "ancestral", "consistency", "jump")
+SAMPLERS = (
+    "ddim",
+    "heun",
+    "dpm++2m",
+    "dpm++3m",
+    "unipc",
+    "ipndm",
+    "deis",
+    "ancestral",
+    "consistency",
+    "jump",
+    "sde",
+    "pc",
+    "langevin",
+)
 BASELINES = ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis")
-SAMPLER_TEXT = f"{', '.join(SAMPLERS)} and consistency:GAMMA with GAMMA from 0 to 1"
+SAMPLER_TEXT = f"{', '.join(SAMPLERS)} and consistency:GAMMA with GAMMA from 0 to 1, sde:ETA with ETA from 0 to 10"
 GRIDS = ("uniform", "trailing", "karras", "logsnr")
 PREDICTIONS = ("x0", "eps", "v", "score", "flow", "edm")
 DRAWS = ("uniform", "lognormal")

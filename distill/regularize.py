@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.denoiser import DenoiserLike, on_schedule
+from distill.denoiser import DenoiserLike, on_schedule, score
 from distill.rng import Rng
 from distill.schedule import EDM, Schedule, add_noise, expand, move, posterior, to_eps
 from distill.scm import forward_mode, unwrapped
@@ -67,15 +67,12 @@ def fokker_planck(student: DenoiserLike, x_t: Tensor, t: Tensor, rng: Rng, **con
     x = x_t / expand(schedule.alpha(t), x_t)
     v = torch.where(rng.normal(x) > 0, 1.0, -1.0).to(x)
 
-    def score(x: Tensor, sigma: Tensor) -> Tensor:
-        return (inner(x, sigma, **cond) - x) / expand(sigma, x).square()
-
     def potential(x: Tensor) -> Tensor:
-        value, along = torch.func.jvp(lambda z: score(z, sigma), (x,), (v,))[:2]
+        value, along = torch.func.jvp(lambda z: score(inner, z, sigma, **cond), (x,), (v,))[:2]
         return (v * along).sum() + value.square().sum()
 
     with forward_mode():
-        _, change = torch.func.jvp(lambda z: score(x, z), (sigma,), (torch.ones_like(sigma),))[:2]
+        _, change = torch.func.jvp(lambda z: score(inner, x, z, **cond), (sigma,), (torch.ones_like(sigma),))[:2]
         residual = change - expand(sigma, x) * torch.func.grad(potential)(x)
     return (expand(sigma, x).square() * residual).square().flatten(1).mean(1)
 
@@ -87,9 +84,10 @@ RESIDUALS: dict[str, Residual] = {
 }
 
 
-def _noisy(schedule: Schedule, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
-    """Return x_t and t [B] of x0 at noise levels uniform in log-SNR."""
-    t = schedule.time(RANGE[0] + (RANGE[1] - RANGE[0]) * rng.uniform()).to(x0.dtype)
+def _noisy(schedule: Schedule, x0: Tensor, rng: Rng, logsnr: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return x_t and t [B] of x0 at one ``logsnr``, or at noise levels uniform in it (None)."""
+    level = RANGE[0] + (RANGE[1] - RANGE[0]) * rng.uniform() if logsnr is None else torch.full((len(x0),), logsnr)
+    t = schedule.time(level).to(x0.dtype)
     return add_noise(schedule, x0, rng.normal(x0), t), t
 
 
@@ -117,7 +115,7 @@ class Regularized:
 
 
 @torch.no_grad()
-def residuals(denoiser: DenoiserLike, x0: Tensor, rng: Rng, **cond: Any) -> dict[str, float]:
-    """Return the mean of each residual over the data x0, at noise levels uniform in log-SNR."""
-    x_t, t = _noisy(denoiser.schedule, x0, rng)
+def residuals(denoiser: DenoiserLike, x0: Tensor, rng: Rng, logsnr: float | None = None, **cond: Any) -> dict[str, float]:
+    """Return the mean of each residual over the data x0, at one ``logsnr`` or at noise levels uniform in it (None)."""
+    x_t, t = _noisy(denoiser.schedule, x0, rng, logsnr)
     return {name: float(residual(denoiser, x_t, t, rng, **cond).mean()) for name, residual in RESIDUALS.items()}

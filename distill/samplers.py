@@ -4,13 +4,14 @@ A sampler is a function (denoiser, x, times, **cond) -> x0. ``times`` is a float
 the time of x to t_clean, where the last step returns the denoiser's x0. Where the step is infinite in log-SNR (from pure noise with
 zero terminal SNR, or onto the data) every method takes its limit there, the DDIM step.
 
-`SAMPLERS` holds one record per sampler. A new sampler is one function and one record.
+`SAMPLERS` holds one record per sampler. A new sampler is one function and one record. Those that simulate a stochastic process are in
+`distill.stochastic`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.multistep import adams_weights, combine, exponential_adams, half_logsnr_step
-from distill.schedule import Schedule, heun_x0, move, move_weights, numbers, posterior, to_eps, to_x0
+from distill.schedule import Schedule, heun_x0, move, move_weights, numbers, to_eps, to_x0
+from distill.stochastic import annealed_calls, annealed_langevin, noisy_move, predictor_corrector, sde
 
 
 def ddim(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
@@ -101,15 +103,7 @@ def ancestral(
 
     ``noise``: x -> standard normal noise of the shape of x.
     """
-    schedule = denoiser.schedule
-    for t, s in pairwise(times):
-        x = _noisy_move(numbers(_posterior_sample, schedule, t, s), x, denoiser(x, t, **cond), noise)
-    return x
-
-
-def _posterior_sample(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kept, fresh = posterior(schedule, t, s)
-    return *move_weights(schedule, t, s, kept), fresh
+    return sde(denoiser, x, times, eta=1.0, noise=noise, **cond)
 
 
 def consistency(
@@ -129,7 +123,7 @@ def consistency(
     """
     schedule = denoiser.schedule
     for t, s in pairwise(times):
-        x = _noisy_move(numbers(_renoised, schedule, gamma, t, s), x, denoiser(x, t, **cond), noise)
+        x = noisy_move(numbers(_renoised, schedule, gamma, t, s), x, denoiser(x, t, **cond), noise)
     return x
 
 
@@ -138,13 +132,6 @@ def _renoised(schedule: Schedule, gamma: float, t: Tensor, s: Tensor) -> tuple[T
     (alpha, sigma), (alpha_below, sigma_below) = schedule.at(s), schedule.at(below)
     kept = alpha * sigma_below / alpha_below
     return *move_weights(schedule, t, s, kept), (sigma.square() - kept.square()).clamp(min=0).sqrt()
-
-
-def _noisy_move(weights: Sequence[float], x: Tensor, x0: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the sum of x, x0 and new noise with these weights. No noise is drawn for weight 0."""
-    *kept, fresh = weights
-    moved = combine(kept, (x, x0))
-    return torch.add(moved, noise(x), alpha=fresh) if fresh else moved
 
 
 def jump(denoiser: DenoiserLike, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
@@ -221,5 +208,8 @@ SAMPLERS: dict[str, Sampler] = {
     "ancestral": Sampler(ancestral, noisy=True),
     "consistency": Sampler(consistency, noisy=True),
     "jump": Sampler(jump, two_times=True),
+    "sde": Sampler(sde, noisy=True),
+    "pc": Sampler(predictor_corrector, calls=lambda steps: 2 * steps - 1, noisy=True),
+    "langevin": Sampler(annealed_langevin, calls=annealed_calls, noisy=True),
 }
 BASELINES = tuple(name for name, sampler in SAMPLERS.items() if sampler.baseline)

@@ -25,9 +25,9 @@ class Sampling:
 
     ``name``: a key of `SAMPLERS`. ``gamma``: part of the noise that "consistency" draws anew; None stands for 1. ``grid``: a key of
     `GRIDS`, or "searched". ``steps``: the step counts that a student was made for; empty for a model that takes any. ``times``: the
-    grid [steps + 1] of each step count that has one of its own.
+    grid [steps + 1] of each step count that has one of its own. ``eta``: strength of the noise of "sde"; None stands for 1.
 
-    Raises ValueError for an unknown sampler or grid, and for gamma outside [0, 1].
+    Raises ValueError for an unknown sampler or grid, for gamma outside [0, 1], and for eta outside [0, 10].
     """
 
     name: str = "ddim"
@@ -35,9 +35,11 @@ class Sampling:
     grid: str = "uniform"
     steps: tuple[int, ...] = ()
     times: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    eta: float | None = None
 
     def __post_init__(self):
         fits = self.gamma is None or (self.name == "consistency" and 0 <= self.gamma <= 1)
+        fits = fits and (self.eta is None or (self.name == "sde" and 0 <= self.eta <= 10))
         if self.name not in SAMPLERS or not fits:
             raise ValueError(f"unknown sampler {self.label!r}: accepted are {ACCEPTED}")
         if self.grid not in (*GRIDS, SEARCHED):
@@ -45,10 +47,10 @@ class Sampling:
 
     @classmethod
     def parse(cls, text: str, **fields: Any) -> Sampling:
-        """Read "NAME" or "consistency:GAMMA", as on the command line. ``fields``: the other fields of the value."""
-        name, colon, gamma = text.partition(":")
+        """Read "NAME", "consistency:GAMMA" or "sde:ETA", as on the command line. ``fields``: the other fields of the value."""
+        name, colon, number = text.partition(":")
         try:
-            return cls(name, float(gamma) if colon else None, **fields)
+            return cls(name, **({"eta" if name == "sde" else "gamma": float(number)} if colon else {}), **fields)
         except ValueError:
             raise ValueError(f"unknown sampler {text!r}: accepted are {ACCEPTED}") from None
 
@@ -70,7 +72,8 @@ class Sampling:
     @property
     def label(self) -> str:
         """The sampler as the command line spells it."""
-        return self.name if self.gamma is None else f"{self.name}:{self.gamma:g}"
+        number = self.gamma if self.eta is None else self.eta
+        return self.name if number is None else f"{self.name}:{number:g}"
 
     @property
     def fresh(self) -> float:
@@ -103,8 +106,7 @@ class Sampling:
         A self-conditioned denoiser gets its previous estimate at each step (`distill.self_conditioning`), zeros at first.
         """
         extra: dict[str, Any] = {"noise": noise} if self.noisy else {}
-        if self.gamma is not None:
-            extra["gamma"] = self.gamma
+        extra |= {key: value for key in ("gamma", "eta") if (value := getattr(self, key)) is not None}
         return SAMPLERS[self.name].run(carrying(denoiser), x, times, **extra, **cond)
 
     def on_best_grid(self, schedule: Schedule, steps: int) -> Sampling:

@@ -431,13 +431,14 @@ def heun_x0(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, x_s: Tensor,
     return to_x0(schedule, x_t, eps, t)
 
 
-def posterior(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def posterior(schedule: Schedule, t: Tensor, s: Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return the two noise weights of x_s given x_t and x0, where s has less noise (Ho et al. 2006.11239, eq. 7).
 
-    x_s = alpha_s x0 + kept eps + fresh z with eps the noise of x_t and z new noise; the result is (kept, fresh).
+    x_s = alpha_s x0 + kept eps + fresh z with eps the noise of x_t and z new noise; the result is (kept, fresh). ``eta``: the noise of
+    the reverse SDE over that of 2011.13456, eq. 6. With x0 fixed its solution is kept = sigma_s (level_s / level_t)^(eta^2).
     """
     (a_t, s_t), (a_s, s_s) = schedule.at(t), schedule.at(s)
-    ratio = a_t * s_s / (a_s * s_t)
+    ratio = (a_t * s_s / (a_s * s_t)) ** eta**2
     return s_s * ratio, s_s * (1 - ratio.square()).clamp(min=0).sqrt()
 
 

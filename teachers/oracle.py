@@ -31,6 +31,12 @@ class Gaussian:
         mean, variance = self.mean.to(x_t), self.std.to(x_t) ** 2
         return mean + a * variance / (a * a * variance + s * s) * (x_t - a * mean)
 
+    def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return log p(x_t) [B] of the noisy data, N(alpha mean, alpha^2 std^2 + sigma^2); t is [] or [B]."""
+        a, s = expand(self.schedule.alpha(t), x_t), expand(self.schedule.sigma(t), x_t)
+        mean, variance = a * self.mean.to(x_t), (a * self.std.to(x_t)) ** 2 + s * s
+        return -0.5 * ((x_t - mean).square() / variance + (2 * math.pi * variance).log()).flatten(1).sum(1)
+
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the exact probability-flow map from t to s: each coordinate keeps its quantile."""
         a_t, a_s = expand(self.schedule.alpha(t), x_t), expand(self.schedule.alpha(s), x_t)
@@ -54,17 +60,26 @@ class Mixture:
 
     def __call__(self, x_t: Tensor, t: Tensor, to: Tensor | None = None, **cond: Any) -> Tensor:
         a = self.schedule.alpha(t).to(x_t).reshape(-1, 1)
-        s = self.schedule.sigma(t).to(x_t).reshape(-1, 1)
         x, means = x_t.flatten(1), self.means.to(x_t).flatten(1)
-        variance = self.stds.to(x_t) ** 2  # [K]
-        total = a * a * variance + s * s  # [B or 1, K]
-        distance = x.square().sum(1, keepdim=True) - 2 * a * (x @ means.T) + a * a * means.square().sum(1)
-        log_posterior = self.weights.to(x_t).log() - distance / (2 * total) - x.shape[1] / 2 * total.log()
-        posterior = log_posterior.softmax(1)
-        gain = a * variance / total  # of each component: E_k = m_k + gain_k (x - a m_k)
+        log_joint, total = self._log_joint(x_t, t)
+        posterior = log_joint.softmax(1)
+        gain = a * self.stds.to(x_t) ** 2 / total  # of each component: E_k = m_k + gain_k (x - a m_k)
         weighted = posterior * gain
         mean = (posterior - weighted * a) @ means + weighted.sum(1, keepdim=True) * x
         return mean.reshape(x_t.shape)
+
+    def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return log p(x_t) [B] of the noisy data; t is [] or [B]. A set of points has a density where sigma is above 0."""
+        return self._log_joint(x_t, t)[0].logsumexp(1) - x_t[0].numel() / 2 * math.log(2 * math.pi)
+
+    def _log_joint(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x_t, k) + d/2 log 2 pi [B, K], and the variance of each component of x_t [B or 1, K]."""
+        a = self.schedule.alpha(t).to(x_t).reshape(-1, 1)
+        s = self.schedule.sigma(t).to(x_t).reshape(-1, 1)
+        x, means = x_t.flatten(1), self.means.to(x_t).flatten(1)
+        total = a * a * self.stds.to(x_t) ** 2 + s * s
+        distance = x.square().sum(1, keepdim=True) - 2 * a * (x @ means.T) + a * a * means.square().sum(1)
+        return self.weights.to(x_t).log() - distance / (2 * total) - x.shape[1] / 2 * total.log(), total
 
 
 def finite(schedule: Schedule, data: Tensor) -> Mixture:
