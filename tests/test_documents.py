@@ -126,12 +126,18 @@ def test_a_page_with_a_wrong_flag_a_wrong_choice_or_a_broken_block_is_found(tmp_
     (tmp_path / "page.md").write_text(
         "    python recipes/sample.py --no-such 1\n```python\nimport fewstep as fs\nfs.load(no=1)\n```\n"
     )
+    assert flags("sample")  # kept, as recipes are looked for in ROOT
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert commands_of("page.md") == [("sample", "--no-such 1")] and len(blocks("page.md")) == 1
     with pytest.raises(TypeError):
         test_python_that_is_only_shown_calls_fewstep_with_arguments_that_it_takes("page.md")
     with pytest.raises(TypeError):
         run("page.md", "fast")
+    with pytest.raises(AssertionError, match="no --no-such"):
+        test_every_command_names_flags_and_choices_that_its_recipe_has("page.md")
+    (tmp_path / "page.md").write_text("Draw with `fewstep sample --grid wrong`.\n")
+    with pytest.raises(AssertionError, match="--grid wrong"):
+        test_every_command_names_flags_and_choices_that_its_recipe_has("page.md")
 
 
 @pytest.mark.slow
@@ -144,6 +150,7 @@ def test_the_site_builds_without_a_broken_link_and_fetches_nothing(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for page in (tmp_path / "site").rglob("*.html"):
+        assert 'data-md-component="source"' not in page.read_text(encoding="utf-8"), "a repo_url asks GitHub for its stars"
         fetched = re.findall(r"<(?:script|img|iframe)[^>]+src=\"(https?:[^\"]+)|<link[^>]+rel=\"stylesheet\"[^>]+href=\"(https?:[^\"]+)",
                              page.read_text(encoding="utf-8"))  # fmt: skip
         assert not fetched, f"{page.name} fetches {fetched}"
