@@ -145,7 +145,7 @@ def test_the_site_builds_without_a_broken_link_and_fetches_nothing(tmp_path):
     if not (importlib.util.find_spec("mkdocs") and importlib.util.find_spec("mkdocstrings")):
         pytest.skip("the extra docs is not installed")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
