@@ -8,6 +8,7 @@ from pathlib import Path
 from distill import reading
 from eval import report as reports
 from eval.cells import picture_path, pictures
+from eval.report_page import REAL
 from eval.verdict import good, with_comparisons
 
 
@@ -52,10 +53,13 @@ def _merged(runs: dict[Path, dict]) -> tuple[dict, dict[str, Path]]:
 
 
 def copy_pictures(sources: dict[str, Path], cells: Path) -> None:
-    """Copy the picture files of `merged` into the folder ``cells``."""
+    """Copy the picture files of `merged`, and the real images of one run, into the folder ``cells``."""
     cells.mkdir(parents=True, exist_ok=True)
     for name, source in sources.items():
         shutil.copyfile(source, picture_path(cells, name))
+    for real in dict.fromkeys(picture_path(source.parent, REAL) for source in sources.values()):
+        if real.is_file():
+            shutil.copyfile(real, picture_path(cells, REAL))
 
 
 def _titles(folders: list[Path]) -> list[str]:

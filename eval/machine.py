@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,11 +14,31 @@ from pathlib import Path
 import torch
 
 STATUS = Path("/proc/self/status")  # of Linux
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def default_device() -> torch.device:
     """Return the first CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def processor() -> str:
+    """Return the name of the CPU where Linux tells it, else its architecture."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{platform.machine()} CPU"
+
+
+def commit() -> str | None:
+    """Return what ``git describe`` says of the checkout that this package lies in; None where it is none, or without git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    return None
 
 
 def clock(device: torch.device) -> float:

@@ -28,7 +28,10 @@ for (const box of all(".cells")) {
 const filter = document.getElementById("filter"), more = document.getElementById("more");
 filter?.addEventListener("input", () => {
   const words = filter.value.toLowerCase().split(/\s+/);
-  for (const row of all(".cells tbody tr")) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+  for (const row of all(".cells tbody tr")) {
+    const text = all("th, .words", row).map(cell => cell.textContent.toLowerCase()).join(" ");
+    row.hidden = !words.every(word => text.includes(word));
+  }
 });
 more?.addEventListener("click", () => {
   const on = document.querySelector(".cells").classList.toggle("all");

@@ -27,44 +27,41 @@ def drawing(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator
 
 
 def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float | None = None) -> None:
-    """Plot FID with its interval against ``rows[..][x]``, log-log. Times have their interval too.
+    """Plot FID against ``rows[..][x]``, log-log, at the size of a talk. Students and the best training-free samplers have their intervals.
 
-    Each student has a colour and a marker, the teacher's samplers are grey, the Pareto front is ringed, and the floor is a dashed line.
+    Each student has a colour and a marker, the teacher's samplers are thin and grey, their Pareto front is bold, the floor is dashed.
     """
+    from matplotlib import rc_context
+
     drawn = curves(rows)
     look = styles(drawn)
-    with drawing(path, (7.5, 5.6)) as (_, axes):
+    front = pareto([row for row in rows if row["role"] == "teacher"], x)
+    with rc_context({"font.size": 14}), drawing(path, (10.5, 6.2)) as (_, axes):
         for name, points in drawn.items():
             points.sort(key=lambda row: row[x])
-            fid = [row["fid"] for row in points]
-            low = [max(0, row["fid"] - row["fid_interval"][0]) for row in points]
-            high = [row["fid_interval"][1] - row["fid"] for row in points]
-            timed = x == "seconds_per_image" and all("seconds_interval" in row for row in points)
-            sideways = [[abs(row[x] - row["seconds_interval"][i]) for row in points] for i in (0, 1)] if timed else None
-            axes.errorbar(
-                [row[x] for row in points],
-                fid,
-                [low, high],
-                sideways,
-                label=plain(name),
-                capsize=2,
-                elinewidth=0.8,
-                **look[name],
-            )
-        front = pareto(rows, x)
-        ring = {"s": 110, "facecolors": "none", "edgecolors": FRONT, "zorder": 4, "label": "Pareto front"}
-        axes.scatter([row[x] for row in front], [row["fid"] for row in front], **ring)
+            bars = _bars(points) if points[0]["role"] == "student" else None
+            at, fid = [row[x] for row in points], [row["fid"] for row in points]
+            axes.errorbar(at, fid, bars, label=plain(name), capsize=3, elinewidth=1, **look[name])
+        if front:
+            at, fid = [row[x] for row in front], [row["fid"] for row in front]
+            axes.plot(at, fid, color="#111111", linewidth=3.5, zorder=2.5, label="best training-free")
         if floor is not None:
-            axes.axhline(floor, color="#888888", linestyle="--", linewidth=0.9, label="floor: fresh real images")
+            axes.axhline(floor, color="#888888", linestyle="--", linewidth=1, label="floor: fresh real images")
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"FID ({rows[0]['images']:,} images)")
         if x == "nfe":
-            ticks = sorted({round(row[x]) for row in rows})
-            axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=7)
+            largest = max(row[x] for row in rows)
+            ticks = [2**i for i in range(13) if 2**i <= largest]
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.minorticks_off()
         axes.grid(True, which="both", alpha=0.25)
         handles, names = axes.get_legend_handles_labels()
         lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]  # without their error bars
-        axes.legend(lines, names, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=4, handlelength=3.5)
+        axes.legend(lines, names, fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, handlelength=2.5)
+
+
+def _bars(points: list[dict]) -> list[list[float]]:
+    low = [max(0, row["fid"] - row["fid_interval"][0]) for row in points]
+    return [low, [row["fid_interval"][1] - row["fid"] for row in points]]
 
 
 def plain(text: str) -> str:
@@ -76,7 +73,8 @@ def label_shares(rows: list[dict], path: Path) -> None:
     """Plot a heat map: images that the extractor assigns to each class, divided by the images requested of it, per cell."""
     shares = [[seen / max(1, asked) for seen, asked in zip(r["labels_seen"], r["labels_asked"], strict=True)] for r in rows]
     with drawing(path, (7.5, 1 + 0.24 * len(rows))) as (figure, axes):
-        heat = axes.imshow(shares, vmin=0.5, vmax=1.5, cmap="RdBu", aspect="auto")
+        reach = min(0.5, max(0.05, *(abs(share - 1) for row in shares for share in row)))
+        heat = axes.imshow(shares, vmin=1 - reach, vmax=1 + reach, cmap="RdBu", aspect="auto")
         axes.set_yticks(range(len(rows)), [plain(row["name"]) for row in rows], fontsize=7)
         axes.set_xlabel("class")
         figure.colorbar(heat, label="recognised / requested")

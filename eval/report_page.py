@@ -207,9 +207,10 @@ def _samples(rows: list[dict], strips: dict[str, Strip]) -> str:
     rest = (
         f'<details><summary>The images of every other row</summary><div class="bands">{rest}</div></details>\n' if rest else ""
     )
+    real = " Real images share the label alone." if heads else ""
     return (
-        "<h2>Samples</h2><p>All images of a column have the same initial noise and label, but for the real ones, which share the "
-        f'label. At each number of evaluations: the best training-free sampler, then the student.</p>\n<div class="bands">{out}</div>\n'
+        f"<h2>Samples</h2><p>All generated images of a column have the same initial noise and label.{real} At each number of evaluations: "
+        f'the best training-free sampler, then the student.</p>\n<div class="bands">{out}</div>\n'
         f"{rest}{_viewer(rows, strips)}"
     )
 

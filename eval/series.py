@@ -36,8 +36,8 @@ def styles(curves: dict[str, list[dict]]) -> dict[str, dict]:
     for name, rows in curves.items():
         if rows[0]["role"] == "student":
             colour, marker = next(students)
-            out[name] = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 2.0, "zorder": 3}
+            out[name] = {"color": colour, "marker": marker, "markersize": 8, "linewidth": 2.8, "zorder": 3}
         else:
             colour, line, marker = next(teachers)
-            out[name] = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.1, "zorder": 2}
+            out[name] = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 0.9, "zorder": 2}
     return out

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill import reading
+from distill import files, reading
 from distill.sampling import Sampling
-from eval import reference, report
+from eval import reference, report, report_page
+from eval.cells import picture_path
 from eval.features import Extractor
 from eval.generate import initial_noise
+from eval.machine import commit
 from eval.metrics import Reference
 from eval.reference import Generated, Identity
 from eval.sweep import Cell, Protocol, sweep
@@ -100,6 +102,20 @@ def first_prompts(cells: list[Cell], seed: int, count: int = 8, longest: int = 6
     return [table.prompts[i][:longest] for i in labels.tolist()]
 
 
+def _keep_real(data: Data, cells: list[Cell], seed: int, folder: Path, count: int = report_page.IMAGES) -> None:
+    """Keep real images for the page, with the labels of the first generated ones where both have labels."""
+    model = cells[0].model
+    images, classes = data.require_pixels(), (model.origin if isinstance(model, Stored) else model).classes
+    labels = initial_noise(range(count), (1,), classes, seed).labels if classes and data.labels is not None else None
+    if labels is None or data.labels is None:
+        files.save(picture_path(folder, report_page.REAL), {"images": images[:count].clone()}, {})
+        return
+    found = [(data.labels == label).nonzero().flatten() for label in labels]
+    if all(len(places) for places in found):
+        chosen = [int(places[column % len(places)]) for column, places in enumerate(found)]
+        files.save(picture_path(folder, report_page.REAL), {"images": images[chosen].clone(), "labels": labels}, {})
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Hold the extractor, the reference and the protocol of a run's numbers."""
@@ -107,6 +123,7 @@ class Measurement:
     extractor: Extractor
     reference: Reference
     protocol: Protocol
+    data: Data | None = None  # with the real images that the page shows
 
     @classmethod
     def of(
@@ -145,7 +162,7 @@ class Measurement:
             resize=known.resize,
             metrics=metrics,
         )
-        return cls(extractor, real, protocol)
+        return cls(extractor, real, protocol, data if isinstance(data, Data) else None)
 
     def rows(self, run: Run, cells: list[Cell], folder: Path | None = None) -> list[dict]:
         """Measure the cells that are not finished, in ``folder`` or that of the run. Every process returns the rows of all."""
@@ -161,10 +178,15 @@ class Measurement:
             "device": device_name(run.accelerator),
             "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
         }
+        if (known := commit()) is not None:
+            facts["commit"] = known
 
         def write() -> dict:
             out = report.build(title, rows, asdict(self.protocol), self.reference, facts, finished)
+            if self.data is not None:
+                _keep_real(self.data, cells, self.protocol.seed, finished)
             report.write(out, run.folder, finished, first_prompts(cells, self.protocol.seed))
+            run.show(path for name in ("samples", "fid_vs_nfe") if (path := run.folder / f"{name}.png").is_file())
             for warning in out["warnings"]:
                 run.say(f"warning: {warning}")
             return out

@@ -16,17 +16,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from PIL import Image
 from tqdm import tqdm
 
 from distill import files, reading, zero
 from distill.resume import Stopped
 from distill.speed import check_compiler
 from distill.train import State
-from eval.machine import cores
+from eval.machine import cores, processor
 from eval.progress import progress
 from recipes.common.cli import duration
 
@@ -116,6 +118,14 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
             self.accelerator.log({f"{phase}/{k}": v for k, v in values.items()}, step=step)
+
+    def show(self, pictures: Iterable[Path]) -> None:
+        """Send PNG files to the trackers that take images."""
+        for tracker in self.accelerator.trackers if self.main else ():
+            if hasattr(tracker, "log_images"):
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                for path in pictures:
+                    tracker.log_images({path.stem: numpy.array(Image.open(path).convert("RGB"))[None]}, step=None, **form)
 
     def seconds(self, phase: str, images: int) -> float:
         """Return the wall seconds of ``images`` of a finished phase, without the time in which it was interrupted."""
@@ -311,7 +321,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(accelerator: Accelerator) -> str:
-    """Return the name of the GPU, or the CPU architecture with the threads per process."""
+    """Return the name of the GPU, or that of the processor with the threads per process."""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads per process"
+    return f"{processor()}, {torch.get_num_threads()} threads per process"
