@@ -53,6 +53,7 @@ def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float |
             ticks = [2**i for i in range(13) if 2**i <= largest]
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(True, which="both", alpha=0.25)
         handles, names = axes.get_legend_handles_labels()
         lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]  # without their error bars

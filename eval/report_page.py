@@ -251,7 +251,7 @@ def _table(report: dict, strips: dict[str, Strip]) -> str:
         return " ".join(filter(None, kinds))
 
     body = ""
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["role"]):  # students first
         kinds = [row["role"], "error" if "error" in row else "", "front" if row["name"] in front else ""]
         link = f' data-strip="{strips[row["name"]].id}"' if row["name"] in strips else ""
         body += f'<tr id="{row["id"]}" class="{" ".join(filter(None, kinds))}"{link}>'
@@ -265,7 +265,8 @@ def _table(report: dict, strips: dict[str, Strip]) -> str:
     same = sum("same_as" in row for row in rows)
     shared = f" Measurements shared with a cell of equal arithmetic: {plural(same, 'row')}." if same else ""
     notes = definitions([(COLUMNS[c], NOTES[c]) for c in used if c in NOTES])
-    return f"""<h2 id="measurements">All measurements</h2><p>One row per model, sampler and step count. Students are bold.{escape(shared)}
+    return f"""<h2 id="measurements">All measurements</h2><p>One row per model, sampler and step count.
+Students come first and are bold.{escape(shared)}
 A star marks the Pareto front of NFE and FID: no other row has both fewer evaluations and a lower FID.</p>
 <div class="tools" hidden><input id="filter" type="search" placeholder="filter rows" aria-label="filter rows">
 <button id="more" type="button" aria-pressed="false">all columns</button><span class="note">Click a head to sort, a row to see its images
