@@ -50,7 +50,8 @@ class Sampling:
         """Read "NAME", "consistency:GAMMA" or "sde:ETA", as on the command line. ``fields``: the other fields of the value."""
         name, colon, number = text.partition(":")
         try:
-            return cls(name, **({"eta" if name == "sde" else "gamma": float(number)} if colon else {}), **fields)
+            own: dict[str, Any] = {"eta" if name == "sde" else "gamma": float(number)} if colon else {}
+            return cls(name, **own, **fields)
         except ValueError:
             raise ValueError(f"unknown sampler {text!r}: accepted are {ACCEPTED}") from None
 
