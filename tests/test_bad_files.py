@@ -14,6 +14,7 @@ from recipes.data import sets
 SPECS = {"model": "models", "teacher": "models", "student": "models", "data": "data", "runs": "runs"}
 FREE = {
     "features",
+    "sizes",  # tests/test_several_sizes.py
     "second_features",
     "benchmark",  # tests/test_layouts.py
     "sampler",

@@ -379,7 +379,7 @@ def test_parts_that_do_not_agree_are_refused(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_planned_for_the_largest_shape(made, tmp_path, capsys):
+def test_the_plan_of_a_run_names_the_number_of_images_of_each_shape(made, tmp_path, capsys):
     known = tmp_path / "known.safetensors"
     store_reference(known)
     arguments = ("--teacher", made / "xl", "--data", made / "encoded", "--reference", known, "--features test_latent_runs:Pool")
