@@ -67,7 +67,7 @@ from eval import reference
 from eval.features import Extractor
 from eval.generate import chunks
 from eval.image_grid import sample_grid
-from eval.metrics import Features, measure
+from eval.metrics import fid_with_interval
 from eval.tokens import token_images
 from recipes.common.checks import check_finite_data
 from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
@@ -142,9 +142,7 @@ def measured(config: Config, run: Run, cells: list[tuple[str, MaskedModel, int]]
     for label, model, steps in cells:
         drawn = token_images(model, steps, config.sampler, chunks(config.images, CHUNK), config.seed, run.device)
         features = torch.cat([extractor(images).fid for images in drawn])[: config.images]
-        row = {
-            k: v for k, v in measure(Features(features), real).items() if k in ("fid", "fid_interval", "precision", "recall")
-        }
+        row = {k: v for k, v in fid_with_interval(features, real).items() if k in ("fid", "fid_interval")}
         rows.append({"label": label, "steps": steps, "sampler": config.sampler, "images": config.images, **row})
         run.say(f"{label:<12} {steps:4d} steps  FID {row['fid']:.3f}  {[round(v, 3) for v in row['fid_interval']]}")
         (shown,) = token_images(model, steps, config.sampler, [range(20)], config.seed, run.device, classes_in_turn=True)
@@ -153,7 +151,7 @@ def measured(config: Config, run: Run, cells: list[tuple[str, MaskedModel, int]]
     sample_grid(pictures, run.folder / "samples.png", columns=20)
 
 
-def bits_per_token(model: MaskedModel, data: Data, device: torch.device, seed: int, most: int = 256) -> float:
+def bits_per_token(model: MaskedModel, data: Data, device: torch.device, seed: int, most: int = 128) -> float:
     """Return the bound on -log2 p of images of the data, in bits per token, on 64 steps."""
     index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:most]
     tokens = pixels_to_tokens(data.x0(index, device), data.bits or 0)
