@@ -50,8 +50,8 @@ class Sampling:
         """Read "NAME", "consistency:GAMMA" or "sde:ETA", as on the command line. ``fields``: the other fields of the value."""
         name, colon, number = text.partition(":")
         try:
-            own: dict[str, Any] = {"eta" if name == "sde" else "gamma": float(number)} if colon else {}
-            return cls(name, **own, **fields)
+            given: dict[str, Any] = {"eta" if name == "sde" else "gamma": float(number)} if colon else {}
+            return cls(name, **given, **fields)
         except ValueError:
             raise ValueError(f"unknown sampler {text!r}: accepted are {ACCEPTED}") from None
 
