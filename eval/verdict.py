@@ -167,7 +167,7 @@ def verdict(rows: list[dict]) -> str:
     """
     students, teachers = _of("student", rows), _of("teacher", rows)
     if not students or not teachers:
-        return "There is nothing to compare: this report has no student or no teacher."
+        return f"There is nothing to compare: this report has no {'teacher' if students else 'student'}."
     if not (wins := _wins(rows)):
         return "No student is better than the teacher's best training-free sampler at equally many network evaluations."
     last = _best_at(max(row["nfe"] for row in wins), wins)

@@ -2,7 +2,7 @@
 
     import fewstep as fs
 
-    teacher = fs.Model(net, schedule="cosine", prediction="eps", shape=(3, 32, 32), classes=10, labels="y")
+    teacher = fs.Model(net, schedule="cosine", prediction="v", shape=(3, 32, 32), classes=10, labels="y")
     teacher.probe(images, labels)
     students = fs.distil(teacher, images, labels, method="progressive", steps=[8, 4, 2, 1], out="runs/mine")
     students[1].sample(10, labels=range(10)).grid("ten.png")

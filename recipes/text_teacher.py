@@ -8,7 +8,7 @@ encoders have random weights that stay. What it writes is loaded by plain diffus
 
     DiffusionPipeline.from_pretrained("runs/text-digits/unet")              StableDiffusionPipeline
     DiffusionPipeline.from_pretrained("runs/text-digits/flow", text_encoder_3=None, tokenizer_3=None)      StableDiffusion3Pipeline
-    --teacher runs/text-digits/unet,prompts=runs/text-digits/prompts.txt --data runs/text-digits/digits.npz
+    --teacher runs/text-digits/unet --data prompts:runs/text-digits/prompts.txt
 
 Beside them are unet.png and flow.png, pictures by prompt, and quality.json: FID and class agreement of each guidance scale.
 """
