@@ -21,6 +21,7 @@ def draw(out: dict, path: Path) -> None:
         chains.axhline(bits["diffusion"], color="#1f77b4", linestyle="--", label="continuous limit")
         chains.set(xscale="log", yscale="log", xlabel="T", ylabel="diffusion term, bits per dimension")
         chains.set_xticks(steps, [str(n) for n in steps])
+        chains.minorticks_off()
         chains.legend(fontsize=8)
         for axis in (area, chains):
             axis.grid(alpha=0.25)

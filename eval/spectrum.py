@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.denoiser import DenoiserLike
 from distill.schedule import add_noise
+from eval.columns import plural
 from eval.plots import drawing
 
 
@@ -62,7 +63,7 @@ def draw(out: dict, path: Path) -> None:
         unknown.set_title("error / power of the data: 1 is unknown", fontsize=9)
         figure.colorbar(heat)
         for student in students:
-            loss[0].plot(frequencies, student["ratio"], ".-", label=f"{student['steps']} steps")
+            loss[0].plot(frequencies, student["ratio"], ".-", label=plural(student["steps"], "step"))
         for axis in (spectra, unknown, *loss):
             axis.set_xlabel("cycles per shorter side")
         for axis in (spectra, *loss):
