@@ -165,7 +165,7 @@ def test_a_masked_run_that_was_stopped_continues_to_the_same_bits_and_is_distill
     for flags, message in (
         (["--steps", "3"], "must divide 4"),
         (["--data", "digits"], "option bits"),
-        (["--data", "digits,bits=3"], "must agree"),
+        (["--data", "digits,bits=3", "--steps", "2"], "must agree"),
     ):
         with pytest.raises(SystemExit) as end:
             recipe.main([*distil[:-1], str(tmp_path / "refused"), *flags])
