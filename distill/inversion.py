@@ -26,13 +26,16 @@ def encode(denoiser: DenoiserLike, x0: Tensor, times: Tensor, *, order: int = 1,
     No network is evaluated at t_clean. The first step begins at the lowest noise level t of the grid above it: the network is evaluated
     at alpha_t x0, and the noise that it finds there is the noise of x_t. For data with a density the error is of order sigma_t^2.
 
-    Raises ValueError for another order, and for a grid that does not fall or has no time above t_clean.
+    Raises ValueError for another order, for a grid that does not fall or has no time above t_clean, and
+    for one whose lowest noise level above it is pure noise.
     """
     if order not in (1, 2):
         raise ValueError(f"order {order} of an inversion: accepted are 1 (DDIM) and 2 (Heun)")
     if len(times) < 2 or not (times.diff() < 0).all():
         raise ValueError("the times of an inversion are those of a sampler: accepted are 2 or more that fall")
     schedule, (first, *rest) = denoiser.schedule, times.flip(0)[1:]
+    if float(schedule.alpha(first)) < 1e-6:
+        raise ValueError("the lowest noise level of this grid is pure noise: an inversion needs 2 steps or more")
     x = add_noise(schedule, x0, torch.zeros_like(x0), first)
     x = add_noise(schedule, x0, to_eps(schedule, x, denoiser(x, first, **cond), first), first)
     for t, s in pairwise([first, *rest]):

@@ -91,13 +91,18 @@ class Inversion:
 
 
 def inversions(model: Teacher, steps: tuple[int, ...], sampler: str) -> list[Inversion]:
-    """Return one inversion per step count: a student's own, else ``steps``. Raises ValueError without a deterministic sampler."""
+    """Return one inversion per step count: a student's own above 1, else ``steps``. Raises ValueError without a deterministic sampler."""
     made, schedule = model.sampling, model.denoiser.schedule
     if made.two_times or (made.noisy and made.gamma != 0):
         raise ValueError(f"sampler {made.label!r} has no inverse: accepted are models with a deterministic one, such as ddim")
     check_steps(model, made.steps or steps)
     if made.steps:
-        return [Inversion(model.denoiser, made, n) for n in made.steps]
+        ways = [Inversion(model.denoiser, made, n) for n in made.steps if n > 1]
+        if not ways:
+            raise ValueError(
+                "a student of one step knows pure noise alone, which no image leads to: accepted are 2 steps or more"
+            )
+        return ways
     chosen = Sampling(sampler)
     return [Inversion(model.denoiser, chosen.on_best_grid(schedule, n).on_entries(schedule, n), n) for n in steps]
 

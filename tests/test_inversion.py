@@ -152,3 +152,9 @@ def test_the_recipe_refuses_models_without_a_deterministic_sampler_and_classes_t
     line = capsys.readouterr().err
     assert ended.value.code == 2 and message in line and line.count("\n") == 1, line
     assert not (tmp_path / "none").exists()
+
+
+def test_a_grid_of_pure_noise_alone_is_refused():
+    """With zero terminal SNR its only level has nothing of the image, and every latent would be 0."""
+    with pytest.raises(ValueError, match="2 steps or more"):
+        encode(Gaussian(Cosine(), MEAN, STD), torch.zeros(2, 2).double(), uniform(Cosine(), 1))
