@@ -142,7 +142,7 @@ def test_a_page_with_a_wrong_flag_a_wrong_choice_or_a_broken_block_is_found(tmp_
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_broken_link_and_fetches_nothing(tmp_path):
-    if not (importlib.util.find_spec("mkdocs") and importlib.util.find_spec("mkdocstrings")):
+    if not all(map(importlib.util.find_spec, ("mkdocs", "mkdocstrings", "mkdocs_jupyter"))):
         pytest.skip("the extra docs is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")],
