@@ -216,6 +216,7 @@ class Table(Schedule):
         table = self.alphas_cumprod
         if not table or not all(1 > b > c for b, c in zip(table, (*table[1:], -1.0))) or table[-1] < 0:
             raise ValueError("alphas_cumprod must fall strictly from below 1 to no less than 0")
+        _ = self._knots  # first computed inside forward-mode differentiation, they would stay tensors of that call
 
     @property
     def steps(self) -> int:

@@ -86,5 +86,5 @@ def test_the_variance_report_is_written(tmp_path):
     noisy, clean = 0, 2  # log-SNR -8 and 8: the data sample varies most where little is left of it
     assert out["targets"]["data"]["error"][noisy] > 10 * out["targets"]["data"]["error"][clean]
     assert out["targets"]["teacher"]["error"][noisy] < out["targets"]["data"]["error"][noisy] / 10
-    assert (tmp_path / "variance.html").read_text().count("<tr>") == 4
+    assert (tmp_path / "variance.html").read_text().count("<tr") == 4
     assert (tmp_path / "variance.png").stat().st_size > 10_000

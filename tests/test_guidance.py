@@ -299,6 +299,7 @@ def test_the_ratio_of_a_row_is_to_the_teacher_of_its_scale():
             "guidance": guidance,
             "fid": fid,
             "nfe": 8,
+            "fid_left_out": [fid] * 20,
         }
 
     rows = [row("teacher", 1.0, 1.0), row("teacher", 2.0, 4.0), row("student", 2.0, 6.0), row("student", 3.0, 5.0)]

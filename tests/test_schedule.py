@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -138,3 +139,11 @@ def test_edm_and_trig_agree_on_x_t_up_to_scale():
     logsnr = torch.tensor(0.4, dtype=torch.float64)
     ratios = [s.sigma(s.time(logsnr)) / s.alpha(s.time(logsnr)) for s in SCHEDULES]
     assert all(math.isclose(float(r), math.exp(-0.2), rel_tol=1e-6) for r in ratios)
+
+
+def test_a_table_that_is_first_evaluated_in_forward_mode_keeps_nothing_of_it():
+    """Its angles are computed once and kept; a tensor of the differentiation could not be copied after it."""
+    table = Table((0.9, 0.5, 0.1))
+    t = torch.tensor(0.5, dtype=torch.float64)
+    torch.func.jvp(table.alpha, (t,), (torch.ones_like(t),))
+    assert copy.deepcopy(table).alpha(t) == table.alpha(t)

@@ -103,7 +103,9 @@ def first_prompts(cells: list[Cell], seed: int, count: int = 8, longest: int = 6
 
 
 def _keep_real(data: Data, cells: list[Cell], seed: int, folder: Path, count: int = report_page.IMAGES) -> None:
-    """Keep real images for the page, with the labels of the first generated ones where both have labels."""
+    """Keep real images for the page, once, with the labels of the first generated ones where both have labels."""
+    if picture_path(folder, report_page.REAL).exists():
+        return
     model = cells[0].model
     images, classes = data.require_pixels(), (model.origin if isinstance(model, Stored) else model).classes
     labels = initial_noise(range(count), (1,), classes, seed).labels if classes and data.labels is not None else None
