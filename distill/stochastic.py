@@ -1,6 +1,6 @@
 """Samplers that simulate stochastic processes: the reverse SDE, and Langevin dynamics at fixed noise levels.
 
-A Langevin step leaves the distribution of the noisy data as it is, to first order in its size e:
+The distribution of the noisy data is stationary under a Langevin step, to first order in its size e:
 
     x <- x + e score(x) + sqrt(2 e) z
 """
@@ -86,7 +86,7 @@ def annealed_langevin(
 ) -> Tensor:
     """Sample with annealed Langevin dynamics (Song & Ermon 1907.05600, Alg. 1): `AT_LEVEL` steps at each time, x0 at the last.
 
-    Between two levels x / alpha stays as it is; where alpha is 0, a DDIM step leads to the next one. See `annealed_calls` for the NFE.
+    Between two levels x / alpha is kept; where alpha is 0, a DDIM step leads to the next one. See `annealed_calls` for the NFE.
     ``noise``: x -> standard normal noise of the shape of x.
     """
     schedule = denoiser.schedule

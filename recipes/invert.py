@@ -100,7 +100,7 @@ def inversions(model: Teacher, steps: tuple[int, ...], sampler: str) -> list[Inv
         ways = [Inversion(model.denoiser, made, n) for n in made.steps if n > 1]
         if not ways:
             raise ValueError(
-                "a student of one step knows pure noise alone, which no image leads to: accepted are 2 steps or more"
+                "a student of one step is evaluated at pure noise alone and has no inverse: accepted are students of 2 steps or more"
             )
         return ways
     chosen = Sampling(sampler)

@@ -23,7 +23,7 @@ def test_its_stored_outputs_are_those_of_one_whole_run_and_name_no_folder_of_a_m
     outputs = [output for cell in cells(name) for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     texts = "".join("".join(output.get("text", "")) for output in outputs)
-    assert not any(folder in texts for folder in ("/home/", "/root/", "/tmp/tmp"))
+    assert not any(folder in texts for folder in ("/home/", "/root/", "/tmp/"))
 
 
 @pytest.mark.slow
