@@ -181,7 +181,10 @@ class EDM(Schedule):
 
 @dataclass(frozen=True)
 class Trig(Schedule):
-    """TrigFlow (Lu & Song 2410.11081): alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2]."""
+    """TrigFlow (Lu & Song 2410.11081): alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2].
+
+    alpha is written as sin(pi/2 - t), which is 0 at t_max in any precision. cos t is 6e-17 there, and eps has no scale left.
+    """
 
     sigma_data: float = 0.5
     t_max = math.pi / 2
@@ -190,7 +193,7 @@ class Trig(Schedule):
         _require_order(self, "sigma_data")
 
     def alpha(self, t):
-        return torch.cos(t).clamp(min=0)  # float32 pi/2 is slightly above pi/2
+        return torch.sin(self.t_max - t)
 
     def sigma(self, t):
         return self.sigma_data * torch.sin(t)
