@@ -45,7 +45,7 @@ def equivalent_nfe(row: dict, teachers: list[dict]) -> float | None:
     The value is interpolated on the log-log line through their Pareto front. It is None if none of them reaches the FID, and
     the cost of the cheapest one if that one has a lower FID already.
     """
-    front = pareto(teachers, "nfe")
+    front = pareto(at_its_scale(row, teachers), "nfe")
     for i, rival in enumerate(front):
         if rival["fid"] <= row["fid"]:
             if i == 0:
@@ -65,8 +65,7 @@ def with_comparisons(rows: list[dict], kept: dict[str, Tensor]) -> list[dict]:
     """
     teachers, out = _of("teacher", rows), []
     for row in rows:
-        alike = [other for other in rows if other.get("guidance") == row.get("guidance")]
-        baseline = reference_row(alike) or reference_row(rows)
+        baseline = reference_row(at_its_scale(row, rows)) or reference_row(rows)
         if "error" not in row:
             new: dict = {}
             if baseline is not None:
@@ -234,8 +233,13 @@ def _round(value: float) -> str:
 
 
 def best_rival(row: dict, teachers: list[dict]) -> dict | None:
-    """Return the teacher's best row with no more network evaluations."""
-    return min((t for t in teachers if t["nfe"] <= row["nfe"]), key=lambda t: t["fid"], default=None)
+    """Return the teacher's best row with no more network evaluations, `at_its_scale`."""
+    return min((t for t in at_its_scale(row, teachers) if t["nfe"] <= row["nfe"]), key=lambda t: t["fid"], default=None)
+
+
+def at_its_scale(row: dict, rows: list[dict]) -> list[dict]:
+    """Return the rows at the guidance scale of ``row``, or all of them where none was measured at that scale."""
+    return [other for other in rows if other.get("guidance") == row.get("guidance")] or rows
 
 
 def _is_better(row: dict, rival: dict) -> bool:

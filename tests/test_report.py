@@ -48,6 +48,13 @@ def test_equivalent_evaluations_lie_on_the_log_log_line_through_the_teachers_fro
     assert verdict.equivalent_nfe(row("student", "ddim", 1, 0.1), TEACHER) is None
 
 
+def test_a_student_is_compared_with_the_teacher_at_its_own_guidance_scale():
+    strong = [row("teacher", "ddim", n, f + 1, guidance=4.0) for n, f in ((1, 8.0), (16, 1.0))]
+    for scale, fid in ((4.0, 9.0), (1.0, 8.0), (2.0, 8.0)):  # 2 was not measured: all rows count
+        assert verdict.best_rival(row("student", "ddim", 1, 1.0, guidance=scale), [*TEACHER, *strong])["fid"] == fid
+    assert verdict.equivalent_nfe(row("student", "ddim", 1, 2.0, guidance=4.0), [*TEACHER, *strong]) == 16
+
+
 def test_training_time_is_regained_after_its_seconds_over_those_saved_per_image():
     student = row("student", "ddim", 1, 1.0, training_seconds=300.0)
     out = verdict.with_comparisons([*TEACHER, student], pictures_of([*TEACHER, student]))[-1]
