@@ -180,7 +180,8 @@ def measure(config: Config, run: Run, cells: list[Cell], measurement: Measuremen
 def cells_of(config: Config, models: Models) -> list[Cell]:
     """Return the cells of all models. Raises ValueError for a student that was made for none of the step counts."""
     cells: list[Cell] = []
-    several = len(models) > 2 or len([group for _, group in models if group[0][1].distilled]) > 1
+    distilled = [group[0][1].distilled for _, group in models]
+    several = max(distilled.count(True), distilled.count(False)) > 1
     for spec, group in models:
         mine: list[Cell] = []
         for path, model in group:
