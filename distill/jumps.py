@@ -76,6 +76,11 @@ def mean_rate(student: DenoiserLike, s: Tensor, cond: dict[str, Any]) -> Callabl
     return lambda x, t: rate(x, inner(x, t, to=s, **cond), t)
 
 
+def normalised(g: Tensor) -> Tensor:
+    """Return g [B, ...] with each sample divided by its root mean square + 0.1 (AYF 2506.14603)."""
+    return g / expand(g.flatten(1).square().mean(1).sqrt() + 0.1, g)
+
+
 def jump_to(x: Tensor, u: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Return x_s = x - (t - s) u."""
     return x - expand(t - s, x) * u

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill.consistency import same_dropout
 from distill.denoiser import DenoiserLike
-from distill.jumps import FLOW, Jumps, SortedTimes, mean_rate, rate
+from distill.jumps import FLOW, Jumps, SortedTimes, mean_rate, normalised, rate
 from distill.rng import Rng
 from distill.schedule import add_noise, expand
 from distill.scm import tangent, unwrapped
@@ -57,7 +57,6 @@ class MeanFlow:
                 u, du = tangent(mean_rate(unwrapped(student), s, cond), x, t, v, self.jvp, self.step, FLOW.t_max)
             u_target = v - r * expand(t - s, x) * du
             if self.normalised:
-                g = u - u_target
-                u_target = u - g / expand(g.flatten(1).square().mean(1).sqrt() + 0.1, g)
+                u_target = u - normalised(u - u_target)
         error = (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1)
         return error if self.normalised else error / (error.detach() + self.c) ** self.power

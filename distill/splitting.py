@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.consistency import same_dropout
 from distill.denoiser import DenoiserLike
-from distill.jumps import FLOW, GapFirst, Jumps, beginning, jump_to, mean_rate, rate
+from distill.jumps import FLOW, GapFirst, Jumps, beginning, jump_to, mean_rate, normalised, rate
 from distill.rng import Rng
 from distill.schedule import add_noise, expand, per_sample
 from distill.scm import unwrapped
@@ -41,13 +41,16 @@ class AlphaFlow:
     """Return the loss |u(x, t, s) - sg(alpha v + (1 - alpha) u(x_m, m, s))|^2 / alpha per pixel, [B].
 
     ``target``: the data sample or a teacher's x0, from which v follows. ``alpha``: progress -> alpha in (0, 1]. ``jumps``: where t and s
-    are drawn. ``apart``: part of the samples with s < t.
+    are drawn. ``apart``: part of the samples with s < t. ``normalised``: (u - target) / alpha of each sample, whose limit is the tangent of
+    `MeanFlow`, is divided by its root mean square + 0.1 before it is squared. Small values of alpha are unstable without it, and the
+    paper bounds the same term with its adaptive weight.
     """
 
     target: Target
     alpha: Callable[[float], float] = field(default_factory=falling)
     jumps: Jumps = field(default_factory=GapFirst)
     apart: float = 0.75
+    normalised: bool = False
 
     def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
         alpha = self.alpha(progress)
@@ -61,7 +64,10 @@ class AlphaFlow:
                 with same_dropout(x0.device):
                     rest = mean_rate(unwrapped(student), s, cond)(jump_to(x, v, t, m), m)
                 u_target = alpha * v + (1 - alpha) * rest
-        return (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1) / alpha
+        u = mean_rate(student, s, cond)(x, t)
+        if self.normalised:
+            u_target, alpha = u.detach() - normalised((u.detach() - u_target) / alpha), 1.0
+        return (u - u_target).square().flatten(1).mean(1) / alpha
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ LEARNED = {  # with the distance to the exact map that 1000 steps of 256 samples
     "pdd": (ParallelDecoding(TEACHER, 8), 0.2),
     "psd, jumps": (SelfSplitting(TEACHER), 0.22),
     "alpha_flow, jumps": (AlphaFlow(TEACHER), 0.17),
+    "alpha_flow, normalised, jumps": (AlphaFlow(TEACHER, normalised=True), 0.17),
 }
 
 
@@ -226,6 +227,11 @@ def test_alpha_flow_is_flow_matching_at_one_and_meanflow_in_the_limit():
 
     limit = gradient(MeanFlow(EXACT_TEACHER, GapFirst(), power=0))
     errors = [(gradient(AlphaFlow(EXACT_TEACHER, fixed(a))) - limit).norm() / limit.norm() for a in (0.1, 0.01)]
+    assert errors[1] < 0.02 and errors[0] > 4 * errors[1], errors
+    limit = gradient(MeanFlow(EXACT_TEACHER, GapFirst(), normalised=True))
+    errors = [
+        (gradient(AlphaFlow(EXACT_TEACHER, fixed(a), normalised=True)) - limit).norm() / limit.norm() for a in (0.1, 0.01)
+    ]
     assert errors[1] < 0.02 and errors[0] > 4 * errors[1], errors
     matching = AlphaFlow(EXACT_TEACHER, fixed(1.0))(student, x0, rng=rng(64), progress=0.0)
     again = AlphaFlow(EXACT_TEACHER, falling())(student, x0, rng=rng(64), progress=0.0)

@@ -227,7 +227,8 @@ def alpha_flow(flags: MethodFlags, target: Target, options: dict[str, Any]) -> M
 
     if flags.alpha == 0:
         return meanflow(flags, target, options)
-    return AlphaFlow(target, falling() if flags.alpha is None else fixed(flags.alpha), jumps_of(flags))
+    alpha = falling() if flags.alpha is None else fixed(flags.alpha)
+    return AlphaFlow(target, alpha, jumps_of(flags), normalised=bool(teacher_weight(flags)))
 
 
 def psd(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Method:
