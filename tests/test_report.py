@@ -167,7 +167,7 @@ def test_the_page_opens_from_disk_in_chromium_with_plots_and_rows_and_loads_noth
     assert page.title() == "A <b>title</b>"
     shown = page.eval_on_selector_all("img", "images => images.map(i => [i.alt, i.complete && i.naturalWidth > 100])")
     assert {r["name"] for r in rows} <= {alt for alt, _ in shown}
-    assert page.locator("svg.chart").count() == 3
+    assert page.locator("svg.chart").count() == 4
     assert page.locator("tbody tr").count() == len(rows) + 1
     assert "is not finite" in page.locator("tr.error").inner_text() and page.locator("tr.front").count() == 2
     assert "Most FIDs of a good model therefore lie below the floor" in page.inner_text("body")

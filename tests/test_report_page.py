@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from test_report import TEACHER, browser, pictures_of, row, written  # noqa: F401  (fixtures)
 
 from distill import files
-from eval import machine, report_page, svg, verdict
+from eval import machine, report_charts, report_page, svg, verdict
 from eval.cells import picture_path
 from eval.html_page import document, figure, table
 from eval.metrics import T_975, paired_difference
@@ -58,7 +58,7 @@ def test_markup_in_a_chart_is_text():
 
 def test_the_bold_line_is_the_lower_envelope_of_the_samplers():
     rows = [*TEACHER, row("teacher", "ipndm", 4, 2.0), row("teacher", "ipndm", 8, 3.0), row("student", "ddim", 1, 0.6)]
-    drawn = report_page.fid_chart(rows, "nfe", NFE, None)
+    drawn = report_charts.fid_chart(rows, "nfe", NFE, None)
     bold = re.search(r'<g class="envelope">.*?<path class="line" d="M([^"]*)"', drawn).group(1)
     assert bold.count("L") == 3 and "best training-free" in drawn  # ddim at 1, ipndm at 4, ddim at 16 and 64
     assert "teacher ipndm 4: FID 2.000 (95 %: 1.990 – 2.010), NFE 4" in drawn
@@ -112,9 +112,21 @@ def test_images_fill_at_most_their_budget_and_those_of_the_bands_come_first(tmp_
 def test_training_curves_are_read_from_metrics_and_torn_lines_left_out(tmp_path):
     lines = [{"phase": p, "images": 128 * i, "loss": 1 / i} for p in ("2", "1") for i in (1, 2, 3)]
     (tmp_path / "m").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"phase": "1", "ima')
-    drawn = report_page.training_chart(tmp_path / "m")
+    drawn = report_charts.training_chart(tmp_path / "m")
     assert [d.count("L") for d in re.findall(r'class="line" d="([^"]*)"', drawn)] == [2, 2]
-    assert report_page.training_chart(tmp_path / "none") == ""
+    assert report_charts.training_chart(tmp_path / "none") == ""
+
+
+def test_the_spectrum_of_a_student_is_over_the_references_and_falls_with_its_contrast(tmp_path):
+    rows = [*TEACHER, row("student", "ddim", 1, 0.6)]
+    images = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8)
+    for one in TEACHER:
+        files.save(picture_path(tmp_path, one["name"]), {"images": images}, {})
+    assert report_charts.spectrum_chart(rows, tmp_path) == ""
+    files.save(picture_path(tmp_path, rows[-1]["name"]), {"images": images // 2}, {})
+    drawn = report_charts.spectrum_chart(rows, tmp_path)
+    ratios = [float(r) for r in re.findall(r"1 step: (\S+) at \d cycles", drawn)]
+    assert len(ratios) == 7 and ratios == pytest.approx([0.25] * 7, abs=0.02)
 
 
 def test_the_commit_is_that_of_a_checkout_and_the_processor_has_a_name(tmp_path, monkeypatch):
