@@ -108,6 +108,27 @@ class Data:
         """The number of classes; None without labels."""
         return None if self.labels is None else max(self.known_classes or 0, int(self.labels.max()) + 1)
 
+    def of_classes(self, labels: list[int]) -> Data:
+        """Return the images of these classes alone, as classes 0, 1, ... in this order; those of one class have no labels.
+
+        Raises ValueError for a class without images, one that is named twice, and a set without labels or a stream.
+        """
+        if self.labels is None or self.stream is not None:
+            raise ValueError(f"{self.name}: labels=... needs a set with labels that is held in memory")
+        known = sorted(set(self.labels.tolist()))
+        if wrong := [label for label in labels if label not in known or labels.count(label) > 1]:
+            raise ValueError(f"{self.name}: labels={wrong[0]}: accepted are {_shortened(known)}, each once")
+        rows = torch.isin(self.labels, torch.tensor(labels)).nonzero()[:, 0]
+        number = torch.tensor([labels.index(int(label)) for label in self.labels[rows]])
+        return replace(
+            self,
+            name=f"{self.name}, labels {'+'.join(map(str, labels))}",
+            images=self.images[rows],
+            labels=number if len(labels) > 1 else None,
+            captions=None if self.captions is None else [self.captions[row] for row in rows.tolist()],
+            known_classes=len(labels),
+        )
+
     def require_pixels(self) -> Tensor:
         """Return the images as uint8. Raises ValueError for latents, which FID cannot be measured against."""
         if self.latents is not None or self.imageless:
@@ -204,10 +225,16 @@ class Data:
         return make_batches(self, split, seed, phase, device, condition, null, null_probability)
 
 
+def _shortened(known: list[int]) -> str:
+    return ", ".join(map(str, known if len(known) <= 12 else [*known[:12], "..."]))
+
+
 def load(spec: str) -> Data:
     """Load the data set of a spec, one of `spec.ACCEPTED`. Raises ValueError in one line for any other."""
     kind, where, options = parse(spec)
     loaded = _loaded(kind, where, options)
+    if "labels" in options:
+        loaded = loaded.of_classes([int(label) for label in options["labels"].split("+")])
     return loaded.in_bits(int(options["bits"])) if "bits" in options else loaded
 
 

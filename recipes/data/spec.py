@@ -23,6 +23,7 @@ COMMON = ("digits", "FOLDER", "FILE.npz")  # suggested if no form resembles a wr
 OPTION_HELP = {
     ",flip": "mirror half of the training images (all sets but latents)",
     ",bits=2": "round to 2^bits levels and train on their bits as channels of +-1 (all sets but latents and prompts)",
+    ",labels=3+5": "the images of these classes alone, numbered 0, 1, ... in this order; one class has no labels (all sets with labels)",
     ",size=32": "crop the centre square and resize it to 32x32 (FOLDER, hf, wds)",
     ",stream=10000": "read while training, through a buffer of 10,000 images in memory (FOLDER, hf, wds)",
     ",classes=1000": "the number of classes, which a labelled stream needs (hf, wds)",
@@ -31,7 +32,7 @@ OPTION_HELP = {
     ",download": f"download the set to ROOT ({', '.join(TORCHVISION)})",
 }
 ACCEPTED = "\n".join(f"{form}: {meaning}" for form, meaning in {**FORMS, **OPTION_HELP}.items())
-PIXELS = frozenset({"flip", "bits"})
+PIXELS = frozenset({"flip", "bits", "labels"})
 DECODED = PIXELS | {"size", "stream"}
 OPTIONS: dict[str, frozenset[str]] = {
     "digits": PIXELS,
@@ -58,6 +59,10 @@ def parse(spec: str) -> tuple[str, str, dict[str, str]]:
             raise ValueError(f"data {spec!r}: {key!r} is no option of {kind}; accepted are {takes}; --help data lists all")
         if key in SWITCHES and value:
             raise ValueError(f"data {spec!r}: option {key} has the value {value!r}; accepted is {key} alone")
+        if key == "labels" and not re.fullmatch(r"[0-9]{1,7}(\+[0-9]{1,7})*", value):
+            raise ValueError(
+                f"data {spec!r}: option labels is {value!r}; accepted are classes, such as labels=3 and labels=3+5"
+            )
         if key in NUMBERS and not (value.isdecimal() and len(value) < 10 and 0 < int(value) <= NUMBERS[key]):
             raise ValueError(f"data {spec!r}: option {key} is {value!r}; accepted are whole numbers from 1 to {NUMBERS[key]:,}")
         if not value and key not in SWITCHES:
