@@ -156,6 +156,7 @@ class Consistency:
     of the student's own output, f(x_s, s), then accumulates over fewer pairs between the data and pure noise.
     ``averaged``: take f(x_s, s) from the EMA of the student instead of the student.
     ``data_free``: (x_t, x_s) is a step of the target's own path from pure noise on the grid of ``pairs``, which must be `Neighbours`.
+    A condition ``noise`` [B, ...] takes the place of new noise, see `distill.source`.
     """
 
     target: Target
@@ -168,15 +169,23 @@ class Consistency:
     data_free: bool = False
 
     def __call__(
-        self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, average: DenoiserLike | None = None, **cond: Any
+        self,
+        student: DenoiserLike,
+        x0: Tensor,
+        *,
+        rng: Rng,
+        progress: float,
+        average: DenoiserLike | None = None,
+        noise: Tensor | None = None,
+        **cond: Any,
     ) -> Tensor:
         schedule = student.schedule
         if self.data_free:
-            at = replace(self, target=carrying_target(self.target))._from_noise(schedule, x0, rng, progress, cond)
+            at = replace(self, target=carrying_target(self.target))._from_noise(schedule, x0, rng, progress, cond, noise)
             x_t, t, s, cond = at.x_t, at.t, at.s, at.cond
         else:
             t, s = self.pairs(schedule, rng, progress)
-            x_t = add_noise(schedule, x0, rng.normal(x0), t)
+            x_t = add_noise(schedule, x0, rng.normal(x0) if noise is None else noise, t)
         previous = first_estimate(student, x_t, t, rng, **cond)
         with torch.no_grad():
             walking = replace(self, target=carrying_target(self.target, previous))
@@ -188,7 +197,9 @@ class Consistency:
         distance = self.distance(carrying(student, previous)(x_t, t, **cond), f_s)
         return expand(weight, distance) * distance
 
-    def _from_noise(self, schedule: Schedule, x0: Tensor, rng: Rng, progress: float, cond: dict[str, Any]) -> PathSteps:
+    def _from_noise(
+        self, schedule: Schedule, x0: Tensor, rng: Rng, progress: float, cond: dict[str, Any], noise: Tensor | None
+    ) -> PathSteps:
         """Return steps of the target's paths from noise on the grid of the pairs."""
         assert isinstance(self.pairs, Neighbours)
         times = self.pairs.times(schedule, progress)
@@ -197,7 +208,7 @@ class Consistency:
             t, s = (time.expand(len(x)) for time in times[i : i + 2])
             return self._path(schedule, x, t, s, x, **cond)
 
-        return steps_from_noise(step, schedule, times, x0, rng, cond)
+        return steps_from_noise(step, schedule, times, x0, rng, cond, noise)
 
     def _path(self, schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x0: Tensor, **cond: Any) -> Tensor:
         """Return x_s on the target's path, after ``substeps`` steps of equal length in t."""

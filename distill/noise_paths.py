@@ -35,15 +35,17 @@ class PathSteps:
 
 
 @torch.no_grad()
-def steps_from_noise(step: Step, schedule: Schedule, times: Tensor, like: Tensor, rng: Rng, cond: dict[str, Any]) -> PathSteps:
+def steps_from_noise(
+    step: Step, schedule: Schedule, times: Tensor, like: Tensor, rng: Rng, cond: dict[str, Any], noise: Tensor | None = None
+) -> PathSteps:
     """Return B steps of paths from noise on ``times`` [N + 1], where B and the shape of a sample are those of ``like``.
 
-    ``step``: a step of the solver. ``cond``: conditions {name: [B, ...]}. If N does not divide B, the steps that are left out of the last
-    path are drawn at random: each time is met equally often on average.
+    ``step``: a step of the solver. ``cond``: conditions {name: [B, ...]}. ``noise`` [B, ...] takes the place of new noise. If N does not
+    divide B, the steps that are left out of the last path are drawn at random: each time is met equally often on average.
     """
     n, size = len(times) - 1, len(like)
     part = {name: rows[::n] for name, rows in cond.items()}
-    states = [rng.normal(like)[::n] * prior_std(schedule, times[0])]
+    states = [(rng.normal(like) if noise is None else noise)[::n] * prior_std(schedule, times[0])]
     first = rng.integers(n)[::n]
     for number in range(n):
         states.append(step(states[-1], number, **part))

@@ -25,6 +25,7 @@ class Progressive:
     ``times``: the teacher's grid, float64 [k N + 1] from noise to data. The student's grid is every k-th entry. ``weight`` and
     ``distance``: w and d, in x0. ``substeps``: k, 2 in the paper; more skip stages. ``data_free``: x_t is on the teacher's own path from
     pure noise, which also gives the target, and only the shape is taken from the data.
+    A condition ``noise`` [B, ...] takes the place of new noise, see `distill.source`.
 
     In the last student step s is the data. `move` and `explain` then return the teacher's own x0 at the time before, so training and
     sampling agree there without a special case.
@@ -37,11 +38,13 @@ class Progressive:
     substeps: int = 2
     data_free: bool = False
 
-    def __call__(self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, **cond: Any) -> Tensor:
+    def __call__(
+        self, student: DenoiserLike, x0: Tensor, *, rng: Rng, progress: float, noise: Tensor | None = None, **cond: Any
+    ) -> Tensor:
         schedule = self.teacher.schedule
         if self.data_free:
             at = steps_from_noise(
-                partial(self._steps, carrying(self.teacher)), schedule, self.times[:: self.substeps], x0, rng, cond
+                partial(self._steps, carrying(self.teacher)), schedule, self.times[:: self.substeps], x0, rng, cond, noise
             )
             x_t, t, cond = at.x_t, at.t, at.cond
             target = explain(schedule, x_t, at.x_s, t, at.s)
@@ -51,7 +54,7 @@ class Progressive:
             times = self.times.to(i.device)
             path = [times[i + k] for k in range(self.substeps + 1)]
             t = path[0]
-            x_t = add_noise(schedule, x0, rng.normal(x0), t)
+            x_t = add_noise(schedule, x0, rng.normal(x0) if noise is None else noise, t)
             previous = first_estimate(student, x_t, t, rng, **cond)
             with torch.no_grad():
                 target = steps_in_one(carrying(self.teacher, previous), x_t, path, **cond)

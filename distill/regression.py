@@ -63,14 +63,14 @@ class Regression:
             t = self.draw(schedule, rng)
             x_t = add_noise(schedule, x0, rng.normal(x0) if noise is None else noise, t)
         else:
-            at = self._from_noise(schedule, x0, rng, cond)
+            at = self._from_noise(schedule, x0, rng, cond, noise)
             x_t, t, cond = at.x_t, at.t, at.cond
         previous = first_estimate(student, x_t, t, rng, **cond)
         x0_hat = carrying_target(self.target, previous)(schedule, x_t, t, x0, **cond)
         distance = self.distance(carrying(student, previous)(x_t, t, **cond), x0_hat)
         return expand(self.weight(schedule, t), distance) * distance
 
-    def _from_noise(self, schedule: Schedule, x0: Tensor, rng: Rng, cond: dict[str, Any]) -> PathSteps:
+    def _from_noise(self, schedule: Schedule, x0: Tensor, rng: Rng, cond: dict[str, Any], noise: Tensor | None) -> PathSteps:
         """Return DDIM steps of the target's paths from noise."""
         assert self.times is not None
         times, target = self.times.float(), carrying_target(self.target)
@@ -79,4 +79,4 @@ class Regression:
             t, s = (time.expand(len(x)) for time in times[i : i + 2])
             return move(schedule, x, target(schedule, x, t, x, **cond), t, s)
 
-        return steps_from_noise(step, schedule, times, x0, rng, cond)
+        return steps_from_noise(step, schedule, times, x0, rng, cond, noise)

@@ -25,7 +25,7 @@ from teachers import Teacher
 
 # part of the protocol's digest: another text makes finished cells of old runs unusable
 LABEL_RULE = "uniform over the classes; noise and label by Philox4x32-10 of (seed, index, draw)"
-LABEL_DRAW, NOISE_DRAW = 0, 1  # draws of an index; those above are the noise of stochastic steps
+LABEL_DRAW, NOISE_DRAW, SOURCE_DRAW = 0, 1, 2**32 - 1  # draws of an index; those between are the noise of stochastic steps
 
 
 def chunks(images: int, size: int, rank: int = 0, world: int = 1) -> list[range]:
@@ -67,6 +67,15 @@ def initial_noise(
     key = seed_of("image", seed)
     labels = None if classes is None else philox.integers(index, classes, LABEL_DRAW, key)
     return Noise(_normal(index, shape, NOISE_DRAW, key), labels, index, key)
+
+
+def start(model: Teacher, indices: range | list[int], seed: int, device: torch.device | str = "cpu") -> Noise:
+    """Return the random inputs of a model's samples: noise, or what takes its place where the model has a `distill.source.Source`."""
+    drawn = initial_noise(indices, model.shape, model.classes, seed, device)
+    if model.source is None:
+        return drawn
+    rows = philox.integers(torch.tensor(list(indices)), model.source.count, SOURCE_DRAW, drawn.key)
+    return replace(drawn, noise=model.source.start(rows, drawn.noise))
 
 
 def _normal(index: Tensor, shape: tuple[int, ...], draw: int, key: int) -> Tensor:
@@ -123,7 +132,7 @@ def images(
     denoiser = model.denoiser if denoiser is None else denoiser
     times = sampling.times_for(denoiser.schedule, steps)
     for part in indices:
-        noise = initial_noise(part, model.shape, model.classes, seed, device)
+        noise = start(model, part, seed, device)
         if label_of is not None:
             noise.labels = send(torch.tensor([label_of(i) for i in part]), device)
         x0 = generate(denoiser, sampling, times, noise, model.condition, device)

@@ -22,6 +22,7 @@ from recipes.common.methods import (
     check_carrying,
     check_flags,
     check_range,
+    from_images,
     lr_of,
     midtraining,
     start_name,
@@ -85,7 +86,7 @@ from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
 from recipes.common.training import Experiment
-from recipes.data import sets
+from recipes.data import sets, source
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.students import on_table, untrained
@@ -95,7 +96,7 @@ from teachers.students import on_table, untrained
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        teacher = None if config.from_scratch else teachers.load(config.teacher)
+        teacher = None if config.from_scratch else source.load(config.teacher)
         e = prepare(config, teacher, sets.load(config.data))
     distil(config, e)
 
@@ -114,7 +115,7 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     ``plan``: say first what it will take.
     """
     teacher, student = e.teacher, e.student
-    config = without_images(config) if e.data.imageless else config
+    config = fitting(config, teacher, e.data)
     if teacher is not None:
         teacher = replace(teacher, denoiser=under_autocast(guided(config, teacher, student), config.autocast_of_teacher))
     device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
@@ -131,7 +132,7 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
 
     Raises ValueError in one line, before anything is written, where they do not.
     """
-    config = without_images(config) if data.imageless else config
+    config = fitting(config, teacher, data)
     check_flags(config, config.student)
     if config.checkpoint_activations and any(name == "fokker-planck" for name, _ in terms_of(config)):
         raise ValueError(
@@ -165,6 +166,12 @@ def prepare(config: Config, teacher: Teacher | None, data: Data) -> Experiment:
     target = teacher and replace(teacher, denoiser=guided(config, teacher, student))
     trial = method_of(config, target, student, data, config.seed)
     return Experiment.open(config, teacher, student, data, title=title, record=record, trial=trial, averaged=True)
+
+
+def fitting(config: Config, teacher: Teacher | None, data: Data) -> Config:
+    """Return the configuration for data without images, or for a teacher that does not start from noise. Raises ValueError."""
+    config = without_images(config) if data.imageless else config
+    return config if teacher is None or teacher.source is None else from_images(config)
 
 
 def initial_student(config: Config, teacher: Teacher | None, data: Data) -> Teacher:

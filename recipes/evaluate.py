@@ -79,7 +79,6 @@ flags_first(__name__, Config, __doc__, PRESETS)
 
 import torch
 
-import teachers
 from distill.grid_search import gits, step_costs
 from distill.regularize import RESIDUALS, residuals
 from distill.rng import Rng
@@ -87,7 +86,7 @@ from distill.sampling import SEARCHED, Sampling
 from distill.schedule import prior_std
 from eval import reference
 from eval.features import Extractor
-from eval.generate import initial_noise
+from eval.generate import start
 from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
@@ -96,7 +95,7 @@ from recipes.common.guidance import outside
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
 from recipes.common.run import Run
-from recipes.data import sets
+from recipes.data import sets, source
 from recipes.data.sets import Data
 from teachers import Teacher
 
@@ -109,8 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__, PRESETS, argv)
         data = None if config.reference else sets.load(config.data)
         models = [
-            (spec, [(path, decoded_by(teachers.load(path), config.decode)) for path in stages_of(spec)])
-            for spec in config.model
+            (spec, [(path, decoded_by(source.load(path), config.decode)) for path in stages_of(spec)]) for spec in config.model
         ]
         extractor = Extractor.create(config.features, config.features_weights)
         run, cells, measurement = prepare(config, models, data, extractor)
@@ -132,6 +130,10 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
     if config.verify and (data is None or not extractor.registered or config.metrics != "all"):
         raise ValueError("--verify needs --data, one of torch-fidelity's extractors and --metrics all")
     for _, model in (one for _, group in models for one in group):
+        if model.source is not None and config.diagnostics:
+            raise ValueError(
+                f"--diagnostics add Gaussian noise, and paths start from {model.source}: accepted are models that start from noise"
+            )
         if data is not None:
             check_match(model, data)
     models = [(spec, [(path, on_captions(config, model, data)) for path, model in group]) for spec, group in models]
@@ -244,7 +246,7 @@ def searched_cells(config: Config, cells: list[Cell], run: Run) -> list[Cell]:
         model, denoiser = cell.model, cell.denoiser
         fine = Sampling().on_best_grid(denoiser.schedule, FINE_STEPS).times_for(denoiser.schedule, FINE_STEPS)
         indices = range(config.images, config.images + SEARCH_IMAGES)
-        begin = initial_noise(indices, model.shape, model.classes, config.seed, run.device)
+        begin = start(model, indices, config.seed, run.device)
         cond = model.condition(begin.labels)
         x = (prior_std(denoiser.schedule, fine[0]) * begin.noise).float()
         costs = step_costs(denoiser, x, fine, **cond)

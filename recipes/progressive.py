@@ -81,7 +81,6 @@ class Config(flags.DistillationFlags):
 
 flags_first(__name__, Config, __doc__, PRESETS)
 
-import teachers
 from distill.denoiser import DenoiserLike, on_schedule, under_autocast
 from distill.distance import DISTANCES, WEIGHTS
 from distill.files import write_json
@@ -97,7 +96,7 @@ from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
 from recipes.common.training import Experiment
-from recipes.data import sets
+from recipes.data import sets, source
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.students import on_table
@@ -108,7 +107,7 @@ from teachers.teacher import require_network
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        e = prepare(config, teachers.load(config.teacher), sets.load(config.data))
+        e = prepare(config, source.load(config.teacher), sets.load(config.data))
     distil(config, e)
 
 

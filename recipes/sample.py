@@ -60,7 +60,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-import teachers
 from distill.files import replacing_folder
 from distill.sampling import SEARCHED, Sampling
 from eval.generate import Batch, chunks, images
@@ -70,6 +69,7 @@ from eval.machine import default_device
 from eval.progress import progress
 from recipes.common.checks import captions_for, check_sampler, check_steps, stage_of
 from recipes.common.guidance import outside
+from recipes.data import source
 from teachers import Teacher
 from teachers.encoder import with_prompts
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__, PRESETS, argv)
         output = Path(config.output)
         device = default_device()
-        model = teachers.load(stage_of(config.model, config.steps)).to(device)
+        model = source.load(stage_of(config.model, config.steps)).to(device)
         if config.benchmark is not None:
             model, tasks, write = prompted(model, config)
         if (table := captions_for(model, config.captions)) is not None:

@@ -2,6 +2,7 @@
 
     accelerate launch recipes/teacher.py --output-dir runs/teacher-digits          the embedded teacher
     python recipes/teacher.py --prediction edm --schedule edm                      as Karras et al., arXiv 2206.00364
+    python recipes/teacher.py --schedule flow --source digits,labels=3 --data digits,labels=8 --output-dir runs/3-to-8
     python recipes/teacher.py --teacher SPEC --channels 16 32                      a smaller network that learns E[x0 | x_t] of SPEC
 
 The default is v prediction on a discrete cosine table of 1024 entries with zero terminal SNR. Every ladder of powers of two meets its
@@ -32,6 +33,12 @@ class Config(flags.RunFlags, flags.TrainingFlags):
     preset: str = flag("default", "smoke is a trial run of some seconds", choices=PRESETS)
     teacher: str | None = model_flag(None, "learn E[x0 | x_t] of this model instead of the data (accepted: --help teacher)")
     data: str = model_flag("digits", "the training data (accepted: --help data)")
+    source: str | None = model_flag(
+        None,
+        "start paths from images instead of noise: a data set, or lowres=4[,noise=0.1] for the data at a lower resolution; with --schedule"
+        " flow (arXiv 2305.03486, 2303.11435)",
+        short=False,
+    )
     force: bool = model_flag(False, "learn even if the probe finds that the teacher is not a denoiser", short=False)
     output_dir: str = flags.output_dir("runs/teacher-digits")
     training_images: int = training_flag(800_000, "training images", was="images", **TRAINED)
@@ -91,9 +98,10 @@ from distill.regression import DRAWS, Regression
 from distill.resume import Resumable
 from distill.sampling import Sampling
 from distill.schedule import Schedule, schedule_from
+from distill.source import Coupled, Source
 from distill.speed import checkpoint_activations, compiled
 from distill.target import DataSample, Mix, Target
-from distill.train import BatchSplit, Optimization, train
+from distill.train import BatchSplit, Method, Optimization, train
 from eval.generate import images
 from eval.image_grid import contact_sheet
 from eval.machine import peak_memory_gb
@@ -103,7 +111,7 @@ from recipes.common.interrupts import finishing_steps, interruptible, stop_reque
 from recipes.common.plan import measure_step_time
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.common.training import divergence_errors
-from recipes.data import sets
+from recipes.data import sets, source
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.students import untrained, with_self_conditioning
@@ -118,7 +126,9 @@ def main(argv: list[str] | None = None) -> None:
         check_optimizer(config.optimizer)
         data = check_finite_data(sets.load(config.data))
         teacher = None if config.teacher is None else _checked(config, teachers.load(config.teacher), data)
-        model = initial_model(config, data, data.classes if teacher is None or teacher.classes is not None else None)
+        start = _source(config, data)
+        labelled = (teacher is None or teacher.classes is not None) and (start is None or start.lowres is None)
+        model = replace(initial_model(config, data, data.classes if labelled else None), source=start)
         BatchSplit(config.batch_size, processes(), microbatch=config.microbatch)
         warning = None if teacher is None else check_denoiser(teacher, data, config.seed, config.force)
         run = Run.open(config)
@@ -134,7 +144,8 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
     if teacher is not None:
         target = Mix(under_autocast(teacher.to(run.device).denoiser, config.autocast_of_teacher))
     weight, draw = config.weight or _weight_name(config.prediction), config.times or _draw_name(config.schedule)
-    method = Regression(target, WEIGHTS[weight], draw=DRAWS[draw])
+    method: Method = Regression(target, WEIGHTS[weight], draw=DRAWS[draw])
+    method = method if model.source is None else Coupled(method, model.source)
     split = BatchSplit(config.batch_size, run.accelerator.num_processes, run.accelerator.process_index, config.microbatch)
     batches = data.batches(split, config.seed, "teacher", run.device, model.condition, model.null, config.label_dropout)
     student = model.parametric
@@ -167,7 +178,7 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
     run.accelerator.wait_for_everyone()
     if run.main:
         with finished_file():
-            made = teachers.load_file(file).to(run.device)
+            made = source.load(str(file)).to(run.device)
         resumable.clear()
         draw_samples(made, run, config.seed)
     if forecast.whole:
@@ -188,6 +199,16 @@ def initial_model(config: Config, data: Data, classes: int | None) -> Teacher:
         if not sigma_data > 0:
             raise ValueError(f"--sigma-data {sigma_data:g}: accepted are numbers above 0")
     return replace(model, denoiser=Denoiser(default.net, schedule, config.prediction, time, sigma_data), codec=codec_of(data))
+
+
+def _source(config: Config, data: Data) -> Source | None:
+    """Return where paths start; None for noise. Raises ValueError where that does not fit the other flags."""
+    if config.source is None:
+        return None
+    if config.schedule != "flow" or config.teacher is not None:
+        wrong = "--teacher" if config.teacher is not None else f"--schedule {config.schedule}"
+        raise ValueError(f"--source with {wrong}: accepted is --schedule flow, and data as the target")
+    return source.source_of(config.source, config.data, data)
 
 
 def _checked(config: Config, teacher: Teacher, data: Data) -> Teacher:

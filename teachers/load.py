@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.reading import malformed
 
 if TYPE_CHECKING:
+    from distill.source import Source
     from teachers.teacher import Teacher
 
 FORMS = {
@@ -27,11 +29,15 @@ ACCEPTED = "\n".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
-def load(spec: str, trusted: bool = True, base: bool = False) -> Teacher:
+def load(
+    spec: str, trusted: bool = True, base: bool = False, source: Callable[[dict[str, Any]], Source] | None = None
+) -> Teacher:
     """Load a model from its spec, frozen and on the CPU.
 
     ``trusted``: the user gave the spec, so a factory in it may run, and a hub id may be downloaded. False for a spec that a file holds:
     `trust` must name its factory, and nothing is downloaded. ``base``: of a LoRA adapter, so that it may have none itself.
+    ``source``: finds the images that the paths of a model start from; None refuses such a model, since most of what is done with a model
+    supposes Gaussian noise.
 
     Raises ValueError for a spec that is not among `FORMS`, and for a factory that is not trusted.
     """
@@ -39,7 +45,7 @@ def load(spec: str, trusted: bool = True, base: bool = False) -> Teacher:
     from teachers.hub import quiet
     from teachers.saved import load_file as read_file
 
-    load_file = partial(read_file, find=None if base else partial(load, trusted=False, base=True))
+    load_file = partial(read_file, find=None if base else partial(load, trusted=False, base=True, source=source), source=source)
     prefixes = {
         "experts:": lambda text: experts.load(text, partial(load, trusted=trusted)),
         "oracle:": oracle.load,

@@ -124,9 +124,12 @@ def _guidance(recorded: Any) -> dict[str, Any]:
 def reference(model: Teacher, steps: int) -> dict[str, Any]:
     """Return the sha256 of the images of `SEEDS` as uint8 [C, H, W], and thumbnails [C, 4, 4] that survive other rounding.
 
-    {} for a model whose samples are no images, or whose autoencoder is gone: a student is saved all the same.
+    {} for a model whose samples are no images, whose paths do not start from noise, or whose autoencoder is gone: a student is saved all
+    the same.
     """
     labels = _labels(model)
+    if model.source is not None:
+        return {}
     try:
         made = [pixels(model, steps, labels and [labels[i]], [seed])[0].permute(2, 0, 1) for i, seed in enumerate(SEEDS)]
     except (ValueError, OSError):

@@ -25,6 +25,7 @@ from distill.guidance import GuidanceRange
 from distill.reading import malformed
 from distill.sampling import SEARCHED, Sampling
 from distill.schedule import Schedule, schedule_from
+from distill.source import Source
 from teachers import lora, networks, passport
 from teachers.codec import Codec
 from teachers.conditions import Conditions
@@ -79,11 +80,17 @@ def save(path: Path | str, model: Teacher) -> None:
     files.save(path, model.tensors(), description)
 
 
-def load_file(path: Path | str, net: nn.Module | None = None, find: Callable[[str], Teacher] | None = None) -> Teacher:
+def load_file(
+    path: Path | str,
+    net: nn.Module | None = None,
+    find: Callable[[str], Teacher] | None = None,
+    source: Callable[[dict[str, Any]], Source] | None = None,
+) -> Teacher:
     """Load a model that `save` wrote, frozen and on the CPU.
 
     ``net``: for a model made with `teachers.custom.wrap`, a module of its class. The weights are loaded into it, and it is frozen.
     ``find``: loads the base of a LoRA adapter from its spec; `teachers.load` passes itself.
+    ``source``: finds the images that paths start from; None refuses a model that does not start from noise.
 
     Raises ValueError for any other file, for a file that needs ``net`` and for one that does not.
     """
@@ -95,7 +102,7 @@ def load_file(path: Path | str, net: nn.Module | None = None, find: Callable[[st
         raise ValueError(f"{path}: holds no model; it may be the checkpoint of an unfinished run")
     with malformed(path), warnings.catch_warnings(action="ignore"):
         _check(description, tensors)
-        return _built(path, tensors, description, net, find)
+        return _built(path, tensors, description, net, find, source)
 
 
 def _built(
@@ -104,7 +111,13 @@ def _built(
     description: dict,
     net: nn.Module | None,
     find: Callable[[str], Teacher] | None,
+    source: Callable[[dict[str, Any]], Source] | None,
 ) -> Teacher:
+    if "source" in description and source is None:
+        raise ValueError(
+            f"samples start from images of {str(description['source']['data'])[:80]!r} instead of noise: accepted here are models that start"
+            " from noise"
+        )
     record = description["record"] | ({"prompts": _decoded(tensors.pop(PROMPTS))} if PROMPTS in tensors else {})
     rows = {name: tensors.pop(EMBEDDINGS + name) for name in description.get("table", [])}
     if rows:
@@ -125,6 +138,7 @@ def _built(
         codec,
         embeddings if rows else None,
         GuidanceRange.of(description["guidance"]) if "guidance" in description else None,
+        source(description["source"]) if "source" in description and source is not None else None,
     )
 
 
@@ -168,7 +182,8 @@ def load_student(path: Path | str, origin: Teacher) -> Teacher:
     network, net = origin.network or {}, require_network(origin).net
     while network.get("family") == "adapter":
         network, net = network["config"]["network"], getattr(net, "net")  # noqa: B009 (a submodule)
-    student = load_file(path, copy.deepcopy(net) if network.get("family") in ("given", "lora") else None)
+    given, start = copy.deepcopy(net) if network.get("family") in ("given", "lora") else None, origin.source
+    student = load_file(path, given, source=None if start is None else lambda facts: start)
     one, two = student.codec, origin.codec
     if one is not None and two is not None and one.describe() == two.describe():
         student = replace(student, codec=two)

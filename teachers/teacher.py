@@ -21,6 +21,7 @@ from distill.device import lay_out
 from distill.guidance import AtScale, GuidanceRange
 from distill.sampling import Sampling
 from distill.schedule import describe
+from distill.source import Source
 from teachers.codec import Codec
 from teachers.conditions import SIZES, Conditions, as_float, described
 
@@ -38,7 +39,8 @@ class Teacher:
     student is sampled; it has no step counts for a model that takes any. ``record``: method and provenance, as saved. ``codec``: the
     autoencoder of a latent model. ``embeddings``: the conditions of a text-to-image model. A label is a row of their table, which
     comes with the data (`with_conditions`): a model without data has 0 classes. The last row is the unconditional case. ``guidance``:
-    the scales of a network that takes the guidance scale as a condition; None for any other.
+    the scales of a network that takes the guidance scale as a condition; None for any other. ``source``: the images that paths start
+    from; None for noise.
 
     Raises ValueError for a shape or a number of classes that is none, or is too large to be meant.
     """
@@ -53,6 +55,7 @@ class Teacher:
     codec: Codec | None = None
     embeddings: Conditions | None = None
     guidance: GuidanceRange | None = None
+    source: Source | None = None
 
     def __post_init__(self):
         whole = all(isinstance(n, Integral) and 1 <= n <= 2**16 for n in self.shape)
@@ -228,6 +231,7 @@ class Teacher:
             **described(self.embeddings),
             **({} if self.codec is None else {"codec": self.codec.describe()}),
             **({} if self.guidance is None else {"guidance": self.guidance.describe()}),
+            **({} if self.source is None else {"source": self.source.facts}),
         }
 
 

@@ -362,7 +362,7 @@ class Halves(nn.Module):
 def latent(monkeypatch):
     """A latent model of 8x8 digits, which `teachers.load` returns for every spec."""
     model = replace(untrained((1, 4, 4), 10, (8, 16), 1, 0), codec=Codec(Halves(), 0.5, 0.1))
-    monkeypatch.setattr(teachers, "load", lambda spec: model)
+    monkeypatch.setattr(teachers, "load", lambda spec, **_: model)
     return model
 
 

@@ -14,7 +14,7 @@ import teachers
 from distill.denoiser import Denoiser
 from distill.optimizers import check_installed
 from distill.sampling import Sampling
-from distill.schedule import Table
+from distill.schedule import Flow, Table
 from recipes.common.encoding import Encoding, cached
 from recipes.common.several_sizes import at_size, fits, shapes_text
 from recipes.data.buckets import Buckets
@@ -215,10 +215,22 @@ def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
 
 
 def check_sampler(teacher: Teacher, sampling: Sampling) -> None:
-    """Raise ValueError for a sampler that needs a two-time network where the model has none."""
+    """Raise ValueError for a sampler that needs a two-time network, or noise, where the model does not have it."""
     net = getattr(teacher.denoiser, "net", None)
     if sampling.two_times and not getattr(net, "two_times", True):
         raise ValueError(f"sampler {sampling.label!r} needs a two-time network (--method meanflow makes them)")
+    if teacher.source is not None and sampling.noisy:
+        raise ValueError(
+            f"sampler {sampling.label!r} draws Gaussian noise, and paths start from {teacher.source}: accepted are samplers without noise"
+        )
+
+
+def check_source(teacher: Teacher, student: Teacher) -> None:
+    """Raise ValueError for a student whose paths start elsewhere than the teacher's, or are no flow."""
+    if teacher.source is not None and (student.source is not teacher.source or not isinstance(student.denoiser.schedule, Flow)):
+        raise ValueError(
+            f"paths start from {teacher.source}: accepted are students that are copied from the teacher, without --student"
+        )
 
 
 def check_levels(teacher: Teacher, student: Teacher) -> None:
@@ -251,6 +263,8 @@ def check_denoiser(teacher: Teacher, data: Data, seed: int, force: bool) -> str 
     """
     if data.imageless:
         return f"{data.name} holds no images, so that nothing tests whether the teacher is a denoiser as declared"
+    if teacher.source is not None:
+        return f"paths start from {teacher.source}, so that nothing tests whether the teacher is a denoiser as declared"
     found = probed(teacher, data, seed, **QUICK)
     if found.ok:
         return f"the teacher is {found.verdict}" if found.warning else None

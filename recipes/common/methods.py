@@ -142,6 +142,7 @@ class MethodFlags(Checked):
 
 IMAGELESS = ("dmd", "sid", "unrolled")  # methods that take only the shape of the data
 CARRYING = ("cd", "ct", "ict", "ect", "unrolled", "denoise")  # methods that train a self-conditioned student
+FROM_IMAGES = ("cd", "ct", "ict", "ect", "denoise")  # methods whose paths may start from images, `distill.source`
 SECOND = ("second_period", "second_lr")  # flags of every method that trains a second network
 PAIRS = ("weight", "distance", "averaged_target")  # flags of every method of pairs
 
@@ -404,6 +405,23 @@ def without_images(flags: F) -> F:
             f"--method {flags.method} trains on images, and the data have none: accepted are {', '.join(accepted)}"
         )
     return flags if flags.method in IMAGELESS else replace(flags, data_free=True)
+
+
+def from_images(flags: F) -> F:
+    """Return the flags for a teacher whose paths start from images. Raises ValueError for what supposes Gaussian noise."""
+    refused = {
+        f"--method {flags.method}": flags.method not in FROM_IMAGES,
+        f"--start {start_name(flags)}": start_name(flags) == "cmt",
+        "--target posterior-mean": flags.target != "mix",
+        "--target-mix auto": flags.target_mix == "auto",
+        "--regularize": bool(flags.regularize),
+    }
+    if wrong := [name for name, given in refused.items() if given]:
+        raise ValueError(
+            f"{wrong[0]} supposes Gaussian noise, and the teacher's paths start from images: accepted are --method"
+            f" {', '.join(FROM_IMAGES)}, --start as-is or denoise, and --target-mix with a number"
+        )
+    return replace(flags, sampler=flags.sampler or "ddim")
 
 
 def teacher_weight(flags: MethodFlags) -> float | str:

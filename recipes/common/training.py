@@ -24,13 +24,14 @@ from distill.resume import Resumable, whole
 from distill.rng import Rng
 from distill.samplers import BASELINES
 from distill.sampling import Sampling
+from distill.source import Coupled
 from distill.speed import NotCompiled, checkpoint_activations, compiled
 from distill.train import BatchSplit, Method, Optimization, train
 from eval.features import Extractor
 from eval.machine import resident_bytes
 from eval.reference import Generated
 from eval.sweep import Cell
-from recipes.common.checks import captions_for, check_denoiser, check_optimizer, check_steps, decoded_by
+from recipes.common.checks import captions_for, check_denoiser, check_optimizer, check_source, check_steps, decoded_by
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.cost import ADAM, Cost
 from recipes.common.flags import DistillationFlags
@@ -125,6 +126,7 @@ class Experiment:
         replay = None if config.replay is None else SavedStep.load(config.replay)
         if teacher is not None:
             check_steps(teacher, config.sweep_steps)
+            check_source(teacher, student)
         extractor = Extractor.create(config.features).fits(student.image_shape)
         captions = captions_for(student, config.captions, config)
         own = None
@@ -242,6 +244,8 @@ class Experiment:
         file = self.file(name)
         if model.guidance is not None:
             method = OverRange(method, model.guidance)
+        if model.source is not None:
+            method = Coupled(method, model.source)
         if self.replay is not None and self.replay.step.phase == name:
             self._replay(method, model)
         if not file.exists():

@@ -56,6 +56,8 @@ def form_of(model: Teacher) -> Any:
 def check_exportable(model: Teacher) -> None:
     """Raise ValueError if no stock pipeline can hold the model."""
     require_network(model := merged(model))
+    if model.source is not None:
+        raise ValueError(f"no stock pipeline starts from images ({model.source}): accepted are models that start from noise")
     if self_conditioned(model.denoiser):
         raise ValueError(
             "no stock pipeline carries the previous estimate of a self-conditioned network: accepted is its .safetensors"
