@@ -51,7 +51,8 @@ class Source:
     std: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.facts['data']}" if self.lowres is None else f"{self.facts['data']} at 1/{self.lowres} of the resolution"
+        name = str(self.facts["data"])[:80]
+        return name if self.lowres is None else f"{name} at 1/{self.lowres} of the resolution"
 
     def of(self, x0: Tensor, rng: Rng) -> Tensor:
         """Return the x1 of a training batch x0 [B, ...], a function of x0 and of the random numbers of the step."""

@@ -129,8 +129,11 @@ def test_the_regression_is_least_at_the_mean_of_the_coupling(case):
     best = loss(0, 0)
     for a, b in ((0.2, 0), (-0.2, 0), (0, 0.1), (0, -0.1)):
         assert loss(a, b) > best + 1e-3
-    if case == "independent":
-        assert best == pytest.approx(float((S0**2 * S1**2 * t**2 / Between().variance(torch.tensor(t))).mean()), rel=0.03)
+    noise = (t * STD) ** 2
+    quarter, rest = VARIANCE * noise / (VARIANCE + noise), VARIANCE * noise / ((1 - t) ** 2 * VARIANCE + noise)
+    independent = (S0**2 * S1**2 * t**2 / Between().variance(torch.tensor(t))).mean()
+    posterior = {"independent": float(independent), "paired": quarter / 4 + 3 * rest / 4}
+    assert best.item() == pytest.approx(posterior[case], rel=0.03)
 
 
 TIMES = uniform(Flow(), 8)
