@@ -205,10 +205,11 @@ def _source(config: Config, data: Data) -> Source | None:
     """Return where paths start; None for noise. Raises ValueError where that does not fit the other flags."""
     if config.source is None:
         return None
+    found = source.source_of(config.source, config.data, data)
     if config.schedule != "flow" or config.teacher is not None:
         wrong = "--teacher" if config.teacher is not None else f"--schedule {config.schedule}"
         raise ValueError(f"--source with {wrong}: accepted is --schedule flow, and data as the target")
-    return source.source_of(config.source, config.data, data)
+    return found
 
 
 def _checked(config: Config, teacher: Teacher, data: Data) -> Teacher:

@@ -11,7 +11,7 @@ from test_bad_flags import FIELDS, HINTS, refused, required
 from recipes.common.accepted import PATHS, flag_of, number_kind
 from recipes.data import sets
 
-SPECS = {"model": "models", "teacher": "models", "student": "models", "data": "data", "runs": "runs"}
+SPECS = {"model": "models", "teacher": "models", "student": "models", "data": "data", "source": "data", "runs": "runs"}
 FREE = {
     "features",
     "sizes",  # tests/test_several_sizes.py
