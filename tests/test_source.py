@@ -107,7 +107,7 @@ def test_every_sampler_without_noise_carries_the_source_to_the_data_as_the_close
 
 
 def test_the_ddim_step_is_that_of_iterative_alpha_deblending():
-    """x_s = x_t + (t - s) (E[x0 | x_t] - E[x1 | x_t]), 2305.03486, Alg. 3."""
+    """x_s = x_t + (t - s) (E[x0 | x_t] - E[x1 | x_t]), 2305.03486."""
     x, t, s = SET[:100], torch.tensor(0.7).double(), torch.tensor(0.4).double()
     x0 = Between()(x, t)
     x1 = M1 + t * S1**2 / Between().variance(t) * (x - Between().mean(t))
