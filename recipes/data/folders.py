@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recipes.data.decode import SUFFIXES, Record, Source
+from recipes.data.idx import read_training_set
 from recipes.data.spec import TORCHVISION
 
 SHOWN = 20  # classes that are printed
@@ -52,8 +53,12 @@ def in_order(names: Iterable[str]) -> list[str]:
 def read_torchvision(name: str, root: str, download: bool) -> tuple[Tensor, Tensor]:
     """Return images and labels of torchvision's training set ``name``, a key of `TORCHVISION`, stored under ``root``.
 
+    The idx files of MNIST and its relatives may also lie in ``root`` itself, plain or as .gz.
     Only ``download`` uses the network. Raises ValueError if the set is not there.
     """
+    where = (Path(root), Path(root) / TORCHVISION[name] / "raw")
+    if "mnist" in name and (found := next(filter(None, map(read_training_set, where)), None)):
+        return torch.from_numpy(found[0])[:, None], torch.from_numpy(found[1]).long()
     import torchvision
 
     try:

@@ -22,8 +22,9 @@ from recipes.data.buckets import Buckets, SeveralSizes, is_bucket, read_buckets
 from recipes.data.decode import Source, check_label, decode_blocks, format_of, read_all
 from recipes.data.latent_shards import BUCKETS
 from recipes.data.npz import read_npz
+from recipes.data.pixels import changed
 from recipes.data.spec import ACCEPTED as ACCEPTED
-from recipes.data.spec import parse
+from recipes.data.spec import WHOLE, parse
 from recipes.data.stream import Stream
 from teachers.conditions import Conditions
 from teachers.prompts import read_prompts
@@ -235,6 +236,10 @@ def load(spec: str) -> Data:
     loaded = _loaded(kind, where, options)
     if "labels" in options:
         loaded = loaded.of_classes([int(label) for label in options["labels"].split("+")])
+    if WHOLE & options.keys():
+        images = changed(loaded.images, options)
+        size = "x".join(map(str, images.shape[2:]))
+        loaded = replace(loaded, images=images, name=f"{loaded.name} {size}{' grey' * ('grey' in options)}")
     return loaded.in_bits(int(options["bits"])) if "bits" in options else loaded
 
 
@@ -258,6 +263,10 @@ def _loaded(kind: str, where: str, options: dict[str, str]) -> Data:
 def several_sizes(spec: str, sizes: tuple[tuple[int, int], ...]) -> SeveralSizes:
     """Return the images of a spec for `recipes/latents.py --sizes`. Raises ValueError for a set without encoded images."""
     kind, where, options = parse(spec)
+    if changing := sorted(WHOLE & options.keys()):
+        raise ValueError(
+            f"--sizes with --data {spec}: {changing[0]} changes its images; accepted are FOLDER, hf and wds without it"
+        )
     if kind not in ("folder", "hf", "wds") or "size" in options:
         what = "its size=... is another size" if "size" in options else "its images have one size"
         raise ValueError(f"--sizes with --data {spec}: {what}; accepted are FOLDER, hf and wds without size=...")

@@ -17,13 +17,18 @@ FORMS = {
     "hf:NAME": "a set of the Hugging Face hub (needs the package datasets)",
     "hf:FOLDER": "a folder that the package datasets can load, or saved with save_to_disk",
     "wds:PATTERN": "WebDataset shards, such as wds:a-{000..127}.tar",
-    **{f"{name}:ROOT": f"torchvision's {title}, stored in the folder ROOT" for name, title in TORCHVISION.items()},
+    **{
+        f"{name}:ROOT": f"torchvision's {title} in the folder ROOT{', or its idx files, plain or .gz' if 'mnist' in name else ''}"
+        for name, title in TORCHVISION.items()
+    },
 }
 COMMON = ("digits", "FOLDER", "FILE.npz")  # suggested if no form resembles a wrong spec
 OPTION_HELP = {
     ",flip": "mirror half of the training images (all sets but latents)",
     ",bits=2": "round to 2^bits levels and train on their bits as channels of +-1 (all sets but latents and prompts)",
     ",labels=3+5": "the images of these classes alone, numbered 0, 1, ... in this order; one class has no labels (all sets with labels)",
+    ",grey ,pad=32 ,box=2": "make grey; then put in the middle of black 32x32; then average blocks of 2x2 pixels (all sets but latents and"
+    " prompts; not with stream)",
     ",size=32": "crop the centre square and resize it to 32x32 (FOLDER, hf, wds)",
     ",stream=10000": "read while training, through a buffer of 10,000 images in memory (FOLDER, hf, wds)",
     ",classes=1000": "the number of classes, which a labelled stream needs (hf, wds)",
@@ -32,7 +37,8 @@ OPTION_HELP = {
     ",download": f"download the set to ROOT ({', '.join(TORCHVISION)})",
 }
 ACCEPTED = "\n".join(f"{form}: {meaning}" for form, meaning in {**FORMS, **OPTION_HELP}.items())
-PIXELS = frozenset({"flip", "bits", "labels"})
+WHOLE = frozenset({"grey", "pad", "box"})  # they need the whole set in memory
+PIXELS = WHOLE | {"flip", "bits", "labels"}
 DECODED = PIXELS | {"size", "stream"}
 OPTIONS: dict[str, frozenset[str]] = {
     "digits": PIXELS,
@@ -44,8 +50,15 @@ OPTIONS: dict[str, frozenset[str]] = {
     "hf": DECODED | {"classes", "split", "config", "image", "label", "caption"},
     **dict.fromkeys(TORCHVISION, PIXELS | {"download"}),
 }
-SWITCHES = {"flip", "download"}
-NUMBERS = {"bits": 8, "size": 4096, "stream": 10_000_000, "classes": MAX_CLASSES}  # the largest that is accepted
+SWITCHES = {"flip", "download", "grey"}
+NUMBERS = {
+    "bits": 8,
+    "pad": 4096,
+    "box": 64,
+    "size": 4096,
+    "stream": 10_000_000,
+    "classes": MAX_CLASSES,
+}  # the largest that is accepted
 
 
 def parse(spec: str) -> tuple[str, str, dict[str, str]]:
@@ -67,6 +80,8 @@ def parse(spec: str) -> tuple[str, str, dict[str, str]]:
             raise ValueError(f"data {spec!r}: option {key} is {value!r}; accepted are whole numbers from 1 to {NUMBERS[key]:,}")
         if not value and key not in SWITCHES:
             raise ValueError(f"data {spec!r}: option {key} has no value; accepted is {key}=...")
+    if "stream" in options and (needs := sorted(WHOLE & options.keys())):
+        raise ValueError(f"data {spec!r}: {needs[0]} needs the whole set in memory; accepted is it without stream=...")
     return kind, where, options
 
 
