@@ -1,4 +1,4 @@
-"""Feature extractors by name: torch-fidelity's own, and a user's TorchScript file or module."""
+"""Feature extractors by name: torch-fidelity's own, and a user's classifier, TorchScript file or module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from distill.files import weights_sha256
-from eval import fidelity
+from eval import classifier, fidelity
 from eval.clip import Clip
 from eval.metrics import Features
 from eval.names import EXTRACTORS as OWN
@@ -106,6 +106,8 @@ def _own(name: str) -> nn.Module:
     path = Path(name)
     if name.startswith("clip:"):
         return Clip.load(name.removeprefix("clip:"))
+    if path.suffix == ".safetensors":
+        return classifier.load(path)
     if path.suffix in (".pt", ".ts"):
         if not path.is_file():
             raise ValueError(f"{name}: there is no such file; accepted as features are {OWN}")

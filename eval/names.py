@@ -2,6 +2,7 @@
 
 METRICS = ("all", "fid")  # tests/test_names.py compares them with `eval.collect.COLLECTORS`
 EXTRACTORS = (
-    "clip:FOLDER, a TorchScript .pt or .ts, or 'package.module:factory': uint8 [B, 3, H, W] -> features, or (features, logits)"
+    "clip:FOLDER, a .safetensors of recipes/classifier.py, a TorchScript .pt or .ts, or 'package.module:factory': uint8 [B, 3, H, W] ->"
+    " features, or (features, logits)"
 )
 REFERENCES = "a .safetensors reference of this project, or an .npz with mu [D] and sigma [D, D]"

@@ -31,6 +31,7 @@ from recipes.common.methods import (
     terms_of,
     without_images,
 )
+from recipes.common.real_images import CIFAR10_STUDENTS, FASHION_STUDENTS, REAL_IMAGES
 
 PRESETS: dict[str, dict] = {
     "default": {},  # cd: FID / teacher's 1.75, 0.67, 0.64 at 1, 2, 4 steps (n = 10,000); 8 to 15 minutes on two CPU cores
@@ -40,6 +41,12 @@ PRESETS: dict[str, dict] = {
         "guidance_range": (3.0, 15.0),
     },
     "smoke": {"training_images": 1024, "images": 200, "sweep_steps": (1, 2), "steps": (1, 2)},  # about a minute, no quality
+    "fashion": FASHION_STUDENTS | {"training_images": 128_000},
+    "cifar10": CIFAR10_STUDENTS
+    | {
+        "training_images": 25_600_000, "images": 50_000, "batch_size": 512, "lr": 1e-4, "warmup_images": 50_000,
+        "ema_halflife_images": 500_000, "mixed_precision": "bf16",
+    },  # not run yet; for a GPU
 }  # fmt: skip
 
 POINTS = 32  # of a path from noise, where --start denoise has no images
@@ -47,7 +54,7 @@ POINTS = 32  # of a path from noise, where --start denoise has no images
 
 @dataclass(frozen=True)
 class Config(MethodFlags, flags.DistillationFlags):
-    preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
+    preset: str = flag("default", f"smoke is a trial run of about a minute; {REAL_IMAGES}", choices=PRESETS)
     output_dir: str = flags.output_dir("runs/consistency-digits")
     student: str | None = model_flag(
         None,

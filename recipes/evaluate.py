@@ -20,6 +20,7 @@ from eval.names import EXTRACTORS, METRICS, REFERENCES
 from recipes.common import flags
 from recipes.common.accepted import BATCH, GENERATED, GUIDANCE, STEPS
 from recipes.common.cli import flag, flags_first, measuring_flag, method_flag, model_flag, one_line_errors, parse, plural
+from recipes.common.real_images import CIFAR10, CIFAR10_FEATURES, FASHION, FASHION_FEATURES, REAL_IMAGES
 
 ON_SEARCHED_GRIDS = ("ddim", "dpm++2m", "ipndm")  # samplers that --search-grid also measures on a searched grid
 FINE_STEPS, SEARCH_IMAGES = 60, 256
@@ -28,12 +29,14 @@ PRESETS: dict[str, dict] = {
     "default": {},  # the four digits students of the progressive ladder: about 7 minutes on two CPU cores
     "full": {"images": 50_000},
     "smoke": {"images": 200, "steps": (1, 2), "samplers": ("ddim", "heun"), "baseline_steps": 8},  # half a minute
+    "fashion": FASHION | FASHION_FEATURES | {"output_dir": "runs/fashion/evaluate"},
+    "cifar10": CIFAR10 | CIFAR10_FEATURES | {"output_dir": "runs/cifar10/evaluate", "images": 50_000},
 }
 
 
 @dataclass(frozen=True)
 class Config(flags.RunFlags, flags.DecodingFlags):
-    preset: str = flag("default", "smoke is a trial run of half a minute", choices=PRESETS)
+    preset: str = flag("default", f"smoke is a trial run of half a minute; {REAL_IMAGES}", choices=PRESETS)
     model: tuple[str, ...] = model_flag(("digits",), "the models (accepted: --help teacher), or directories of runs")
     data: str = model_flag("digits", "the real images (accepted: --help data)")
     output_dir: str = flags.output_dir("runs/evaluate")

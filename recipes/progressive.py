@@ -20,12 +20,19 @@ from distill import names
 from recipes.common import flags
 from recipes.common.accepted import LEARNING_RATE, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, method_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.real_images import CIFAR10_STUDENTS, FASHION_STUDENTS, REAL_IMAGES
 
 PRESETS: dict[str, dict] = {
     "default": {},  # FID / teacher's 1.02, 1.08, 1.30, 1.64 at 8, 4, 2, 1 steps (n = 10,000); about 6 minutes on two CPU cores
     "full": {"images_per_stage": 240_000, "images": 10_000},  # about 40 minutes
     "smoke": {"start_steps": 8, "images_per_stage": 1024, "images": 200, "sweep_steps": (1, 2)},  # about a minute, no quality
-}
+    "fashion": FASHION_STUDENTS | {"output_dir": "runs/fashion/progressive", "images_per_stage": 48_000},
+    "cifar10": CIFAR10_STUDENTS
+    | {
+        "output_dir": "runs/cifar10/progressive", "images_per_stage": 2_000_000, "images": 50_000, "batch_size": 512, "lr": 2e-4,
+        "warmup_images": 50_000, "mixed_precision": "bf16",
+    },  # not run yet; for a GPU
+}  # fmt: skip
 
 GUIDED = 3  # times the images of a stage for the stage in which a student learns guidance
 FIRST_TRY = "first-try"  # the file of a student that is trained again with twice the images
@@ -33,7 +40,7 @@ FIRST_TRY = "first-try"  # the file of a student that is trained again with twic
 
 @dataclass(frozen=True)
 class Config(flags.DistillationFlags):
-    preset: str = flag("default", "smoke is a trial run of about a minute", choices=PRESETS)
+    preset: str = flag("default", f"smoke is a trial run of about a minute; {REAL_IMAGES}", choices=PRESETS)
     output_dir: str = flags.output_dir("runs/progressive-digits")
     student: str | None = model_flag(
         None,

@@ -20,17 +20,25 @@ from distill import names
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, TRAINED
 from recipes.common.cli import duration, flag, flags_first, method_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.real_images import CIFAR10, FASHION, REAL_IMAGES
 
 PRESETS: dict[str, dict] = {
     "default": {},  # FID 0.066 with 64 DDIM steps (n = 10,000); 9 minutes on two CPU cores
     "smoke": {"training_images": 4096, "channels": (16, 32)},  # some seconds, no quality
-}
+    "fashion": FASHION
+    | {"output_dir": "runs/fashion/teacher", "channels": (32, 64, 64), "training_images": 1_600_000},  # estimate: 2 hours of one core
+    "cifar10": CIFAR10
+    | {
+        "output_dir": "runs/cifar10/teacher", "channels": (128, 256, 256), "layers": 2, "training_images": 50_000_000, "lr": 4e-4,
+        "batch_size": 512, "ema_halflife_images": 500_000, "mixed_precision": "bf16",
+    },  # not run yet; for a GPU
+}  # fmt: skip
 SCHEDULES = ("table", "cosine", "linear_vp", "flow", "edm")
 
 
 @dataclass(frozen=True)
 class Config(flags.RunFlags, flags.TrainingFlags):
-    preset: str = flag("default", "smoke is a trial run of some seconds", choices=PRESETS)
+    preset: str = flag("default", f"smoke is a trial run of some seconds; {REAL_IMAGES}", choices=PRESETS)
     teacher: str | None = model_flag(None, "learn E[x0 | x_t] of this model instead of the data (accepted: --help teacher)")
     data: str = model_flag("digits", "the training data (accepted: --help data)")
     source: str | None = model_flag(
