@@ -96,10 +96,15 @@ class Protocol:
     resize: str = "none"
     labels: str = LABEL_RULE
     generation: str = "float32, autocast off"
+    distance: str | None = None  # the name of the Frechet distance of a user's features; None for FID
+
+    def described(self) -> dict[str, Any]:
+        """Return its entries as JSON data, without a name that is the usual one."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.described(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def head(cell: Cell, protocol: Protocol) -> dict[str, Any]:

@@ -76,6 +76,7 @@ FACTS = {  # entries of the protocol and of a run
     "images": "generated images per cell",
     "chunk": "images per batch",
     "features": "feature extractor",
+    "distance": "name of the Fréchet distance",
     "features_sha256": "sha256 of the extractor's weights",
     "reference": "reference (real images)",
     "reference_images": "images in the reference (0: unknown)",

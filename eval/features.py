@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Extractor:
     name: str
     module: nn.Module  # uint8 [B, 3, H, W] -> features [B, D] or (features, logits [B, C] or None)
     registered: bool = True  # whether it is one of torch-fidelity's extractors
+    distance: str | None = None  # what reports call the Frechet distance of its features; None for FID
 
     @classmethod
     def create(cls, name: str, weights: str | None = None) -> Extractor:
@@ -41,7 +43,8 @@ class Extractor:
                 return cls(name, _registered(name, weights))
             if weights is not None:
                 raise ValueError(f"--features-weights is for torch-fidelity's extractors; {name!r} has its own weights")
-            return cls(name, _own(name), registered=False)
+            module = _own(name)
+            return cls(name, module, registered=False, distance=_distance(name, module))
 
     def fits(self, shape: tuple[int, ...]) -> Extractor:
         """Return the extractor after a trial on two images of ``shape`` [C, H, W]. Raises ValueError if the trial fails."""
@@ -100,6 +103,16 @@ def _registered(name: str, weights: str | None) -> nn.Module:
         ) from None
     except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{weights}: these are not the weights of {name!r} ({first_line(error)})") from None
+
+
+def _distance(name: str, module: nn.Module) -> str | None:
+    """Return the attribute ``distance`` of a user's module, such as "MobileNet-FD", or None without one."""
+    found = getattr(module, "distance", None)
+    if found is not None and not (isinstance(found, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .+-]{0,39}", found)):
+        raise ValueError(
+            f"features {name!r}: their distance is named {found!r}; accepted are up to 40 letters, digits, spaces and .+-"
+        )
+    return found
 
 
 def _own(name: str) -> nn.Module:

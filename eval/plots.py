@@ -26,10 +26,11 @@ def drawing(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator
         figure.savefig(aside, format="png")
 
 
-def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float | None = None) -> None:
+def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float | None = None, distance: str = "FID") -> None:
     """Plot FID against ``rows[..][x]``, log-log, at the size of a talk. Students and the best training-free samplers have their intervals.
 
     Each student has a colour and a marker, the teacher's samplers are thin and grey, their Pareto front is bold, the floor is dashed.
+    ``distance``: what the axis calls the FID.
     """
     from matplotlib import rc_context
 
@@ -47,7 +48,7 @@ def fid_against(rows: list[dict], x: str, label: str, path: Path, floor: float |
             axes.plot(at, fid, color="#111111", linewidth=3.5, zorder=2.5, label="best training-free")
         if floor is not None:
             axes.axhline(floor, color="#888888", linestyle="--", linewidth=1, label="floor: fresh real images")
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"FID ({rows[0]['images']:,} images)")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{distance} ({rows[0]['images']:,} images)")
         if x == "nfe":
             largest = max(row[x] for row in rows)
             ticks = [2**i for i in range(13) if 2**i <= largest]

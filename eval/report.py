@@ -15,6 +15,7 @@ from eval.cells import picture_path, pictures
 from eval.columns import COLUMNS, NOTES, facts, floor_note, plural, text, used_columns
 from eval.image_grid import sample_grid
 from eval.metrics import Reference
+from eval.names import named
 from eval.plots import fid_against, label_shares
 from eval.report_page import page
 from eval.series import curves, series
@@ -34,13 +35,13 @@ def build(title: str, rows: list[dict], protocol: dict, reference: Reference, ru
 
 def assemble(title: str, rows: list[dict], protocol: dict, floor: float | None, dimension: int, run: dict) -> dict:
     """Return the report of rows that have their comparisons already. ``dimension``: number of features."""
-    baseline = reference_row(rows)
+    baseline, distance = reference_row(rows), protocol.get("distance")
     return {
         "schema": SCHEMA,
-        "title": title,
-        "headline": headline(rows),
-        "verdict": verdict(rows),
-        "warnings": warnings(rows, protocol, dimension),
+        "title": named(title, distance),
+        "headline": named(headline(rows), distance),
+        "verdict": named(verdict(rows), distance),
+        "warnings": [named(warning, distance) for warning in warnings(rows, protocol, dimension)],
         "protocol": protocol,
         "feature_dimension": dimension,
         "floor": floor,
@@ -60,9 +61,11 @@ def write(report: dict, folder: Path, cells: Path, prompts: Sequence[str] = ()) 
 
     ``prompts``: those of the first images of every cell, for a picture with a row for each of them and a column for each step count.
     """
+    distance = report["protocol"].get("distance")
     if rows := good(report["rows"]):
-        fid_against(rows, "nfe", "network evaluations per image (NFE)", folder / "fid_vs_nfe.png", report["floor"])
-        fid_against(rows, "seconds_per_image", "seconds per image", folder / "fid_vs_seconds.png", report["floor"])
+        name = named("FID", distance)
+        fid_against(rows, "nfe", "network evaluations per image (NFE)", folder / "fid_vs_nfe.png", report["floor"], name)
+        fid_against(rows, "seconds_per_image", "seconds per image", folder / "fid_vs_seconds.png", report["floor"], name)
         shown = [(_label(row), pictures_of(row, cells)) for row in _pictured(rows)]
         sample_grid(shown, folder / "samples.png")
         if prompts:
@@ -72,8 +75,8 @@ def write(report: dict, folder: Path, cells: Path, prompts: Sequence[str] = ()) 
             label_shares(labelled, folder / "labels.png")
     write_json(folder / "report.json", report)
     write_text(folder / "report.csv", _csv(report["rows"]))
-    write_text(folder / "report.md", _markdown(report))
-    write_text(folder / "report.html", page(report, folder, cells))
+    write_text(folder / "report.md", named(_markdown(report), distance))
+    write_text(folder / "report.html", named(page(report, folder, cells), distance))
 
 
 def _pictured(rows: list[dict]) -> list[dict]:

@@ -52,7 +52,8 @@ def sweep(
                 bar.set_description_str(f"cell {number}/{len(cells)}: {cell.name}", refresh=False)
                 row = _measure_cell(cell.loaded(accelerator.device), protocol, extractor, reference, accelerator, folder, bar)
                 if main:
-                    note(f"cell {number}/{len(cells)}: {cell.name}: {row.get('error') or 'FID {:.4g}'.format(row['fid'])}")
+                    found = row.get("error") or f"{protocol.distance or 'FID'} {row['fid']:.4g}"
+                    note(f"cell {number}/{len(cells)}: {cell.name}: {found}")
             rows[cell.name] = row | cell.facts
     return timed(cells, list(rows.values()), protocol, accelerator, folder)
 

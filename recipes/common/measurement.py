@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,7 @@ class Measurement:
             reference_sha256=known.data_sha256,
             resize=known.resize,
             metrics=metrics,
+            distance=extractor.distance,
         )
         return cls(extractor, real, protocol, data if isinstance(data, Data) else None)
 
@@ -184,7 +185,7 @@ class Measurement:
             facts["commit"] = known
 
         def write() -> dict:
-            out = report.build(title, rows, asdict(self.protocol), self.reference, facts, finished)
+            out = report.build(title, rows, self.protocol.described(), self.reference, facts, finished)
             if self.data is not None:
                 _keep_real(self.data, cells, self.protocol.seed, finished)
             report.write(out, run.folder, finished, first_prompts(cells, self.protocol.seed))
