@@ -61,6 +61,7 @@ NOTES = {
     "same_as": "this sampler makes the same arithmetic at this step count as the named cell, and shares its measurement",
     "drift": "distance to the teacher's images from the same noise, divided by the distance between the teacher's images from "
     "different noise; 0 means equal images, 1 means unrelated images",
+    "precision": "fraction of generated images near real ones (1904.06991); it and recall take at most 10,000 evenly spaced real images",
     "coverage": "fraction of real images with a generated image nearer than their 5th nearest real one",
     "cmmd": "1000 times the squared kernel distance of the CLIP features of generated and real images (2401.09603)",
     "clip_score": "100 times the cosine of the CLIP features of an image and its prompt, at least 0, averaged (2104.08718)",

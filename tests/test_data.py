@@ -101,7 +101,7 @@ def test_a_wrong_spec_ends_in_a_short_message_with_the_nearest_accepted():
         "nowhere": "unknown data 'nowhere', no such file or folder: accepted are digits, FOLDER, FILE.npz and more",
         "cifar10": "accepted are cifar10:ROOT, digits, FOLDER and more; --help data lists all",
         "mnist:ROOT,downlod": "'downlod' is no option of mnist; accepted are bits=..., box=..., download, flip, ... --help data lists all",
-        "digits,size=3": "'size' is no option of digits; accepted are bits=..., box=..., flip, grey, pad=...",
+        "digits,size=3": "'size' is no option of digits; accepted are bits=..., box=..., flip, grey, labels=..., pad=...",
         "wds:a.tar,size=0": "option size is '0'; accepted are whole numbers from 1",
         "hf:a,split": "option split has no value; accepted is split=...",
         "digits,flip=1": "option flip has the value '1'; accepted is flip alone",

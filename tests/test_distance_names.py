@@ -14,6 +14,7 @@ from distill.reading import read_json
 from eval.features import Extractor
 from eval.names import named
 from eval.plots import fid_against
+from eval.report import assemble
 from recipes import compare, evaluate
 
 
@@ -50,6 +51,13 @@ def test_reports_of_named_features_never_say_fid(ladder, tmp_path, monkeypatch, 
         shown += [*report["warnings"], said.out, said.err]
         assert not any(re.search(r"\bFIDs?\b", text) for text in shown) and all("Mini-FD" in text for text in shown[:2])
     assert "Mini-FD" in said.err + said.out and page.count('src="data:image') == page.count('src="data:image/png;base64,iVBOR')
+
+
+def test_all_words_of_the_json_report_have_the_name(monkeypatch):
+    for name, value in (("headline", "FID"), ("verdict", "FID"), ("warnings", ["FID"])):
+        monkeypatch.setattr(f"eval.report.{name}", lambda *given, value=value: value)
+    made = assemble("FID", [], {"distance": "Mini-FD"}, None, 4, {})
+    assert [made["title"], made["headline"], made["verdict"], *made["warnings"]] == ["Mini-FD"] * 4
 
 
 def test_a_picture_within_a_page_keeps_its_bytes_and_words_that_only_contain_it_stay():

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval import fidelity
+from eval import fidelity, metrics
 from eval.memorisation import memorisation, nearest
-from eval.metrics import GROUPS, Moments, Reference, fid_of, fid_with_interval, jackknife, paired_difference
+from eval.metrics import GROUPS, Features, Moments, Reference, fid_of, fid_with_interval, jackknife, measure, paired_difference
 
 
 def gaussian_features(n, d=8, seed=0, shift=0.0):
@@ -108,3 +108,14 @@ def test_copies_are_seen_and_fresh_images_are_not():
     assert out["copies"] == 1 and out["nearest_real"] < 0.01
     half = memorisation(torch.cat([fresh[:500], copied[:500]]), real)
     assert half["copies"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_precision_and_recall_of_many_real_images_take_evenly_spaced_ones_and_those_of_few_take_all(monkeypatch):
+    real, found = gaussian_features(64), Features(gaussian_features(50, seed=1))
+    whole, half = measure(found, Reference(real)), measure(found, Reference(real[::2]))
+    monkeypatch.setattr(metrics, "PAIRED", 63)
+    few = measure(found, Reference(real))
+    assert (few["precision"], few["recall"]) == (half["precision"], half["recall"]) != (whole["precision"], whole["recall"])
+    assert {k: v for k, v in few.items() if k not in ("precision", "recall")} == {
+        k: v for k, v in whole.items() if k not in ("precision", "recall")
+    }
