@@ -146,13 +146,13 @@ class SeveralSizes:
         return self.source.classes if self.labelled else None
 
     def walk(
-        self, block: int, most: int | None = None, rank: int = 0, world: int = 1
+        self, block: int, most: int | None = None, rank: int = 0, world: int = 1, piece: int | None = None
     ) -> Iterator[tuple[int, Tensor, Tensor | None, list[str] | None]]:
-        """Pass over the images once, in order, as `Data.walk` does, with one part of each size that a block has.
+        """Pass over the images once, in order, as `Data.walk` does, with one part of each size that a block, or a piece of it, has.
 
         Raises ValueError for an image without label where the first images have one, and for a wrong label.
         """
-        for number, kept in decode_blocks(self.source, self.form, block, most, rank, world):
+        for number, kept in decode_blocks(self.source, self.form, block, most, rank, world, piece):
             for size in self.form.sizes:
                 part = [(record, pixels) for record, pixels in kept if pixels.shape[1:] == size]
                 if not part:

@@ -6,6 +6,7 @@ enlarged.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -14,7 +15,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -136,28 +137,42 @@ def read_all(source: Source, form: ImageFormat, most: int | None = None) -> Deco
 
 
 def decode_blocks(
-    source: Source, form: ImageFormat, block: int, most: int | None = None, rank: int = 0, world: int = 1
+    source: Source,
+    form: ImageFormat,
+    block: int,
+    most: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    piece: int | None = None,
 ) -> Iterator[tuple[int, list[tuple[Record, np.ndarray]]]]:
     """Pass over a set once, in order, with a progress bar.
 
-    Yields (number, readable images) of each block of ``block`` records that belongs to process ``rank``: every ``world``-th block.
+    Yields (number, readable images) of each block of ``block`` records that belongs to process ``rank``: every ``world``-th block. With
+    ``piece`` it yields a block in pieces of so many records, so that only those are decoded at a time.
     Raises ValueError as `read_all` does.
     """
-    unreadable, records = UnreadableImages(source.name), islice(source.records(None, 0, 1), most)
+    unreadable, records, size = UnreadableImages(source.name), islice(source.records(None, 0, 1), most), piece or block
     total = most if source.count is None else min(source.count, most or source.count)
-    blocks = iter(lambda: list(islice(records, block)), [])
+    pieces = _pieces(records, block, size)
     bar = progress(show=_is_main(), total=total, desc=f"reading {source.name}", unit="img", leave=False)
-    first = next(blocks, [])
-    with workers(total or len(first)) as pool, bar:
-        for number, some in enumerate(chain([first] if first else [], blocks)):
-            if number % world == rank:
-                kept = unreadable.drop(some, decode(pool, some, form))
-                if kept:
-                    yield number, kept
+    first = next(pieces, (0, []))
+    with workers(total or (block if len(first[1]) == size else len(first[1]))) as pool, bar:
+        for number, some in chain([first] if first[1] else [], pieces):
+            if number % world == rank and (kept := unreadable.drop(some, decode(pool, some, form))):
+                yield number, kept
             bar.update(len(some))
     if unreadable.bad > MAX_WARNINGS:
         _warn(f"{source.name}: {unreadable.bad} of {unreadable.seen} images cannot be read and are left out")
     unreadable.check()
+
+
+def _pieces(records: Iterator[Record], block: int, size: int) -> Iterator[tuple[int, list[Record]]]:
+    """Yield (number of the block, at most ``size`` records), each block of ``block`` records in several pieces."""
+    for number in count():
+        for start in range(0, block, size):
+            if not (some := list(islice(records, min(size, block - start)))):
+                return
+            yield number, some
 
 
 def shuffled(records: Iterable[Record], buffer: int, draw: np.random.Generator) -> Iterator[Record]:
@@ -178,12 +193,12 @@ def workers(images: int) -> Iterator[Executor]:
     """Yield a pool on this process's part of the cores: worker processes for many images, threads for few."""
     from eval.machine import cores  # imports torch
 
-    count = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     pool: Executor
-    if count > 1 and images >= PROCESSES_FROM:
-        pool = ProcessPoolExecutor(count, multiprocessing.get_context(START_METHOD))
+    if share > 1 and images >= PROCESSES_FROM:
+        pool = ProcessPoolExecutor(share, multiprocessing.get_context(START_METHOD))
     else:
-        pool = ThreadPoolExecutor(count, "decode")
+        pool = ThreadPoolExecutor(share, "decode")
     try:
         yield pool
     finally:
@@ -192,7 +207,7 @@ def workers(images: int) -> Iterator[Executor]:
 
 def decode(pool: Executor, records: list[Record], form: ImageFormat) -> list[np.ndarray | None]:
     """Return each image as uint8 [C, S, S], or None if it is unreadable. Raises ValueError if one is smaller than the format."""
-    return list(pool.map(partial(pixels_of, form=form), records, chunksize=32))
+    return list(pool.map(partial(pixels_of, form=form), records, chunksize=min(32, math.ceil(len(records) / 16))))
 
 
 def check_label(where: Path | str, label: int, classes: int | None = None) -> None:

@@ -184,21 +184,22 @@ class Data:
         return replace(self, labels=labels, stream=stream, known_classes=len(prompts))
 
     def walk(
-        self, block: int, most: int | None = None, rank: int = 0, world: int = 1
+        self, block: int, most: int | None = None, rank: int = 0, world: int = 1, piece: int | None = None
     ) -> Iterator[tuple[int, Tensor, Tensor | None, list[str] | None]]:
         """Pass over the set, or its first ``most`` images, once, in order and never mirrored.
 
         Yields (number, images, labels, captions) of each block of about ``block`` images that belongs to process ``rank``: every
-        ``world``-th block.
+        ``world``-th block. With ``piece`` it yields a block in pieces of about so many images.
         """
         if self.stream is None:
-            count = min(len(self.images), most or len(self.images))
-            for number, start in list(enumerate(range(0, count, block)))[rank::world]:
-                part = slice(start, min(start + block, count))
-                labels, captions = (None if known is None else known[part] for known in (self.labels, self.captions))
-                yield number, self.images[part], labels, captions  # type: ignore[misc]
+            count, size = min(len(self.images), most or len(self.images)), piece or block
+            for number, first in list(enumerate(range(0, count, block)))[rank::world]:
+                for start in range(first, last := min(first + block, count), size):
+                    part = slice(start, min(start + size, last))
+                    labels, captions = (None if known is None else known[part] for known in (self.labels, self.captions))
+                    yield number, self.images[part], labels, captions  # type: ignore[misc]
             return
-        for number, kept in decode_blocks(self.stream.source, self.stream.form, block, most, rank, world):
+        for number, kept in decode_blocks(self.stream.source, self.stream.form, block, most, rank, world, piece):
             records = [record for record, _ in kept]
             labels = None if self.labels is None else torch.tensor([record.label for record in records])
             captions = None if self.captions is None else [record.caption or "" for record in records]
