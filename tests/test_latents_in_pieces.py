@@ -1,13 +1,17 @@
 """recipes/latents.py decodes images in pieces: few are in memory, and the shards are those of whole blocks."""
 
+import filecmp
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, here, succeed
 from PIL import Image
-from pipelines import ldm, vae
+from pipelines import ldm, vae, xl
+from test_data import pack
 
 from recipes import latents
 from recipes.data import decode
@@ -80,3 +84,28 @@ def test_a_shard_holds_the_latents_of_whole_blocks_in_batches(made):
             expected[f"{height}x{width}/latents-{number:05d}.safetensors"] = latent
     assert found.keys() == expected.keys() and len(found) == 9
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def same(one, two):
+    names = sorted(path.relative_to(one).as_posix() for path in one.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(two).as_posix() for path in two.rglob("*") if path.is_file())
+    return filecmp.cmpfiles(one, two, names, shallow=False) == (names, [], [])
+
+
+@pytest.mark.slow
+def test_two_launched_processes_write_the_folders_of_sizes_of_one_to_the_byte(tmp_path):
+    xl(tmp_path / "words").save_pretrained(tmp_path / "xl")
+    files = {}
+    for i in range(24):
+        height, width = SIZES[i % 3]
+        Image.new("RGB", (2 * width, 2 * height), (10 * i, 5 * i, 255 - 9 * i)).save(tmp_path / "one.png")
+        files |= {f"{i:02d}.png": (tmp_path / "one.png").read_bytes(), f"{i:02d}.txt": f"image {i % 7}".encode()}
+    pack(tmp_path / "set.tar", files)
+    data = f"wds:{tmp_path / 'set.tar'}"
+    common = ("--model", tmp_path / "xl", "--data", data, "--sizes 16x16 12x20 20x12 --shard-images 5 --batch-size 2")
+    here(latents.main, *common, "--shard-captions 2 --output-dir", tmp_path / "one")
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2"
+    script = (Path(ROOT) / "recipes" / "latents.py", "--shard-captions 2 --threads 1")
+    said = succeed(launch, *script, *common, "--output-dir", tmp_path / "two")
+    assert "24 latents of set" in said and same(tmp_path / "one", tmp_path / "two")
+    assert len(list((tmp_path / "one").rglob("latents-*.safetensors"))) == 15
