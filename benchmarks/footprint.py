@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.speed import checkpoint_activations
-from recipes.common.cost import CARDS, FULL, HALF, Cost, calls_of_a_step, cost, largest_batch
+from recipes.common.cost import A100, CARDS, FULL, HALF, Cost, calls_of_a_step, cost, largest_batch
 from recipes.common.footprint import saved_bytes
 from teachers.networks.lora import Adapted, targets_of
 
 RANK = 16
 TEACHER_CALLS = 2  # two steps of a teacher without a second call for guidance
-SPEED = 0.4 * 312e12  # FLOP/s of an A100 in bf16, of which large networks reach about 40 %
 IMAGES = 100_000
 Empty = Callable[..., Tensor]
 
@@ -140,7 +139,7 @@ def tera(network: Network) -> float:
 def row(network: Network, needed: Cost, calls: int, flop: float) -> str:
     """Return the row of a network: trained weights, memory without and with the activations of an image, what fits, and hours."""
     fits = [str(largest_batch(needed, 1, size) or "no") for size in CARDS]
-    hours = IMAGES * calls * flop * 1e12 / SPEED / 3600
+    hours = IMAGES * calls * flop * 1e12 / A100 / 3600
     trained = needed.gradients / FULL / 1e6
     fixed, image = needed.memory - needed.activations, needed.activations
     cells = [network.name, f"{trained:,.1f}", f"{fixed / 1e9:.1f}", f"{image / 1e9:.2f}", *fits, f"{hours:.1f}"]

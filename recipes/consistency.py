@@ -92,6 +92,7 @@ from recipes.common.checks import check_levels, check_match, check_sampler, chec
 from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
+from recipes.common.outline import teacher_of
 from recipes.common.training import Experiment
 from recipes.data import sets, source
 from recipes.data.sets import Data
@@ -103,7 +104,7 @@ from teachers.students import on_table, untrained
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        teacher = None if config.from_scratch else source.load(config.teacher)
+        teacher = None if config.from_scratch else teacher_of(config)
         e = prepare(config, teacher, sets.load(config.data))
     distil(config, e)
 
@@ -125,7 +126,8 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     config = fitting(config, teacher, e.data)
     if teacher is not None:
         teacher = replace(teacher, denoiser=under_autocast(guided(config, teacher, student), config.autocast_of_teacher))
-    device = e.run.device if teacher_weight(config) == "auto" else None  # where the teacher's bias is estimated
+    estimated = teacher_weight(config) == "auto" and not student.hollow
+    device = e.run.device if estimated else None  # where the teacher's bias is estimated
     method, first = method_of(config, teacher, student, e.data, config.seed, device), start_of(config, teacher)
     if plan:
         e.plan(method, [budget(config), *([budget(config, of_start=True)] if first else [])], steps_of(config))

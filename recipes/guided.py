@@ -51,12 +51,12 @@ flags_first(__name__, Config, __doc__, PRESETS)
 
 import torch
 
-import teachers
 from eval.generate import images
 from eval.image_grid import sample_grid
 from recipes import progressive
 from recipes.common.guidance import measured
 from recipes.common.interrupts import interruptible
+from recipes.common.outline import teacher_of
 from recipes.common.training import Experiment
 from recipes.data import sets
 from teachers import Teacher
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__, PRESETS, argv)
         shared = {field.name for field in fields(progressive.Config)} & {field.name for field in fields(config)}
         ladder = progressive.Config(**{name: getattr(config, name) for name in shared})
-        e = progressive.prepare(ladder, teachers.load(config.teacher), sets.load(config.data))
+        e = progressive.prepare(ladder, teacher_of(config), sets.load(config.data))
     with e:
         e.add_baselines(config.start_steps, SAMPLERS)
         progressive.learn(ladder, e)

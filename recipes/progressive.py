@@ -102,6 +102,7 @@ from recipes.common.checks import check_match, check_steps, conditioned
 from recipes.common.guidance import guided, taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
+from recipes.common.outline import teacher_of
 from recipes.common.training import Experiment
 from recipes.data import sets, source
 from recipes.data.sets import Data
@@ -114,7 +115,7 @@ from teachers.teacher import require_network
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        e = prepare(config, source.load(config.teacher), sets.load(config.data))
+        e = prepare(config, teacher_of(config), sets.load(config.data))
     distil(config, e)
 
 

@@ -35,7 +35,6 @@ class Config(flags.DistillationFlags):
 
 flags_first(__name__, Config, __doc__, PRESETS)
 
-import teachers
 from distill.denoiser import DenoiserLike
 from distill.files import write_json
 from distill.regression import Regression
@@ -48,6 +47,7 @@ from recipes.common.checks import check_match, check_steps, conditioned
 from recipes.common.guidance import taking_scale
 from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
+from recipes.common.outline import teacher_of
 from recipes.common.run import finished_file
 from recipes.common.training import Experiment
 from recipes.data import sets
@@ -62,7 +62,7 @@ MEASURED = 256  # paths whose straightness is measured
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        e = prepare(config, teachers.load(config.teacher), sets.load(config.data))
+        e = prepare(config, teacher_of(config), sets.load(config.data))
     with e:
         e.add_baselines(config.pair_steps)
         rectify(config, e)

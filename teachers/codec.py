@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from distill.bits import pixels_to_bits, pixels_to_tokens, to_pixels
+from teachers.hollow import is_hollow
 from teachers.hub import component, fetch
 
 Numbers = float | list[float]  # for all channels, or for each
@@ -67,7 +68,7 @@ class Codec:
         for part in DECODING["tiled"]:
             if hasattr(network, part):
                 setattr(network, part, part in DECODING[self.how])
-        with torch.inference_mode(), torch.autocast(latents.device.type, enabled=False):
+        with torch.inference_mode(), _full_precision(latents):
             z = latents.float()
             z = z / _shaped(self.scale, z) + _shaped(self.shift, z)
             if _has_frames(network):
@@ -76,7 +77,7 @@ class Codec:
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents of images in [-1, 1]; the mean if the encoder returns a distribution."""
-        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+        with torch.inference_mode(), _full_precision(images):
             vae = self._on(images)
             out = vae.encode(images.float().unsqueeze(2) if _has_frames(vae) else images.float())
         z = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent if hasattr(out, "latent") else out.latents
@@ -158,7 +159,7 @@ def statistics(vae: Any) -> tuple[Numbers, Numbers]:
     """
     config = vae.config
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    if _is_patched(vae):
+    if _is_patched(vae) and not is_hollow(vae):
         deviation = (vae.bn.running_var.double() + config["batch_norm_eps"]).sqrt()
         return (1 / deviation).tolist(), vae.bn.running_mean.double().tolist()
     if config.get("latents_mean") is not None:
@@ -176,6 +177,11 @@ def downsampling(vae: Any) -> int:
     """Return by how much smaller than the image the latents of a diffusers autoencoder are along each side."""
     resolutions = len(vae.config[SCALE_KEYS.get(type(vae).__name__, "block_out_channels")])
     return 2 ** (resolutions if _is_patched(vae) else resolutions - 1)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of x; the meta device has none."""
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
 def _has_frames(vae: Any) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distill.denoiser import Denoiser
 from distill.guidance import GuidanceRange
-from teachers import diffusers_scheduler, fused_lora, passport
+from teachers import diffusers_scheduler, fused_lora, hollow, passport
 from teachers.codec import Codec, downsampling, latent_channels, statistics
 from teachers.conditions import Conditions
 from teachers.encoder import Encoder
@@ -34,19 +35,20 @@ ANY_SCALE = [0.0, 1000.0, 7.5]  # of one from elsewhere, which does not state it
 STOCK_SCHEDULERS = ("deprecated", "stochastic_karras_ve")  # modules of diffusers with a scheduler of their own
 
 
-def load(spec: str, download: bool = True) -> Teacher:
+def load(spec: str, download: bool = True, weights: bool = True) -> Teacher:
     """Load ``PIPELINE``. A text-to-image pipeline takes its conditions from the data, or from ``PIPELINE,prompts=FILE``.
 
     ``,variant=NAME`` chooses among several weights, such as fp16. ``,size=HEIGHTxWIDTH`` sets the pixels of the images, for a network
     that was trained on others than its configuration says. ``,guidance=W`` is the scale for a network that embeds it. ``,lora=FILE`` adds
     a LoRA to the weights of the network.
-    ``download``: False accepts only what is on this machine.
+    ``download``: False accepts only what is on this machine. ``weights``: False reads configurations alone; the networks are hollow
+    (`teachers.hollow`), and a LoRA is not added.
 
     Raises ValueError for a pipeline with missing, foreign or unsupported components.
     """
     where, options = _split(spec)
     file, variant = options.get("prompts"), options.get("variant")
-    folder = fetch(where, variant, download)
+    folder = fetch(where, variant, download, weights)
     if "lora" not in options:
         check_adapters(folder, where)
     index = read_json(folder / "model_index.json", "no diffusers pipeline")
@@ -61,15 +63,15 @@ def load(spec: str, download: bool = True) -> Teacher:
     check_numbers(config, f"{where}: scheduler_config.json")
     convention = diffusers_scheduler.read(config, where)
     found = variant_of(folder / part, variant, where)
-    if variant not in (None, found):
+    if weights and variant not in (None, found):
         raise ValueError(
             f"{where}: {part} has no weights of variant {variant!r}; accepted without variant= is {found or 'plain'}"
         )
     variant = found
-    net = _network(folder, part, index[part][1], where, TEXTUAL if textual else LABELLED, variant)
-    if "lora" in options:
+    net = _network(folder, part, index[part][1], where, TEXTUAL if textual else LABELLED, variant, weights)
+    if "lora" in options and weights:
         fused_lora.fuse(options["lora"], net, name, folder, index, part)
-    codec = _codec(where, folder, index, variant)
+    codec = _codec(where, folder, index, variant, weights)
     _check_channels(where, net, codec)
     shape = _shape(where, net, codec, options.get("size"))
     inner, network, classes, null = _wrapped(net, _number("guidance", options))
@@ -84,7 +86,8 @@ def load(spec: str, download: bool = True) -> Teacher:
         **({"lora": options["lora"]} if "lora" in options else {}),
     }
     if textual:
-        embeddings = Encoder(where, variant, shape[1:]).table(lines) if lines else Conditions({})
+        encoder = Encoder(where, variant, shape[1:], torch.device("cpu" if weights else "meta"))
+        embeddings = encoder.table(lines) if lines else Conditions({})
         classes = null = embeddings.count
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):
         record["without"] = without
@@ -161,9 +164,13 @@ def _check_parts(where: str, folder: Path, index: dict) -> None:
         check_pickles(folder / part, where)
 
 
-def _network(folder: Path, part: str, name: str, what: str, accepted: tuple[str, ...], variant: str | None) -> Any:
+def _network(
+    folder: Path, part: str, name: str, what: str, accepted: tuple[str, ...], variant: str | None, weights: bool
+) -> Any:
     """Load the network. Older DiT and PixArt folders have Transformer2DModel, for which diffusers makes the right class."""
-    net: Any = component(folder, part, name, what, variant) if name in (*accepted, "Transformer2DModel") else None
+    net: Any = None
+    if name in (*accepted, "Transformer2DModel"):
+        net = component(folder, part, name, what, variant) if weights else hollow.component(folder, part, name, what)
     found = name if net is None else type(net).__name__
     if found not in accepted:
         known = found in RECORDS and RECORDS[found].encoders  # in a pipeline for something else, such as inpainting
@@ -201,14 +208,14 @@ def _check_channels(where: str, net: Any, codec: Codec | None) -> None:
         )
 
 
-def _codec(where: str, folder: Path, index: dict, variant: str | None) -> Codec | None:
+def _codec(where: str, folder: Path, index: dict, variant: str | None, weights: bool) -> Codec | None:
     part = next((p for p in ("vae", "vqvae") if p in index), None)
     if part is None:
         return None
     library, name = index[part]
     if library != "diffusers" or name not in CODECS:
         raise ValueError(f"{where}: holds an autoencoder of class {name}; accepted are {', '.join(CODECS)}")
-    vae = component(folder, part, name, where, variant)
+    vae = component(folder, part, name, where, variant) if weights else hollow.component(folder, part, name, where)
     source = {"folder": str(Path(where).resolve()) if Path(where).is_dir() else where, "part": part, "class": name}
     source |= {} if variant is None else {"variant": variant}
     return Codec(frozen(vae), *statistics(vae), source)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from teachers.conditions import Conditions
+from teachers.hollow import network, text_encoder
 from teachers.hub import WEIGHTS, assemble, fetch, first_line, left_out, quiet, read_json, stock, variant_of
 from teachers.networks.records import ENCODERS, Encoded
 
@@ -33,7 +34,8 @@ class Encoder:
 
     ``where``: the pipeline, a folder or a hub id. ``variant``: of its weights. ``side``: height and width of the network's samples, where
     they are not those of its configuration: some networks are conditioned on the size of their images. ``device``, ``dtype``: where the
-    encoders run, and in which precision. The pipeline's network and autoencoder are not loaded. Nothing is downloaded.
+    encoders run, and in which precision. The pipeline's network and autoencoder are not loaded. Nothing is downloaded. On the meta device
+    the encoders have no weights, rows have shapes alone and are 0, and the sha256 is "".
     """
 
     where: str
@@ -55,7 +57,12 @@ class Encoder:
     @cached_property
     def folder(self) -> Path:
         """The folder of the pipeline."""
-        return fetch(self.where, self.variant, download=False)
+        return fetch(self.where, self.variant, download=False, weights=not self.hollow)
+
+    @property
+    def hollow(self) -> bool:
+        """Whether the encoders have no weights."""
+        return self.device.type == "meta"
 
     @cached_property
     def index(self) -> dict:
@@ -71,6 +78,8 @@ class Encoder:
 
         Neither versions of the libraries nor the layout of the files change it. It takes about a second for each gigabyte.
         """
+        if self.hollow:
+            return ""
         digest = hashlib.sha256()
         for part in sorted(self._parts("transformers")):
             digest.update(part.encode())
@@ -94,16 +103,18 @@ class Encoder:
         cls = stock(self.index["_class_name"])
         with silent():
             try:
-                hollow = {part: _hollow(self.folder / part, name) for part, name in self._parts("diffusers").items()}
-                network: Any = hollow.get("unet", hollow.get("transformer"))
-                if self.side is not None and "sample_size" in network.config:
-                    network.register_to_config(sample_size=[*self.side])
-                pipeline = assemble(cls, self.folder, hollow, self.variant)
+                parts = {part: network(self.folder / part, name) for part, name in self._parts("diffusers").items()}
+                net: Any = parts.get("unet", parts.get("transformer"))
+                if self.side is not None and "sample_size" in net.config:
+                    net.register_to_config(sample_size=[*self.side])
+                if self.hollow:
+                    parts |= self._without_weights()
+                pipeline = assemble(cls, self.folder, parts, self.variant)
             except Exception as error:  # the libraries raise many types; all mean that an encoder cannot be loaded
                 raise ValueError(f"{self.where}: a text encoder or tokenizer cannot be read ({first_line(error)})") from None
         for part in pipeline.components.values():
             if isinstance(part, PreTrainedModel):
-                torch.nn.Module.to(part, self.device, self.dtype).eval()
+                torch.nn.Module.to(part, None if self.hollow else self.device, self.dtype).eval()
         return pipeline
 
     @torch.no_grad()
@@ -142,6 +153,14 @@ class Encoder:
         """Return the components of a library other than scheduler and unused ones, {part: class}."""
         stated = {k: v for k, v in self.index.items() if isinstance(v, list) and k not in (*left_out(self.folder), "scheduler")}
         return {part: name for part, (home, name) in stated.items() if home == library}
+
+    def _without_weights(self) -> dict[str, Any]:
+        """Return the text encoders from their configurations alone."""
+        import transformers
+
+        classes = {part: getattr(transformers, name) for part, name in self._parts("transformers").items()}
+        models = {part: cls for part, cls in classes.items() if issubclass(cls, transformers.PreTrainedModel)}
+        return {part: text_encoder(self.folder / part, cls) for part, cls in models.items()}
 
     def _weights(self, part: str) -> list[Path]:
         """Return the files of a component's weights, of the variant that is loaded."""
@@ -201,15 +220,6 @@ def silent() -> Iterator[None]:
             yield
     finally:
         more.set_verbosity(before)
-
-
-def _hollow(folder: Path, name: str) -> Any:
-    """Return a network of diffusers with its configuration and without weights. Older PixArt folders have Transformer2DModel."""
-    import diffusers
-
-    cls = getattr(diffusers, {"Transformer2DModel": "PixArtTransformer2DModel"}.get(name, name))
-    with torch.device("meta"):
-        return cls.from_config(cls.load_config(folder))
 
 
 def _tensors(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ from distill import reading
 from distill.reading import first_line as first_line
 
 TIMEOUT = 5.0  # seconds that the hub has for its first answer
+CONFIGS = ("*.json", "*.txt", "*.model")  # all of a pipeline but its weights
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are never loaded
 T5 = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, whose pipeline takes embeddings of 0 without them
 ADAPTERS = ("pytorch_lora_weights*", "adapter_config.json", "adapter_model.*")
@@ -22,10 +23,11 @@ FUSE = "accepted are weights with the adapter fused into them: fuse_lora, unload
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
 
 
-def fetch(where: str, variant: str | None = None, download: bool = True) -> Path:
+def fetch(where: str, variant: str | None = None, download: bool = True, weights: bool = True) -> Path:
     """Return the folder of a pipeline, downloaded from the hub if there is no folder ``where``.
 
     ``variant``: of the weights to download. ``download``: False accepts only what an earlier download left on this machine.
+    ``weights``: False downloads the files of `CONFIGS` alone.
 
     Raises ValueError if the hub does not have it or cannot be reached.
     """
@@ -33,11 +35,14 @@ def fetch(where: str, variant: str | None = None, download: bool = True) -> Path
         _check_files(Path(where))
         return Path(where)
     from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
 
     here = not (download and reached(where, "model"))
     options = {"variant": variant, "trust_remote_code": False, "use_safetensors": True, "local_files_only": here}
     try:
         with quiet():
+            if not weights:
+                return Path(snapshot_download(where, allow_patterns=[*CONFIGS], local_files_only=here))
             return Path(DiffusionPipeline.download(where, **options))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be loaded
         reason = type(error).__name__

@@ -30,7 +30,11 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
 def load(
-    spec: str, trusted: bool = True, base: bool = False, source: Callable[[dict[str, Any]], Source] | None = None
+    spec: str,
+    trusted: bool = True,
+    base: bool = False,
+    source: Callable[[dict[str, Any]], Source] | None = None,
+    weights: bool = True,
 ) -> Teacher:
     """Load a model from its spec, frozen and on the CPU.
 
@@ -38,6 +42,7 @@ def load(
     `trust` must name its factory, and nothing is downloaded. ``base``: of a LoRA adapter, so that it may have none itself.
     ``source``: finds the images that the paths of a model start from; None refuses such a model, since most of what is done with a model
     supposes Gaussian noise.
+    ``weights``: False gives a diffusers pipeline with hollow networks (`teachers.hollow`); other models have their weights.
 
     Raises ValueError for a spec that is not among `FORMS`, and for a factory that is not trusted.
     """
@@ -63,13 +68,13 @@ def load(
         return load_file(path / "student.safetensors")
     if path.is_dir() or Path(where).is_dir():
         with quiet(), malformed(spec if path.is_dir() else where):
-            return diffusers_pipeline.load(spec)
+            return diffusers_pipeline.load(spec, weights=weights)
     if not path.is_file() and ":" in where:
         return custom.load(spec, trusted)
     if path.is_file() or path.suffix in WEIGHTS:
         return load_file(path)
     if where.count("/") == 1 and not where.startswith((".", "/")) and not Path(where).parent.is_dir():
-        return diffusers_pipeline.load(spec, download=trusted)
+        return diffusers_pipeline.load(spec, download=trusted, weights=weights)
     if "/" in where:
         raise ValueError(f"{where}: there is no such file or folder; accepted are paths that exist, and OWNER/NAME of the hub")
     raise ValueError(

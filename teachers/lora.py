@@ -41,7 +41,7 @@ def with_adapter(model: Teacher, spec: str, rank: int, targets: Sequence[str] | 
         return model
     found = targets_of(denoiser.net, targets)
     source = {"rank": rank, "targets": list(found), "network": model.network, "source": _source_of(model, spec)}
-    config = source | {"sha256": files.weights_sha256(denoiser.net.state_dict())}
+    config = source | {"sha256": "" if model.hollow else files.weights_sha256(denoiser.net.state_dict())}
     adapted = frozen(Adapted(denoiser.net, rank, found, seed))
     return replace(model, denoiser=replace(denoiser, net=adapted), network={"family": "lora", "config": config})
 

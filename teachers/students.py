@@ -4,10 +4,12 @@ previous estimate, or on a discrete table."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from distill.decoding import decoding_times
 from distill.denoiser import TIMES, Denoiser
@@ -45,7 +47,7 @@ def with_two_times(model: Teacher) -> Teacher:
             "accepted is a model on a discrete table or a flow"
         )
     config = model.network["config"] | {"reach": abs(first - last)}
-    twin = unet.build(config)
+    twin = beside(net, unet.build, config)
     kept = {k.replace("time_proj.", "time_proj.projection."): v for k, v in net.state_dict().items()}
     twin.load_state_dict(kept | {k: v for k, v in twin.state_dict().items() if "length_linear" in k})
     twin.train(net.training)
@@ -72,7 +74,7 @@ def with_slow_time(model: Teacher) -> Teacher:
     if not inputs.isfinite().all():
         raise ValueError(f"a slow time embedding needs a finite time input; {model.parametric.time!r} on this schedule is not")
     config = model.network["config"] | {"slow": [float(inputs[-1]), float(inputs[0])]}
-    twin = unet.build(config)
+    twin = beside(net, unet.build, config)
     slow: Any = twin.unet.time_proj
     with torch.no_grad():
         fitted = torch.linalg.lstsq(slow.waves(inputs), net.embedding(inputs.float()).double()).solution
@@ -100,7 +102,7 @@ def with_heads(model: Teacher, heads: int) -> Teacher:
             f"heads need a time input that is finite at the data; {model.parametric.time!r} on this schedule is not"
         )
     config = model.network["config"] | {"heads": [inputs.tolist(), straight.tolist()]}
-    twin, weights = unet.build(config), net.state_dict()
+    twin, weights = beside(net, unet.build, config), net.state_dict()
     for name in ("weight", "bias"):
         last = weights.pop(f"unet.conv_out.{name}")
         weights[f"unet.conv_out.conv.{name}"] = last.repeat(heads, *[1] * (last.dim() - 1))
@@ -121,7 +123,8 @@ def with_guidance(model: Teacher, over: GuidanceRange) -> Teacher:
     if model.null is None:
         raise ValueError("a guidance range needs a teacher trained with a null class; this one has none: leave the range out")
     network = _taking_scale(model.network or {"family": "none"}, over)
-    net, twin = model.parametric.net, networks.build(network)
+    net = model.parametric.net
+    twin = beside(net, networks.build, network)
     kept = {k.replace("unet.time_proj.", "unet.time_proj.projection."): v for k, v in net.state_dict().items()}
     added = {k: torch.zeros_like(v) for k, v in twin.state_dict().items() if k not in kept}
     twin.load_state_dict(kept | added)
@@ -158,11 +161,17 @@ def with_self_conditioning(model: Teacher) -> Teacher:
     config = model.network["config"]
     wide, weights = config | {"in_channels": 2 * config["in_channels"]}, net.state_dict()
     first = weights["unet.conv_in.weight"]
-    twin = unet.build(wide)
+    twin = beside(net, unet.build, wide)
     twin.load_state_dict(weights | {"unet.conv_in.weight": torch.cat([first, torch.zeros_like(first)], 1)})
     twin.train(net.training).requires_grad_(next(net.parameters()).requires_grad)
     adapted, network = adapters.wrap(twin, model.network | {"config": wide}, {"kind": "self_conditioned"})
     return replace(model, denoiser=replace(model.parametric, net=adapted), network=network)
+
+
+def beside(net: nn.Module, build: Callable[[dict], nn.Module], description: dict) -> Any:
+    """Build a network from its description on the device of another one."""
+    with next(net.parameters()).device:
+        return build(description)
 
 
 def _refuse_guided(net: UNet, what: str) -> None:

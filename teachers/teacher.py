@@ -24,6 +24,7 @@ from distill.schedule import describe
 from distill.source import Source
 from teachers.codec import Codec
 from teachers.conditions import SIZES, Conditions, as_float, described
+from teachers.hollow import is_hollow
 
 MOST_VALUES, MOST_CLASSES, MOST_PROMPTS = 2**26, 1_000_000, 10**10  # of a sample, labels, and rows of a table
 EMBEDDINGS = "table."  # prefix of the conditions among the tensors of a file
@@ -71,7 +72,10 @@ class Teacher:
     @property
     def image_shape(self) -> tuple[int, ...]:
         """The shape of one image; for a latent model it differs from `shape`."""
-        return self.shape if self.codec is None else tuple(self.decode(torch.zeros(1, *self.shape)).shape[1:])
+        if self.codec is None:
+            return self.shape
+        device = "meta" if is_hollow(self.codec.network) else "cpu"
+        return tuple(self.decode(torch.zeros(1, *self.shape, device=device)).shape[1:])
 
     def decode(self, x0: Tensor) -> Tensor:
         """Return images in [-1, 1] of samples x0; the identity for pixel-space models."""
@@ -81,6 +85,11 @@ class Teacher:
     def parametric(self) -> Denoiser:
         """The denoiser, if it is one network. Raises ValueError for oracles and experts."""
         return require_network(self)
+
+    @property
+    def hollow(self) -> bool:
+        """Whether the network has shapes alone and no weights, for the plan of a run."""
+        return isinstance(self.denoiser, Denoiser) and is_hollow(self.denoiser.net)
 
     @property
     def distilled(self) -> bool:
@@ -196,8 +205,11 @@ class Teacher:
         return {name: as_float(row, "cpu") for name, row in self.embeddings.null.items() if name not in SIZES}
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the model in place, and return self. Conditions stay; its autoencoder moves to where it encodes or decodes."""
-        if isinstance(self.denoiser, Denoiser):
+        """Move the model in place, and return self. Conditions stay; its autoencoder moves to where it encodes or decodes.
+
+        A hollow model stays on the meta device.
+        """
+        if isinstance(self.denoiser, Denoiser) and not self.hollow:
             lay_out(self.denoiser.net.to(device), device)
         return self
 

@@ -25,6 +25,7 @@ from teachers import Teacher
 from teachers.codec import Codec
 from teachers.conditions import Conditions
 from teachers.encoder import Encoder, online
+from teachers.hollow import META, is_hollow
 from teachers.probe import Probe, probe
 from teachers.prompts import read_prompts
 
@@ -87,7 +88,7 @@ def conditioned(teacher: Teacher, data: Data, config: Any = None) -> tuple[Teach
         table = encoded(teacher, distinct(data.captions), config)
     else:
         table, own = data.table, teacher.embeddings
-        if not own.encoder and not own.null:
+        if not own.encoder and not own.null and not teacher.hollow:
             teacher = replace(teacher, embeddings=replace(own, encoder=Encoder.of(teacher).sha256))
     return teacher.with_conditions(table), data.captioned(list(table.prompts))
 
@@ -105,6 +106,8 @@ def captions_for(model: Teacher, path: str | None, config: Any = None) -> Condit
 def encoded(teacher: Teacher, prompts: list[str], config: Any = None) -> Conditions:
     """Return the conditions of distinct prompts by the teacher's own text encoders, see `conditioned`."""
     state = PartialState(cpu=not torch.cuda.is_available())
+    if teacher.hollow:
+        return online(Encoder.of(teacher, device=META), prompts)
     if config is None:
         return Encoder.of(teacher, device=state.device).table(prompts)
     if getattr(config, "conditions", "cached") == "online" or getattr(config, "dry_run", False):
@@ -116,7 +119,7 @@ def encoded(teacher: Teacher, prompts: list[str], config: Any = None) -> Conditi
 
 def check_finite_weights(model: Teacher) -> None:
     """Raise ValueError that names the first weight or prompt embedding with NaN or infinity."""
-    if not isinstance(model.denoiser, Denoiser):
+    if not isinstance(model.denoiser, Denoiser) or model.hollow:
         return
     for name, value in model.tensors().items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -146,6 +149,8 @@ def _check_latents(teacher: Teacher, data: Data) -> None:
             f"{data.name} holds latents of {index['model']} and shape {shapes_text(data)}, the teacher works on {works} of"
             f" {'x'.join(map(str, teacher.shape))}: they must agree"
         )
+    if is_hollow(codec.network):
+        return
     here = {"scale": codec.scale, "shift": codec.shift, "codec_sha256": codec_sha256(codec)}
     if wrong := [key for key, value in here.items() if index[key] != value]:
         key = wrong[0]
@@ -261,6 +266,8 @@ def check_denoiser(teacher: Teacher, data: Data, seed: int, force: bool) -> str 
     A distilled model gets a warning: its output is a sample, not the mean, and a ladder may still go on from it. Any other model that
     fails raises ValueError, or gets a warning with ``force``.
     """
+    if teacher.hollow:
+        return "the weights are not loaded, so that nothing tests whether the teacher is a denoiser as declared"
     if data.imageless:
         return f"{data.name} holds no images, so that nothing tests whether the teacher is a denoiser as declared"
     if teacher.source is not None:

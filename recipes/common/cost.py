@@ -12,6 +12,7 @@ HALF = 2  # bytes of a bfloat16
 FULL = 4  # bytes of a float32, in which weights, gradients, Adam's state and averages are kept
 ADAM = {"adamw": 2 * FULL, "adamw8bit": 2}  # bytes of its two moments of a weight
 CARDS = (24, 48, 80)  # GB of GPUs in use
+A100 = 0.4 * 312e12  # floating-point operations per second in bf16 that training reaches there
 USABLE = 0.9  # part of a GPU's memory that tensors can have, beside its driver, workspaces and fragments
 SHARDING = ("none", "gradients", "weights", "zero2")
 

@@ -22,7 +22,7 @@ def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor], net: n
     inputs are saved, and the largest block is added, because one is computed at a time.
     """
     weights = list(weights)
-    known, blocks = {_place(weight) for weight in weights}, [0]
+    known, blocks = {place_of(weight) for weight in weights}, [0]
     saved: Saved = {}
     fused = _Fused() if any(weight.device.type == "meta" for weight in weights) else nullcontext()
     try:
@@ -38,7 +38,7 @@ def _bytes(saved: Saved) -> int:
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def _place(tensor: Tensor) -> int:
+def place_of(tensor: Tensor) -> int:
     """Return what identifies the storage of a tensor. Raises RuntimeError for a wrapper of `torch.func`, which has none."""
     storage = tensor.untyped_storage()
     return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
@@ -54,7 +54,7 @@ def _saving(known: set[int], saved: Saved) -> torch.autograd.graph.saved_tensors
 
 def _count(tensor: Tensor, known: set[int], saved: Saved) -> None:
     try:
-        if (place := _place(tensor)) not in known:
+        if (place := place_of(tensor)) not in known:
             saved[place] = tensor.untyped_storage()
     except RuntimeError:  # what a wrapper of `torch.func` holds is counted by itself
         pass

@@ -6,7 +6,8 @@ import copy
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.denoiser import Denoiser
 from distill.rng import Rng
@@ -24,11 +26,13 @@ from distill.train import Method
 from distill.zero import BUCKET
 from eval.features import Extractor
 from eval.sweep import KEPT, KEPT_BYTES
-from recipes.common.cost import ADAM, CARDS, Cost, cost, largest_batch
+from recipes.common.cli import duration
+from recipes.common.cost import A100, ADAM, CARDS, Cost, cost, largest_batch
 from recipes.common.footprint import saved_bytes
 from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
 from teachers import Teacher
+from teachers.hollow import is_hollow
 from teachers.networks.lora import is_adapter
 
 PAGE = 8_000_000  # bytes of report, pictures, metrics and configuration
@@ -42,27 +46,101 @@ def measure_step_time(
     ``steps``: how many the run takes. The steps of a second network (`distill.second`) are part of it.
     """
     student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
-    rng = Rng.seeded(0, x0.device, len(x0))
-    adam = torch.optim.AdamW([weight for weight in student.net.parameters() if weight.requires_grad], lr=0.0, fused=True)
+    weights = [weight for weight in student.net.parameters() if weight.requires_grad]
+    adam = torch.optim.AdamW(weights, lr=0.0, fused=True)
+    step, calling = _works(method, student, x0, cond)
 
+    def training() -> None:
+        step()
+        adam.step()
+        adam.zero_grad()
+
+    seconds = [seconds_of(training, x0.device, steps), seconds_of(calling, x0.device, 0)]
+    return seconds[0] / len(x0), seconds[1] / len(x0)
+
+
+def count_operations(
+    method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor], teacher: nn.Module | None = None
+) -> tuple[float, float]:
+    """Return the floating-point operations per image of a training step, and of a network call, of `teachers.hollow` networks.
+
+    A multiplication and an addition count as two. Samples and conditions are on the meta device. ``teacher``: see `once`.
+    """
+    step, call = _works(method, student, x0, cond)
+    with once(teacher) as saved:
+        count = _operations(step) + sum(saved)
+    return count / len(x0), _operations(call) / len(x0)
+
+
+def _operations(work: Callable[[], object]) -> int:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Whole()  # type: ignore[assignment]
+    with counter:
+        work()
+    return counter.get_total_flops()
+
+
+@contextmanager
+def once(net: nn.Module | None) -> Iterator[list[int]]:
+    """Let calls of a hollow network without gradient that are alike happen once, and return empty tensors afterwards.
+
+    A sampler in a target calls it a hundred times, and a call takes seconds. Yields the operations of the calls left out.
+    """
+    saved: list[int] = []
+    if net is None or not is_hollow(net):
+        yield saved
+        return
+    forward = net.forward
+    seen: dict[tuple, tuple[Tensor, int]] = {}
+
+    def call(*inputs: Any, **cond: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            return forward(*inputs, **cond)
+        key = tuple(tuple(value.shape) for value in (*inputs, *cond.values()))
+        if key in seen:
+            saved.append(seen[key][1])
+            return torch.empty_like(seen[key][0])
+        outputs: list[Tensor] = []
+        count = _operations(lambda: outputs.append(forward(*inputs, **cond)))
+        seen[key] = outputs[0], count
+        return outputs[0]
+
+    net.forward = call  # type: ignore[method-assign]
+    try:
+        yield saved
+    finally:
+        del net.forward
+
+
+class _Whole(nullcontext):
+    """Take the place of the counter's hooks on modules, which some networks do not stand."""
+
+    parents = frozenset(("Global",))
+
+
+def _works(method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> tuple[Callable, Callable]:
+    """Return two functions: all losses of a training step with their gradients, and a network call."""
+    rng = draws(x0)
     of: Second | None = getattr(method, "second", None)
     other = (
         None if of is None else replace(of.begin, net=copy.deepcopy(of.begin.net).to(x0.device).requires_grad_(True).train())
     )
 
-    def training() -> None:
+    def step() -> None:
         for _ in range(of.period if of is not None else 0):
             method.second_loss(other, student, x0, rng=rng, progress=0.0, **cond).mean().backward()  # type: ignore[attr-defined]
         method(student, x0, rng=rng, progress=0.0, **cond).mean().backward()
-        adam.step()
-        adam.zero_grad()
 
     def calling() -> None:
         with torch.inference_mode():
             student(x0, torch.tensor(student.schedule.t_max), **cond)
 
-    seconds = [seconds_of(training, x0.device, steps), seconds_of(calling, x0.device, 0)]
-    return seconds[0] / len(x0), seconds[1] / len(x0)
+    return step, calling
+
+
+def draws(x0: Tensor) -> Rng:
+    """Return the random numbers of a trial on samples x0: on their device, or on the CPU for the meta device, which has none."""
+    return Rng.seeded(0, torch.device("cpu") if x0.device.type == "meta" else x0.device, len(x0))
 
 
 def sharding_of(accelerator: Accelerator, net: nn.Module) -> dict[str, Any]:
@@ -101,8 +179,7 @@ def training_memory(
     ``frozen``: bytes of the networks that are not trained. ``adam_bytes``: a value of `recipes.common.cost.ADAM`.
     """
     weights = [weight for weight in student.net.parameters() if weight.requires_grad]
-    rng = Rng.seeded(0, x0.device, len(x0))
-    forward = partial(method, student, x0, rng=rng, progress=0.0, **cond)
+    forward = partial(method, student, x0, rng=draws(x0), progress=0.0, **cond)
     activations = saved_bytes(lambda: forward().mean(), student.net.parameters(), student.net)
     how = sharding_of(accelerator, student.net)
     count = sum(weight.numel() for weight in weights)
@@ -162,6 +239,14 @@ def check_disk(folder: Path, needed: int) -> None:
             f"{folder}: the run needs about {gigabytes(needed - written)} of disk and {gigabytes(free)} are free: free some, or choose"
             " another --output-dir"
         )
+
+
+def work_text(operations: float) -> str:
+    """Return floating-point operations for people, with the time that one GPU in use takes for them."""
+    tera = operations / 1e12
+    return (
+        f"{tera:{',.0f' if tera >= 100 else '.3g'}} TFLOP, {duration(operations / A100)} on an A100 at 40 % of its 312 TFLOP/s"
+    )
 
 
 def gigabytes(number: float) -> str:

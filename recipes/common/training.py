@@ -21,7 +21,6 @@ from distill.files import write_json
 from distill.guidance import OverRange
 from distill.replay import SavedStep
 from distill.resume import Resumable, whole
-from distill.rng import Rng
 from distill.samplers import BASELINES
 from distill.sampling import Sampling
 from distill.source import Coupled
@@ -35,20 +34,26 @@ from recipes.common.checks import captions_for, check_denoiser, check_optimizer,
 from recipes.common.cli import duration, fail, one_line_errors, plural
 from recipes.common.cost import ADAM, Cost
 from recipes.common.flags import DistillationFlags
+from recipes.common.footprint import place_of
 from recipes.common.forecast import Forecast, sweep_seconds
 from recipes.common.guidance import measured
 from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, Real, baselines, count_of, measured_against, student_cells, training_seconds
+from recipes.common.outline import placed
 from recipes.common.plan import (
     batches_text,
     check_disk,
+    count_operations,
     disk_bytes,
+    draws,
     gigabytes,
     measure_step_time,
     memory_text,
+    once,
     size_of,
     training_memory,
     weights_of,
+    work_text,
 )
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.common.several_sizes import shapes_text
@@ -152,7 +157,7 @@ class Experiment:
             if model is not None:
                 model.to(run.device)
         record |= {"config": settings_of(config)}
-        record |= {} if teacher is None else {"teacher_sha256": teacher.fingerprint}
+        record |= {} if teacher is None or teacher.hollow else {"teacher_sha256": teacher.fingerprint}
         e = cls(config, teacher, student, data, title, record, run, extractor, real, disk, replay=replay, captions=captions)
         if not config.dry_run:
             e.measurement  # noqa: B018 (the features of the data, before anything is trained)
@@ -180,16 +185,26 @@ class Experiment:
         student, world = self.student, self.run.accelerator.num_processes
         images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
         largest = self.data.of_one_shape()
-        batches = largest.batches(self._split(budgets[0]), 0, "rehearsal", self.run.device, student.condition)
-        x0, cond = next(iter(batches(0)))
-        training, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
+        device = torch.device("cpu") if student.hollow else self.run.device
+        batches = largest.batches(self._split(budgets[0]), 0, "rehearsal", device, student.condition)
+        x0, cond = placed(student, *next(iter(batches(0))))
         weights, trained = (sum(map(torch.Tensor.numel, ws)) for ws in weights_of(student))
         c, real = self.config, count_of(self.real)
         made = [*steps] * len(measured(c, student))
-        sweep = sweep_seconds(self.cells, student, made, self.extractor.to(self.run.device), c.images, c.chunk, real, self.run)
+        if student.hollow:
+            step, call = count_operations(method, student.student(), x0, cond, self._teacher_net)
+            swept = c.images * (sum(cell.cost for cell in self.cells) + sum(made))
+            training, sweeping = work_text(images * step + more * call), work_text(swept * call)
+            together = "unknown: no step was measured, because the network is large or its weights are not here"
+        else:
+            step, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
+            extractor = self.extractor.to(self.run.device)
+            sweep = sweep_seconds(self.cells, student, made, extractor, c.images, c.chunk, real, self.run)
+            whole = not (self.run.folder / "stages").exists()
+            self.forecast = Forecast((images * step + more * call) / world, sweep, images, self.run.device, whole)
+            training, sweeping = duration(self.forecast.training), duration(sweep)
+            together = f"about {duration(self.forecast.total)}, report and pipelines included"
         needed, rest = self._memory(method, budgets, x0, cond)  # after the steps and calls that load what is loaded once
-        whole = not (self.run.folder / "stages").exists()
-        self.forecast = Forecast((images * training + more * call) / world, sweep, images, self.run.device, whole)
         for line in (
             self.title,
             f"  network   {weights / 1e6:.2f} M weights" + (f", {trained / 1e6:.2f} M trained" if trained < weights else ""),
@@ -197,9 +212,9 @@ class Experiment:
             + ("; time and memory are those of the largest" if isinstance(self.data.images, Buckets) else ""),
             f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
             f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
-            f" about {duration(self.forecast.training)}",
-            f"  sweep     {self.config.images:,} images per cell: about {duration(sweep)}",
-            f"  together  about {duration(self.forecast.total)}, report and pipelines included",
+            f" about {training}",
+            f"  sweep     {self.config.images:,} images per cell: about {sweeping}",
+            f"  together  {together}",
             f"  memory    about {memory_text(needed, rest)} in each of {plural(world, 'process')}",
             *([f"  fits      {batches_text(needed, len(x0))} at once in a process"] if c.dry_run else []),
             f"  disk      about {gigabytes(self.disk)}",
@@ -216,16 +231,22 @@ class Experiment:
         stage before."""
         models = [model.denoiser for model in (self.teacher, self.student) if model is not None]
         nets = {id(model.net): model.net for model in models if isinstance(model, Denoiser)}
-        distinct = {weight.data_ptr(): weight for net in nets.values() for weight in (*net.parameters(), *net.buffers())}
+        distinct = {place_of(weight): weight for net in nets.values() for weight in (*net.parameters(), *net.buffers())}
         held = [size_of(distinct.values())]  # a base is shared by the networks with its adapters
-        rest = resident_bytes(self.run.device) - sum(held)
+        rest = resident_bytes(self.run.device) - (0 if self.student.hollow else sum(held))
         if len(budgets) > 1:
             held.append(size_of(self.student.parametric.net.state_dict().values()))
-        needed = training_memory(
-            method, self.student.student(), x0, cond, self.run.accelerator,
-            frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images), adam_bytes=ADAM[self.config.optimizer],
-        )  # fmt: skip
+        student = self.student.student()
+        with once(self._teacher_net):  # of which the student is no copy
+            needed = training_memory(
+                method, student, x0, cond, self.run.accelerator,
+                frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images), adam_bytes=ADAM[self.config.optimizer],
+            )  # fmt: skip
         return needed, rest
+
+    @property
+    def _teacher_net(self) -> torch.nn.Module | None:
+        return None if self.teacher is None else getattr(self.teacher.denoiser, "net", None)
 
     def stage(
         self,
@@ -396,5 +417,5 @@ def divergence_errors() -> Iterator[None]:
 def try_method(method: Method, model: Teacher, data: Data) -> None:
     """Evaluate the method once on two samples. Raises ValueError for what the network does not support, such as exact tangents."""
     batches = data.batches(BatchSplit(2), 0, "trial", torch.device("cpu"), model.condition)
-    x0, cond = next(iter(batches(0)))
-    method(model.student(), x0, rng=Rng.seeded(0, x0.device, 2), progress=0.5, **cond)
+    x0, cond = placed(model, *next(iter(batches(0))))
+    method(model.student(), x0, rng=draws(x0), progress=0.5, **cond)
