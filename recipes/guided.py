@@ -70,7 +70,13 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Config, __doc__, PRESETS, argv)
         shared = {field.name for field in fields(progressive.Config)} & {field.name for field in fields(config)}
         ladder = progressive.Config(**{name: getattr(config, name) for name in shared})
-        e = progressive.prepare(ladder, teacher_of(config), sets.load(config.data))
+        teacher = teacher_of(config)
+        if teacher.null is None and teacher.guidance is None:
+            raise ValueError(
+                f"{config.teacher} has no null class, so that there is no guidance to distil: accepted are teachers trained with one;"
+                " recipes/progressive.py distils this one as it is"
+            )
+        e = progressive.prepare(ladder, teacher, sets.load(config.data))
     with e:
         e.add_baselines(config.start_steps, SAMPLERS)
         progressive.learn(ladder, e)

@@ -15,7 +15,7 @@ from distill.denoiser import Denoiser
 from distill.optimizers import check_installed
 from distill.sampling import Sampling
 from distill.schedule import Flow, Table
-from recipes.common.encoding import Encoding, cached
+from recipes.common.encoding import Encoding, cached, warn_of_long
 from recipes.common.several_sizes import at_size, fits, shapes_text
 from recipes.data.buckets import Buckets
 from recipes.data.condition_shards import distinct
@@ -32,6 +32,7 @@ from teachers.prompts import read_prompts
 QUICK: dict[str, Any] = {"levels": 6, "samples": 16}  # the probe before a distillation
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP2", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # variables of `accelerate launch`
 IMAGES = 1024  # of the data, for the probe
+WARNED = 10_000  # prompts whose length is looked at where nothing is encoded before the run
 CHECKED = 2**16  # samples that are read before a run; recipes/latents.py refuses others that are not finite
 
 
@@ -106,13 +107,18 @@ def captions_for(model: Teacher, path: str | None, config: Any = None) -> Condit
 def encoded(teacher: Teacher, prompts: list[str], config: Any = None) -> Conditions:
     """Return the conditions of distinct prompts by the teacher's own text encoders, see `conditioned`."""
     state = PartialState(cpu=not torch.cuda.is_available())
-    if teacher.hollow:
-        return online(Encoder.of(teacher, device=META), prompts)
     if config is None:
-        return Encoder.of(teacher, device=state.device).table(prompts)
+        encoder = Encoder.of(teacher, device=state.device)
+        if state.is_main_process:
+            warn_of_long(encoder, prompts)
+        return encoder.table(prompts)
     if getattr(config, "conditions", "cached") == "online" or getattr(config, "dry_run", False):
         precision = torch.bfloat16 if state.device.type == "cuda" else torch.float32
-        return online(Encoder.of(teacher, device=state.device, dtype=precision), prompts)
+        where: dict[str, Any] = {"device": META} if teacher.hollow else {"device": state.device, "dtype": precision}
+        encoder = Encoder.of(teacher, **where)
+        if state.is_main_process:
+            warn_of_long(encoder, prompts[:WARNED])
+        return online(encoder, prompts)
     encoding = Encoding(Encoder.of(teacher, device=state.device))
     return cached(Path(config.output_dir).absolute().parent, prompts, encoding, state)
 
