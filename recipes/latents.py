@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -60,11 +60,11 @@ from accelerate import PartialState
 
 import teachers
 from distill import files
-from distill.images import from_uint8
 from eval.features import fingerprint
 from eval.progress import progress
 from recipes.common.checks import check_match
 from recipes.common.encoding import Encoding, row_bytes
+from recipes.common.growing import Growing
 from recipes.common.interrupts import interruptible
 from recipes.common.plan import check_disk, gigabytes
 from recipes.common.run import agreed
@@ -74,7 +74,6 @@ from recipes.common.shards import (
     finished_shards,
     refuse_existing,
     shared_folder,
-    stored,
     unfinished,
     write_everywhere,
 )
@@ -98,56 +97,19 @@ def encoded(
     With --sizes a shard is split into one for each size, in the folder of this size. They hold latents [n, ...], and labels [n] and
     captions [n] if the data have them. Raises ValueError if a latent overflows the number format.
     """
-    found = data.walk(
-        config.shard_images, config.most or None, state.process_index, state.num_processes, DECODED * config.batch_size
-    )
-    for number, pieces in groupby(found, lambda piece: piece[0]):
+    assert model.codec is not None
+    how = (model.codec, data.name, DTYPES[config.dtype], config.batch_size, state.device)
+    rank, world, decoded = state.process_index, state.num_processes, DECODED * config.batch_size
+    for number, pieces in groupby(
+        data.walk(config.shard_images, config.most or None, rank, world, decoded), lambda piece: piece[0]
+    ):
         shards: dict[str, Growing] = {}
         for _, images, labels, captions in pieces:
             folder = "x".join(map(str, images.shape[2:])) + "/" if config.sizes else ""
             if (name := f"{folder}latents-{number:05d}.safetensors") not in finished:
-                shards.setdefault(name, Growing(model, data.name, config, state.device)).add(images, labels, captions)
+                shards.setdefault(name, Growing(*how)).add(images, labels, captions)
         for name, shard in shards.items():
             yield name, *shard.whole()
-
-
-@dataclass
-class Growing:
-    """Hold a shard while its images arrive: the latents so far, and the images that wait for a whole batch.
-
-    The batches are those of all images of the shard in order, so that latents do not depend on how the images arrive.
-    """
-
-    model: Teacher
-    name: str  # of the data
-    config: Config
-    device: torch.device
-    latents: list[torch.Tensor] = field(default_factory=list)
-    labels: list[torch.Tensor] = field(default_factory=list)
-    captions: list[str] | None = None
-    waiting: torch.Tensor | None = None
-
-    def add(self, images: torch.Tensor, labels: torch.Tensor | None, captions: list[str] | None) -> None:
-        """Add images [n, C, H, W], with their labels [n] and captions [n] where the data have them."""
-        self.labels += [] if labels is None else [labels]
-        self.captions = captions if self.captions is None else self.captions + (captions or [])
-        images = images if self.waiting is None else torch.cat([self.waiting, images])
-        ready = len(images) - len(images) % self.config.batch_size
-        self._encode(images[:ready])
-        self.waiting = images[ready:].clone()  # not a view, which would keep all
-
-    def _encode(self, images: torch.Tensor) -> None:
-        assert self.model.codec is not None
-        for part in images.split(self.config.batch_size) if len(images) else ():
-            z = self.model.codec.encode(from_uint8(part, self.device))
-            self.latents.append(stored(z, DTYPES[self.config.dtype], f"latents of {self.name}"))
-
-    def whole(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Return the tensors and the description of the shard. Raises ValueError if a latent overflows the number format."""
-        assert self.waiting is not None
-        self._encode(self.waiting)
-        labels = {"labels": torch.cat(self.labels)} if self.labels else {}
-        return {"latents": torch.cat(self.latents)} | labels, {"captions": self.captions}
 
 
 def describe(model: Teacher, data: Images, config: Config) -> dict:
