@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,12 +22,13 @@ More = Callable[
 class Collector(Protocol):
     """Take the features of each chunk of this process with `add`. `numbers` returns the metrics on the main process, else {}.
 
-    Every process must call `numbers`.
+    Every process must call `numbers`. ``wanted``: the class that each label stands for, -1 where it stands for none,
+    among ``classes``.
     """
 
     def add(self, index: Tensor, labels: Tensor | None, features: Features) -> None: ...
 
-    def numbers(self, accelerator: Accelerator, images: int, classes: int | None) -> dict: ...
+    def numbers(self, accelerator: Accelerator, images: int, wanted: Sequence[int], classes: int) -> dict: ...
 
 
 class AllFeatures:
@@ -40,7 +41,7 @@ class AllFeatures:
     def add(self, index: Tensor, labels: Tensor | None, features: Features) -> None:
         self.parts.append((index, labels, features))
 
-    def numbers(self, accelerator: Accelerator, images: int, classes: int | None) -> dict:
+    def numbers(self, accelerator: Accelerator, images: int, wanted: Sequence[int], classes: int) -> dict:
         def gathered(pick: Callable) -> Tensor | None:
             rows = [pick(part) for part in self.parts]
             return gather_rows([part for part in rows if part is not None])
@@ -56,7 +57,7 @@ class AllFeatures:
         features = Features(fid[order], logits)
         numbers = measure(features, self.reference) | {"spread": spread(features.fid, labels)}
         numbers |= {} if self.more is None else self.more(features.fid, labels)
-        return numbers | _class_counts(features.logits, labels, classes)
+        return numbers | _class_counts(features.logits, labels, wanted, classes)
 
 
 class MomentsOnly:
@@ -73,7 +74,7 @@ class MomentsOnly:
         else:
             self.moments += new
 
-    def numbers(self, accelerator: Accelerator, images: int, classes: int | None) -> dict:
+    def numbers(self, accelerator: Accelerator, images: int, wanted: Sequence[int], classes: int) -> dict:
         own = self.moments or Moments.of(torch.zeros(0, self.reference.dimension), self.reference)
         flat = [torch.from_numpy(part).to(accelerator.device, torch.float64) for part in own.sums]
         moments = Moments(*(accelerator.reduce(part).cpu().numpy() for part in flat))
@@ -84,13 +85,13 @@ class MomentsOnly:
 COLLECTORS: dict[str, Callable[[Reference, More | None], Collector]] = {"all": AllFeatures, "fid": MomentsOnly}
 
 
-def _class_counts(logits: Tensor | None, labels: Tensor | None, classes: int | None) -> dict:
-    """Return the requested and the recognised images of each class, if the extractor classifies into the model's classes."""
+def _class_counts(logits: Tensor | None, labels: Tensor | None, wanted: Sequence[int], classes: int) -> dict:
+    """Return the requested and the recognised images of each class, over images of known classes, if the extractor has these classes."""
     if labels is None or logits is None or logits.shape[1] != classes:
         return {"agreement": None}
-    seen = logits.argmax(1)
-    return {
-        "agreement": (seen == labels).float().mean().item(),
-        "labels_asked": torch.bincount(labels, minlength=classes).tolist(),
-        "labels_seen": torch.bincount(seen, minlength=classes).tolist(),
-    }
+    asked = torch.tensor(wanted)[labels.cpu()]
+    asked, seen = asked[asked >= 0], logits.argmax(1).cpu()[asked >= 0]
+    if not len(asked):
+        return {"agreement": None}
+    counts = [torch.bincount(some, minlength=logits.shape[1]).tolist() for some in (asked, seen)]
+    return {"agreement": (seen == asked).float().mean().item(), "labels_asked": counts[0], "labels_seen": counts[1]}

@@ -67,7 +67,7 @@ NOTES = {
     "clip_score": "100 times the cosine of the CLIP features of an image and its prompt, at least 0, averaged (2104.08718)",
     "diversity": "mean distance of two images of one class or prompt in feature space, divided by that of the teacher at its largest "
     "number of DDIM steps",
-    "agreement": "fraction of images that the feature extractor assigns to the requested class",
+    "agreement": "fraction of images that the feature extractor assigns to the requested class, or to the class of their caption",
     "nearest_real": "median distance to the nearest real image, divided by this median among real images; values well below 1 "
     "indicate memorisation",
     "copies": "fraction of images closer to a real image than the closest 1 % of real images are to each other; about 0.01 means "

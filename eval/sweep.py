@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,19 @@ KEPT_BYTES = 8_000_000
 
 
 def sweep(
-    cells: list[Cell], protocol: Protocol, extractor: Extractor, reference: Reference, accelerator: Accelerator, folder: Path
+    cells: list[Cell],
+    protocol: Protocol,
+    extractor: Extractor,
+    reference: Reference,
+    accelerator: Accelerator,
+    folder: Path,
+    classes: Mapping[str, int] | None = None,
 ) -> list[dict]:
     """Return one row per cell name, in order. Cells that are finished in ``folder`` under the same protocol are not measured again.
 
     Cells of equal `arithmetic` are measured once: the later ones get the numbers of the first, whose name is in ``same_as``. A cell with
     images that are not finite gives a row with "error", and the others go on. At the end all cells are `timed` in rounds. Every process
-    returns the same rows.
+    returns the same rows. ``classes``: of captions, for the class agreement of text-to-image models.
     """
     cells = list({cell.name: cell for cell in cells}.values())
     main, first = accelerator.is_main_process, _first_of_its_kind(cells)
@@ -50,7 +57,8 @@ def sweep(
                 row = rows[same.name] | head(cell, protocol) | {"same_as": same.name}
             elif row is None:
                 bar.set_description_str(f"cell {number}/{len(cells)}: {cell.name}", refresh=False)
-                row = _measure_cell(cell.loaded(accelerator.device), protocol, extractor, reference, accelerator, folder, bar)
+                known = (protocol, extractor, reference, accelerator, folder, classes or {}, bar)
+                row = _measure_cell(cell.loaded(accelerator.device), *known)
                 if main:
                     found = row.get("error") or f"{protocol.distance or 'FID'} {row['fid']:.4g}"
                     note(f"cell {number}/{len(cells)}: {cell.name}: {found}")
@@ -71,6 +79,7 @@ def _measure_cell(
     reference: Reference,
     accelerator: Accelerator,
     folder: Path,
+    classes: Mapping[str, int],
     bar: tqdm,
 ) -> dict:
     row = head(cell, protocol)
@@ -78,11 +87,18 @@ def _measure_cell(
     first, facts = _generate_cell(cell, protocol, extractor, accelerator, collector, bar)
     if "error" in facts:
         return row | facts
-    numbers = [collector.numbers(accelerator, protocol.images, cell.model.classes)]
+    numbers = [collector.numbers(accelerator, protocol.images, *_wanted(cell, classes))]
     row |= facts | broadcast_object_list(numbers)[0]
     if accelerator.is_main_process:
         save(folder, row, first)
     return row
+
+
+def _wanted(cell: Cell, classes: Mapping[str, int]) -> tuple[list[int], int]:
+    """Return the class of each label, and their number: the label, or for a text-to-image model that of its prompt, -1 if unknown."""
+    if (table := cell.model.embeddings) is None:
+        return [*range(cell.model.classes or 0)], cell.model.classes or 0
+    return [classes.get(prompt, -1) for prompt in table.prompts], max(classes.values(), default=-1) + 1
 
 
 def _clip_numbers(cell: Cell, extractor: Extractor, reference: Reference) -> More | None:

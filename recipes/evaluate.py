@@ -152,7 +152,14 @@ def prepare(config: Config, models: Models, data: Data | None, extractor: Extrac
         cells += searched_cells(config, cells, run)
     real = stored or data
     assert real is not None
-    settings = {"images": config.images, "chunk": config.chunk, "seed": config.seed, "metrics": config.metrics}
+    classes = {} if data is None else data.caption_classes
+    settings = {
+        "classes": classes,
+        "images": config.images,
+        "chunk": config.chunk,
+        "seed": config.seed,
+        "metrics": config.metrics,
+    }
     return run, cells, Measurement.of(extractor, real, run, **settings)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ class Measurement:
     reference: Reference
     protocol: Protocol
     data: Data | None = None  # with the real images that the page shows
+    classes: Mapping[str, int] | None = None  # of captions
 
     @classmethod
     def of(
@@ -139,10 +140,11 @@ class Measurement:
         seed: int,
         metrics: str = "all",
         folder: Path | None = None,
+        classes: Mapping[str, int] | None = None,
     ) -> Measurement:
         """Build the measurement. Extract the features of all images of ``data``, unless it is a reference already.
 
-        ``folder``: where these features are kept, the run's own if None.
+        ``folder``: where these features are kept, the run's own if None. ``classes``: as in `eval.sweep.sweep`.
         """
         extractor = extractor.to(run.device)
         if isinstance(data, tuple):
@@ -165,11 +167,12 @@ class Measurement:
             metrics=metrics,
             distance=extractor.distance,
         )
-        return cls(extractor, real, protocol, data if isinstance(data, Data) else None)
+        return cls(extractor, real, protocol, data if isinstance(data, Data) else None, classes)
 
     def rows(self, run: Run, cells: list[Cell], folder: Path | None = None) -> list[dict]:
         """Measure the cells that are not finished, in ``folder`` or that of the run. Every process returns the rows of all."""
-        return sweep(cells, self.protocol, self.extractor, self.reference, run.accelerator, (folder or run.folder) / "cells")
+        place = (folder or run.folder) / "cells"
+        return sweep(cells, self.protocol, self.extractor, self.reference, run.accelerator, place, self.classes)
 
     def report(self, run: Run, title: str, cells: list[Cell], facts: dict[str, Any]) -> dict:
         """Measure the cells that are not finished and write the report. Every process returns it."""

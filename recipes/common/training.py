@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -166,7 +166,8 @@ class Experiment:
     @cached_property
     def measurement(self) -> Measurement:
         c = self.config
-        return Measurement.of(self.extractor, self.real, self.run, images=c.images, chunk=c.chunk, seed=c.seed)
+        how: dict[str, Any] = {"images": c.images, "chunk": c.chunk, "seed": c.seed, "classes": self.data.caption_classes}
+        return Measurement.of(self.extractor, self.real, self.run, **how)
 
     def add_baselines(self, steps: int, samplers: Iterable[str] = BASELINES) -> None:
         """Add the cells of the teacher: training-free ``samplers``, and DDIM at ``steps``, which ratios are taken against."""

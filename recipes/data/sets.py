@@ -40,6 +40,7 @@ class Data:
     the set, and the reference is computed from them. ``known_classes``: the number of classes, if known; the labels may not show all.
     ``table``: the conditions of the captions, if they are encoded. ``imageless``: the set has prompts alone, see `of_prompts`. ``bits``:
     images have 2^bits levels, and samples are their bits as channels of +-1 (`distill.bits`); None for samples that are the images.
+    ``of_captions``: the classes of captions, of a set whose labels are the numbers of its captions, see `caption_classes`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Data:
     table: Conditions | None = None
     imageless: bool = False
     bits: int | None = None
+    of_captions: dict[str, int] | None = None
 
     @classmethod
     def of_prompts(cls, prompts: list[str], name: str) -> Data:
@@ -130,6 +132,16 @@ class Data:
             known_classes=len(labels),
         )
 
+    @property
+    def caption_classes(self) -> dict[str, int]:
+        """The class of each caption, of images with captions and labels; captions of several classes are left out. {} without labels."""
+        if self.of_captions is not None or self.labels is None or self.captions is None:
+            return self.of_captions or {}
+        found: dict[str, set[int]] = {}
+        for caption, label in zip(self.captions, self.labels.tolist(), strict=True):
+            found.setdefault(caption.strip(), set()).add(label)
+        return {caption: next(iter(labels)) for caption, labels in found.items() if len(labels) == 1}
+
     def require_pixels(self) -> Tensor:
         """Return the images as uint8. Raises ValueError for latents, which FID cannot be measured against."""
         if self.latents is not None or self.imageless:
@@ -181,7 +193,7 @@ class Data:
             )
         labels = torch.tensor([place[caption.strip()] for caption in self.captions or []])
         stream = None if self.stream is None else self.stream.captioned(place)
-        return replace(self, labels=labels, stream=stream, known_classes=len(prompts))
+        return replace(self, labels=labels, stream=stream, known_classes=len(prompts), of_captions=self.caption_classes)
 
     def walk(
         self, block: int, most: int | None = None, rank: int = 0, world: int = 1, piece: int | None = None
