@@ -88,7 +88,7 @@ class Config(flags.DistillationFlags):
 
 flags_first(__name__, Config, __doc__, PRESETS)
 
-from distill.denoiser import DenoiserLike, on_schedule, under_autocast
+from distill.denoiser import DenoiserLike, Guided, on_schedule, under_autocast
 from distill.distance import DISTANCES, WEIGHTS
 from distill.files import write_json
 from distill.grid import uniform
@@ -134,10 +134,12 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     target = under_autocast(guided(config, e.teacher, student), precision)
     pairs = list(pairwise([config.start_steps, *steps]))
     if plan:
-        first = stage_loss(config, on_schedule(target, student.denoiser.schedule), *pairs[0])
-        more = sum(budget(config, n).trained_images * (m // n - pairs[0][0] // pairs[0][1]) for m, n in pairs)
-        name = warm_start(config, e.teacher, student)
+        name, calls = warm_start(config, e.teacher, student), pairs[0][0] // pairs[0][1]
+        taught = under_autocast(student.denoiser, precision) if name else target  # by the student that was warmed up
+        first = stage_loss(config, on_schedule(taught, student.denoiser.schedule), *pairs[0])
         warm = [warm_budget(config, name)] if name else []
+        more = sum(budget(config, n).trained_images * (m // n - calls) for m, n in pairs)
+        more += sum(stage.trained_images * (1 + isinstance(target, Guided) - calls) for stage in warm)
         e.plan(first, [*warm, *(budget(config, n) for n in steps)], steps, more=more)
     restart(config, e, steps)
     if name := warm_start(config, e.teacher, student):
