@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +168,16 @@ def check_size(network: dict, tensors: dict[str, Tensor]) -> None:
         return None
     check_numbers(network["config"], "network")
     weights = sum(tensor.numel() for tensor in tensors.values()) + 1024
-    with torch.device("meta"):
-        size = sum(tensor.numel() for tensor in networks.build(network).state_dict().values())
-    if size > 2 * weights:
+    if (size := _size_of(json.dumps(network))) > 2 * weights:
         raise ValueError(f"the network has {size:,} weights, and the file holds {weights:,}")
     return None
+
+
+@lru_cache(maxsize=64)
+def _size_of(network: str) -> int:
+    """Return the numbers of weights of a description, as JSON. A run loads students of one description dozens of times."""
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in networks.build(json.loads(network)).state_dict().values())
 
 
 def load_student(path: Path | str, origin: Teacher) -> Teacher:

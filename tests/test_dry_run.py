@@ -28,6 +28,7 @@ from distill.target import Mix
 from recipes import consistency, evaluate, guided, latents
 from recipes.common import outline
 from recipes.common.plan import count_operations, training_memory
+from teachers import saved
 from teachers.encoder import Encoder
 from teachers.hollow import META, has_weights, is_hollow
 from teachers.students import with_guidance
@@ -159,9 +160,9 @@ def test_calls_of_the_teacher_that_are_alike_happen_once_and_all_count(made):
     net, made_calls = model.parametric.net, []
     net.net.register_forward_hook(lambda *_: made_calls.append(1))
     found = []
-    for teacher in (net, None):
+    for nets in ([net, net], []):
         made_calls.clear()
-        found.append((*count_operations(method, model.student(), x0, cond, teacher), len(made_calls)))
+        found.append((*count_operations(method, model.student(), x0, cond, *nets), len(made_calls)))
     assert found[0][:2] == found[1][:2] and found[0][2] < found[1][2]
 
 
@@ -175,3 +176,14 @@ def test_a_student_that_takes_the_scale_is_hollow_too_and_a_wrong_configuration_
     config = wrong / "unet" / "config.json"
     config.write_text(config.read_text().replace('"DownBlock2D"', '"NoBlock"'))
     refuses("unet/config.json does not fit a UNet2DConditionModel", lambda: teachers.load(str(wrong), weights=False))
+
+
+def test_the_size_of_a_description_is_computed_once_however_many_students_are_loaded(ladder, monkeypatch):
+    saved._size_of.cache_clear()
+    built = []
+    build = saved.networks.build
+    monkeypatch.setattr(saved.networks, "build", lambda *given: built.append(given) or build(*given))
+    for _ in range(3):
+        for steps in (2, 1):
+            teachers.load(str(ladder / "stages" / str(steps) / "student.safetensors"))
+    assert len(built) == 6 + 1

@@ -60,14 +60,15 @@ def measure_step_time(
 
 
 def count_operations(
-    method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor], teacher: nn.Module | None = None
+    method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor], *teachers: nn.Module
 ) -> tuple[float, float]:
     """Return the floating-point operations per image of a training step, and of a network call, of `teachers.hollow` networks.
 
-    A multiplication and an addition count as two. Samples and conditions are on the meta device. ``teacher``: see `once`.
+    A multiplication and an addition count as two. Samples and conditions are on the meta device. ``teachers``: of the
+    target, see `once`.
     """
     step, call = _works(method, student, x0, cond)
-    with once(teacher) as saved:
+    with once(*teachers) as saved:
         count = _operations(step) + sum(saved)
     return count / len(x0), _operations(call) / len(x0)
 
@@ -81,16 +82,23 @@ def _operations(work: Callable[[], object]) -> int:
 
 
 @contextmanager
-def once(net: nn.Module | None) -> Iterator[list[int]]:
-    """Let calls of a hollow network without gradient that are alike happen once, and return empty tensors afterwards.
+def once(*nets: nn.Module) -> Iterator[list[int]]:
+    """Let calls of hollow networks without gradient that are alike happen once, and return empty tensors afterwards.
 
-    A sampler in a target calls it a hundred times, and a call takes seconds. Yields the operations of the calls left out.
+    A sampler in a target calls one a hundred times, and a call takes seconds. Yields the operations of the calls left out.
     """
     saved: list[int] = []
-    if net is None or not is_hollow(net):
+    hollow = list({id(net): net for net in nets if is_hollow(net)}.values())
+    for net in hollow:
+        net.forward = _remembered(net.forward, saved)  # type: ignore[method-assign]
+    try:
         yield saved
-        return
-    forward = net.forward
+    finally:
+        for net in hollow:
+            del net.forward
+
+
+def _remembered(forward: Callable[..., Tensor], saved: list[int]) -> Callable[..., Tensor]:
     seen: dict[tuple, tuple[Tensor, int]] = {}
 
     def call(*inputs: Any, **cond: Any) -> Tensor:
@@ -105,11 +113,7 @@ def once(net: nn.Module | None) -> Iterator[list[int]]:
         seen[key] = outputs[0], count
         return outputs[0]
 
-    net.forward = call  # type: ignore[method-assign]
-    try:
-        yield saved
-    finally:
-        del net.forward
+    return call
 
 
 class _Whole(nullcontext):

@@ -193,7 +193,7 @@ class Experiment:
         c, real = self.config, count_of(self.real)
         made = [*steps] * len(measured(c, student))
         if student.hollow:
-            step, call = count_operations(method, student.student(), x0, cond, self._teacher_net)
+            step, call = count_operations(method, student.student(), x0, cond, *self._teachers)
             swept = c.images * (sum(cell.cost for cell in self.cells) + sum(made))
             training, sweeping = work_text(images * step + more * call), work_text(swept * call)
             together = "unknown: no step was measured, because the network is large or its weights are not here"
@@ -230,15 +230,14 @@ class Experiment:
     ) -> tuple[Cost, float]:
         """Return the memory of a process in training, and the bytes that it holds beside it. A ladder also keeps the student of the
         stage before."""
-        models = [model.denoiser for model in (self.teacher, self.student) if model is not None]
-        nets = {id(model.net): model.net for model in models if isinstance(model, Denoiser)}
+        nets = {id(net): net for net in self._teachers}
         distinct = {place_of(weight): weight for net in nets.values() for weight in (*net.parameters(), *net.buffers())}
         held = [size_of(distinct.values())]  # a base is shared by the networks with its adapters
         rest = resident_bytes(self.run.device) - (0 if self.student.hollow else sum(held))
         if len(budgets) > 1:
             held.append(size_of(self.student.parametric.net.state_dict().values()))
         student = self.student.student()
-        with once(self._teacher_net):  # of which the student is no copy
+        with once(*self._teachers):  # of which this student is no copy
             needed = training_memory(
                 method, student, x0, cond, self.run.accelerator,
                 frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images), adam_bytes=ADAM[self.config.optimizer],
@@ -246,8 +245,10 @@ class Experiment:
         return needed, rest
 
     @property
-    def _teacher_net(self) -> torch.nn.Module | None:
-        return None if self.teacher is None else getattr(self.teacher.denoiser, "net", None)
+    def _teachers(self) -> list[torch.nn.Module]:
+        """The networks of a target: the teacher's, and that of a student that teaches the next one."""
+        models = [model.denoiser for model in (self.teacher, self.student) if model is not None]
+        return [model.net for model in models if isinstance(model, Denoiser)]
 
     def stage(
         self,
