@@ -13,14 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from recipes.common import flags
-from recipes.common.accepted import GUIDANCE, LEARNING_RATE, STEPS, TRAINED
+from recipes.common.accepted import GENERATED, GUIDANCE, LEARNING_RATE, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, measuring_flag, method_flag, one_line_errors, parse, training_flag
 
 PRESETS: dict[str, dict] = {
-    "default": {},  # about 10 minutes on two CPU cores
+    "default": {},  # 15 minutes of one CPU core, about 10 on two: 10 of training, 4 of the sweep
     "full": {"images_per_stage": 240_000, "images": 10_000},
     "smoke": {  # about a minute, no quality
-        "start_steps": 8, "images_per_stage": 256, "images": 200, "sweep_steps": (1, 2), "sweep_guidance": (1.0, 4.0),
+        "start_steps": 4, "images_per_stage": 256, "images": 200, "sweep_steps": (1, 2), "sweep_guidance": (1.0, 4.0),
     },
 }  # fmt: skip
 
@@ -36,6 +36,10 @@ class Config(flags.DistillationFlags):
     )
     sweep_guidance: tuple[float, ...] | None = measuring_flag(
         (1.0, 2.0, 4.0), "scales at which students and teacher are measured", **(GUIDANCE | {"distinct": True})
+    )
+    images: int = measuring_flag(1_000, "generated images per cell of the sweep", **GENERATED)
+    sweep_steps: tuple[int, ...] = measuring_flag(
+        (1, 2, 4), "step counts of the teacher's training-free samplers", short=False, **STEPS
     )
     start_steps: int = flag(64, "steps of the guided teacher's DDIM sampler", at_least=2, at_most=STEPS["at_most"])
     end_steps: int = flag(1, "steps of the last student: start-steps divided by a power of two", **STEPS)
