@@ -19,6 +19,7 @@ class SD3(Adapter):
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Encoded:
+    """Encode as the pipeline does. Without T5 it appends 256 tokens of 0, which its network attends to like any other."""
     text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, None, None, device=device(pipeline))
     return {"text": (text, null), "pooled": (pooled, null_pooled)}
 
