@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from distill.target import Mix
 from recipes import consistency, evaluate, guided, latents
 from recipes.common import outline
 from recipes.common.plan import count_operations, training_memory
-from teachers import saved
+from teachers import hub, saved
 from teachers.encoder import Encoder
 from teachers.hollow import META, has_weights, is_hollow
 from teachers.students import with_guidance
@@ -187,3 +188,11 @@ def test_the_size_of_a_description_is_computed_once_however_many_students_are_lo
         for steps in (2, 1):
             teachers.load(str(ladder / "stages" / str(steps) / "student.safetensors"))
     assert len(built) == 6 + 1
+
+
+def test_a_plan_downloads_all_but_the_weights(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "reached", lambda *_: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda where, **how: asked.append((where, how)) or str(tmp_path))
+    assert hub.fetch("owner/name", weights=False) == tmp_path
+    assert asked == [("owner/name", {"allow_patterns": ["*.json", "*.txt", "*.model"], "local_files_only": False})]
