@@ -104,7 +104,7 @@ from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
 from recipes.common.outline import teacher_of
 from recipes.common.training import Experiment
-from recipes.data import sets, source
+from recipes.data import sets
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.students import on_table

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import teachers
+from recipes.data import source
 from teachers import Teacher
 from teachers.hollow import META, has_weights
 from teachers.hub import fetch
@@ -22,8 +22,8 @@ def teacher_of(config: Any) -> Teacher:
     A GPU measures large ones too. Raises ValueError as `teachers.load` does, and for a network of `LOOKING` without weights.
     """
     if not config.dry_run:
-        return teachers.load(config.teacher)
-    model = teachers.load(config.teacher, weights=False)
+        return source.load(config.teacher)
+    model = source.load(config.teacher, weights=False)
     if not model.hollow:
         return model
     count = sum(weight.numel() for weight in model.parametric.net.parameters())
@@ -33,7 +33,7 @@ def teacher_of(config: Any) -> Teacher:
         raise ValueError(
             f"{config.teacher}: a network that cuts its text by the values of a mask is planned with weights alone"
         )
-    return teachers.load(config.teacher) if complete and (looks or count <= SMALL or torch.cuda.is_available()) else model
+    return source.load(config.teacher) if complete and (looks or count <= SMALL or torch.cuda.is_available()) else model
 
 
 def placed(model: Teacher, x0: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -43,9 +43,12 @@ def source_of(text: str, spec: str, data: Data) -> Source:
     return source
 
 
-def load(spec: str) -> Teacher:
-    """Load a model of any start: from noise, or from the images that its file names. Raises ValueError where these are not there."""
-    return teachers.load(spec, source=found)
+def load(spec: str, weights: bool = True) -> Teacher:
+    """Load a model of any start: from noise, or from the images that its file names. ``weights``: as in `teachers.load`.
+
+    Raises ValueError where the images are not there.
+    """
+    return teachers.load(spec, source=found, weights=weights)
 
 
 def found(facts: dict[str, Any]) -> Source:
