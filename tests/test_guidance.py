@@ -242,7 +242,7 @@ REFUSED = {
     (progressive, "--sweep-guidance 2"): "add --guidance-range",
     (progressive, "--guidance-range 1 4 --teacher no-null.safetensors"): "guidance needs a teacher trained with a null class",
     (progressive, "--guidance-range 1 8 --teacher range.safetensors"): "range 1 to 8: the teacher takes scales of 1 to 4",
-    (guided, "--teacher unconditional.safetensors --force"): "guidance needs a teacher trained with a null class",
+    (guided, "--teacher unconditional.safetensors --force"): "has no null class, so that there is no guidance to distil",
     (guided, "--guidance-range 4 1"): "guidance range 4 to 1",
     (consistency, "--guidance-range 4 1"): "guidance range 4 to 1",
     (consistency, "--guidance-range 1 4 --method dmd"): "--method dmd trains for one guidance scale",
