@@ -52,7 +52,8 @@ class Extractor:
             self(torch.zeros(2, *shape, dtype=torch.uint8))
         except RuntimeError as error:
             raise ValueError(
-                f"features {self.name!r} cannot take images of shape {shape} ({first_line(error)}): accepted are {OWN}"
+                f"features {self.name!r} cannot take images of shape {shape} ({first_line(error)}): accepted are --features"
+                " inception-v3-compat for colour, and a file of recipes/classifier.py --data SPEC for any size"
             ) from None
         return self
 

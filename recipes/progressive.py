@@ -1,6 +1,6 @@
 """Distil a diffusion model progressively: a ladder of students, each doing two steps of the last one in one step.
 
-    accelerate launch recipes/progressive.py                       digits, 64 -> 32 -> ... -> 1 steps, then the report
+    accelerate launch recipes/progressive.py                       digits, 64 -> 16 -> 8 -> 4 -> 2 -> 1 steps, then the report
     accelerate launch recipes/progressive.py --preset full         the same with more images
     torchrun --nproc_per_node 2 recipes/progressive.py             two processes (on CPUs too)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,4 +188,6 @@ def assemble(cls: Any, folder: Path, parts: dict[str, Any], variant: str | None 
     """Load the pipeline in ``folder`` as class ``cls`` in float32, with ``parts`` in place of its own and without `left_out`."""
     absent = {name: None for name in left_out(folder) if name in inspect.signature(cls.__init__).parameters}
     options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "variant": variant}
-    return cls.from_pretrained(folder, **absent | parts, **options, torch_dtype=torch.float32)
+    with warnings.catch_warnings():  # its new name is dtype, which older versions do not take
+        warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
+        return cls.from_pretrained(folder, **absent | parts, **options, torch_dtype=torch.float32)

@@ -209,7 +209,8 @@ class Experiment:
         for line in (
             self.title,
             f"  network   {weights / 1e6:.2f} M weights" + (f", {trained / 1e6:.2f} M trained" if trained < weights else ""),
-            f"  data      {self.data.name}: {len(self.data.images):,} images of {shapes_text(self.data)}"
+            f"  data      {self.data.name}: {len(self.data.images):,} {'prompts, samples' if self.data.imageless else 'images'}"
+            f" of {shapes_text(self.data)}"
             + ("; time and memory are those of the largest" if isinstance(self.data.images, Buckets) else ""),
             f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
             f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"

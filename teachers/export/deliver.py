@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ TOLERANCE = 1e-4  # largest accepted difference of a pixel in [0, 1]
 VARIANTS = {"fp16": (torch.float16, 0.05), "bf16": (torch.bfloat16, 0.3)}  # dtype, and the tolerance for rounded weights
 EXPORTED = ("ddim", "consistency", "jump")
 SOURCES = ("_name_or_path", "name_or_path")  # where the libraries keep the folder that a part was loaded from
+QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 # What a user runs, without this project. Writes the images of each step count as .npy, with one generator per image.
 STOCK = """
@@ -147,7 +149,7 @@ def verify(
             out,
             *map(json.dumps, (steps, call, seeds, nulls(folder) | {"variant": variant}, lora)),
         ]
-        subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=out)
+        subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=out, env=os.environ | QUIET)
         differences = []
         for n in steps:
             each = (torch.from_numpy(np.load(f"{out}/{n}.npy")) - own_pixels(model, n, labels, seeds)).abs().flatten(1).amax(1)

@@ -98,14 +98,21 @@ def flow_scheduler(steps: int) -> Any:
 
 
 def table_scheduler(model: Teacher, steps: list[int]) -> Any:
-    """Return the scheduler of a model on a discrete table, for all of its step counts."""
+    """Return the scheduler of a model on a discrete table, for all of its step counts.
+
+    Its ``steps_offset`` is 1, as Stable Diffusion's pipelines want it; they warn of another one. No time depends on it here.
+    """
     d = model.parametric
     assert isinstance(d.schedule, Table)
     if not noisy(model):
-        return scheduler_of(d.schedule, d.prediction)
+        scheduler = scheduler_of(d.schedule, d.prediction)
+        scheduler.register_to_config(steps_offset=1)
+        return scheduler
     table = torch.tensor(d.schedule.alphas_cumprod, dtype=torch.float64)
     table[0] = 1.0  # the last step ends here, at the data
-    return tcd_of(table, math.lcm(*steps), d.prediction)
+    scheduler = tcd_of(table, math.lcm(*steps), d.prediction)
+    scheduler.register_to_config(steps_offset=1)
+    return scheduler
 
 
 def call(model: Teacher, labels: list[int] | None, n: int) -> dict[str, Any]:
