@@ -15,7 +15,7 @@ from teachers.hub import assemble
 
 
 def test_colour_images_for_the_features_of_digits_name_the_features_that_take_them():
-    with pytest.raises(ValueError, match="cannot take images of shape .3, 32, 32.") as refused:
+    with pytest.raises(ValueError, match=r"cannot take images of shape .3, 32, 32.") as refused:
         Extractor.create("digits").fits((3, 32, 32))
     assert "inception-v3-compat" in str(refused.value) and "recipes/classifier.py" in str(refused.value)
     assert len(str(refused.value)) <= 280  # beyond it `recipes.common.cli.fail` cuts the middle out
