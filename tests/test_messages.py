@@ -2,15 +2,18 @@
 
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, words
 from pipelines import sd
 
+from distill.sampling import Sampling
 from distill.schedule import Table
 from eval.features import Extractor
 from recipes import consistency
+from teachers.export import latent
 from teachers.hub import assemble
 
 
@@ -30,10 +33,6 @@ def pipeline(tmp_path_factory):
 
 @pytest.mark.parametrize("fresh", [0.0, 0.5])
 def test_the_scheduler_of_a_text_student_goes_into_stable_diffusion_without_a_warning(pipeline, fresh, monkeypatch):
-    import diffusers
-
-    from teachers.export import latent
-
     monkeypatch.setattr(latent, "noisy", lambda model: fresh > 0)
     table = Table(tuple(np.cos(np.linspace(0.01, 1.5, 100)) ** 2))
     model = type("Model", (), {"parametric": type("P", (), {"schedule": table, "prediction": "v"})})
@@ -50,12 +49,20 @@ def test_the_scheduler_of_a_text_student_goes_into_stable_diffusion_without_a_wa
 
 
 def test_a_pipeline_is_loaded_without_a_warning(pipeline):
-    import diffusers
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = assemble(diffusers.StableDiffusionPipeline, pipeline, {})
     assert loaded.unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize("page", ["docs/tutorials/text.md", "docs/memory.md"])
+def test_the_documents_set_the_scheduler_and_the_noise_of_a_cd_student(page, monkeypatch):
+    """Another class gives images that are not numbers."""
+    sampling = Sampling.parse(consistency.METHODS["cd"].sampler, steps=(1, 2, 4))
+    model = type("Model", (), {"sampling": sampling})
+    monkeypatch.setattr(latent, "steps_of", lambda model: [1, 2, 4])
+    assert latent.noisy(model) and f"eta={sampling.fresh:g})" in (text := (ROOT / page).read_text())
+    assert 'pipeline.scheduler = TCDScheduler.from_pretrained("runs/mine/lora"' in text
 
 
 @pytest.mark.slow
