@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FORMS = {
     "digits": "the embedded teacher, a class-conditional UNet on 8x8 digits",
-    "FILE.safetensors or RUN": "a model that this project wrote, or a run's directory, which stands for its last student",
+    "FILE.safetensors or RUN": "a model that this project wrote, or a run's directory, which stands for its last student, or its teacher",
     "FOLDER or OWNER/NAME": "a diffusers pipeline in a folder or on the hub; of several weights, PIPELINE,variant=fp16 chooses",
     "PIPELINE,prompts=FILE": "a text-to-image model, or a student of one, for a few prompts: each line of the file is a class",
     "PIPELINE,lora=FILE,size=HEIGHTxWIDTH,guidance=W": "with a LoRA added, images of another size, an embedded guidance scale",
@@ -64,8 +64,9 @@ def load(
     path, where = Path(spec), spec.partition(",")[0]
     if not path.exists() and (given := _with_prompts(spec)) is not None:
         return given
-    if (path / "student.safetensors").is_file():
-        return load_file(path / "student.safetensors")
+    for name in ("student.safetensors", "teacher.safetensors"):
+        if (path / name).is_file():
+            return load_file(path / name)
     if path.is_dir() or Path(where).is_dir():
         with quiet(), malformed(spec if path.is_dir() else where):
             return diffusers_pipeline.load(spec, weights=weights)

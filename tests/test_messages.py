@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, words
 from pipelines import sd
 
+import teachers
 from distill.sampling import Sampling
 from distill.schedule import Table
 from eval.features import Extractor
@@ -74,3 +75,8 @@ def test_the_plan_of_prompts_does_not_call_them_images(pipeline, tmp_path, capsy
     with pytest.raises(SystemExit) as ended:
         consistency.main(run)
     assert ended.value.code == 0 and "prompts: 2 prompts, samples of 4x" in capsys.readouterr().out
+
+
+def test_the_run_of_a_teacher_is_a_teacher(tmp_path):
+    teachers.save(tmp_path / "teacher.safetensors", teachers.load("digits"))
+    assert teachers.load(str(tmp_path)).fingerprint == teachers.load("digits").fingerprint
