@@ -5,6 +5,7 @@
 
 Every training is a run of its own under OUTPUT_DIR/trainings and continues where it was killed; finished cells of the measurement are
 kept. Training seeds change the data order and all noise of training; all students are measured on the same noise.
+Writes arena.html, arena.png and arena.json in OUTPUT_DIR.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 Step counts, time grids, shifts of a flow and guidance scales of the base are tried, each with steps of DDIM (Euler's method in sigma /
 alpha). A distilled model that keeps the base's map from noise to image is nearest to it where it is sampled as in its training. What
 is found is written as passport.json, which loading obeys. A model that has a passport is compared with its images instead.
+Distances are in standard deviations of the base's samples, and the five smallest are printed. Above 0.5 no passport is written.
 A model that learnt a distribution and not the map (adversarial, distribution matching) is nearest only by chance; the distances tell.
 """
 

@@ -130,7 +130,9 @@ class SweepFlags(Checked):
     sweep_steps: tuple[int, ...] = measuring_flag(
         (1, 2, 4, 8), "step counts of the teacher's training-free samplers", short=False, **STEPS
     )
-    features: str = measuring_flag("digits", "feature extractor of FID")
+    features: str = measuring_flag(
+        "digits", "feature extractor of FID: inception-v3-compat for colour; recipes/evaluate.py --help lists all"
+    )
     reference: str | None = measuring_flag(
         None,
         f"a stored reference instead of the images of --data; needed with latents: {REFERENCES}",
