@@ -285,4 +285,6 @@ def check_denoiser(teacher: Teacher, data: Data, seed: int, force: bool) -> str 
         return f"the teacher is a student of {teacher.sampling.name} steps and not E[x0 | x_t]: {found.verdict}"
     if force:
         return f"--force: {found.verdict}"
-    raise ValueError(f"the teacher is not what it says it is: {found.verdict}; declare it rightly, train it longer, or use --force")
+    raise ValueError(
+        f"the teacher is not what it says it is: {found.verdict}; declare it rightly, train it longer, or use --force"
+    )
