@@ -94,7 +94,7 @@ from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
 from recipes.common.outline import teacher_of
 from recipes.common.training import Experiment
-from recipes.data import sets
+from recipes.data import sets, source
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.students import on_table, untrained
@@ -104,7 +104,7 @@ from teachers.students import on_table, untrained
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        teacher = None if config.from_scratch else teacher_of(config)
+        teacher = None if config.from_scratch else teacher_of(config, source.load)
         e = prepare(config, teacher, sets.load(config.data))
     distil(config, e)
 

@@ -104,7 +104,7 @@ from recipes.common.interrupts import interruptible
 from recipes.common.lora import with_lora
 from recipes.common.outline import teacher_of
 from recipes.common.training import Experiment
-from recipes.data import sets
+from recipes.data import sets, source
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.students import on_table
@@ -115,7 +115,7 @@ from teachers.teacher import require_network
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse(Config, __doc__, PRESETS, argv)
-        e = prepare(config, teacher_of(config), sets.load(config.data))
+        e = prepare(config, teacher_of(config, source.load), sets.load(config.data))
     distil(config, e)
 
 

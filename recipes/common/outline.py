@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipes.data import source
+import teachers
 from teachers import Teacher
 from teachers.hollow import META, has_weights
 from teachers.hub import fetch
@@ -16,14 +17,15 @@ SMALL = 100_000_000  # weights of a network whose steps are measured on a CPU
 LOOKING = ("QwenImage", "ZImage", "Lumina2")  # networks that cut their text by the values of a mask, and run with weights alone
 
 
-def teacher_of(config: Any) -> Teacher:
+def teacher_of(config: Any, load: Callable[..., Teacher] = teachers.load) -> Teacher:
     """Load the model of --teacher. With --dry-run a pipeline's networks are hollow where they are large, or have no weights here.
 
-    A GPU measures large ones too. Raises ValueError as `teachers.load` does, and for a network of `LOOKING` without weights.
+    A GPU measures large ones too. ``load``: `teachers.load`, or one that takes more models. Raises ValueError as it does, and for a
+    network of `LOOKING` without weights.
     """
     if not config.dry_run:
-        return source.load(config.teacher)
-    model = source.load(config.teacher, weights=False)
+        return load(config.teacher)
+    model = load(config.teacher, weights=False)
     if not model.hollow:
         return model
     count = sum(weight.numel() for weight in model.parametric.net.parameters())
@@ -33,7 +35,7 @@ def teacher_of(config: Any) -> Teacher:
         raise ValueError(
             f"{config.teacher}: a network that cuts its text by the values of a mask is planned with weights alone"
         )
-    return source.load(config.teacher) if complete and (looks or count <= SMALL or torch.cuda.is_available()) else model
+    return load(config.teacher) if complete and (looks or count <= SMALL or torch.cuda.is_available()) else model
 
 
 def placed(model: Teacher, x0: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

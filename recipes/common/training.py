@@ -197,15 +197,16 @@ class Experiment:
             swept = c.images * (sum(cell.cost for cell in self.cells) + sum(made))
             training, sweeping = work_text(images * step + more * call), work_text(swept * call)
             together = "unknown: no step was measured, because the network is large or its weights are not here"
+            needed, rest = self._memory(method, budgets, x0, cond)
         else:
             step, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
             extractor = self.extractor.to(self.run.device)
             sweep = sweep_seconds(self.cells, student, made, extractor, c.images, c.chunk, real, self.run)
+            needed, rest = self._memory(method, budgets, x0, cond)  # after what is loaded once, before the forecast's clock
             whole = not (self.run.folder / "stages").exists()
             self.forecast = Forecast((images * step + more * call) / world, sweep, images, self.run.device, whole)
             training, sweeping = duration(self.forecast.training), duration(sweep)
             together = f"about {duration(self.forecast.total)}, report and pipelines included"
-        needed, rest = self._memory(method, budgets, x0, cond)  # after the steps and calls that load what is loaded once
         for line in (
             self.title,
             f"  network   {weights / 1e6:.2f} M weights" + (f", {trained / 1e6:.2f} M trained" if trained < weights else ""),
