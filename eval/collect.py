@@ -22,7 +22,7 @@ More = Callable[
 class Collector(Protocol):
     """Take the features of each chunk of this process with `add`. `numbers` returns the metrics on the main process, else {}.
 
-    Every process must call `numbers`. ``wanted``: the class that each label stands for, -1 where it stands for none,
+    Every process must call `numbers`. ``wanted``: the class of each label, -1 for none,
     among ``classes``.
     """
 
@@ -89,9 +89,9 @@ def _class_counts(logits: Tensor | None, labels: Tensor | None, wanted: Sequence
     """Return the requested and the recognised images of each class, over images of known classes, if the extractor has these classes."""
     if labels is None or logits is None or logits.shape[1] != classes:
         return {"agreement": None}
-    asked = torch.tensor(wanted)[labels.cpu()]
-    asked, seen = asked[asked >= 0], logits.argmax(1).cpu()[asked >= 0]
-    if not len(asked):
+    requested = torch.tensor(wanted)[labels.cpu()]
+    requested, seen = requested[requested >= 0], logits.argmax(1).cpu()[requested >= 0]
+    if not len(requested):
         return {"agreement": None}
-    counts = [torch.bincount(some, minlength=logits.shape[1]).tolist() for some in (asked, seen)]
-    return {"agreement": (seen == asked).float().mean().item(), "labels_asked": counts[0], "labels_seen": counts[1]}
+    counts = [torch.bincount(some, minlength=logits.shape[1]).tolist() for some in (requested, seen)]
+    return {"agreement": (seen == requested).float().mean().item(), "labels_asked": counts[0], "labels_seen": counts[1]}

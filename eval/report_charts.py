@@ -46,7 +46,8 @@ def plots(rows: list[dict], floor: float | None, note: str, folder: Path, cells:
     )
     out += figure(
         spectrum_chart(measured, cells),
-        "Of the kept images about their mean, against those of the reference row from the same noise. Below 1 this frequency is too weak.",
+        "Of each row's kept images (at most 256) about their mean, against those of the reference row from the same noise. Below 1 this "
+        "frequency is too weak.",
         "Power spectrum: student over reference",
     )
     out += figure(
@@ -96,7 +97,7 @@ def paired_chart(rows: list[dict], axis: Axis) -> str:
 def spectrum_chart(rows: list[dict], cells: Path) -> str:
     """Return the chart of each student row's power spectrum over that of the reference row, or nothing without kept images of both."""
     top = reference_row(rows)
-    if top is None or (whole := _spectrum(top, cells)) is None:
+    if top is None or (whole := _spectrum(top, cells)) is None or not (whole > 0).all():
         return ""
     students = [row for row in rows if row["role"] == "student"]
     several, drawn = len({series(row) for row in students}) > 1, list[Curve]()

@@ -41,7 +41,7 @@ def load(
     ``trusted``: the user gave the spec, so a factory in it may run, and a hub id may be downloaded. False for a spec that a file holds:
     `trust` must name its factory, and nothing is downloaded. ``base``: of a LoRA adapter, so that it may have none itself.
     ``source``: finds the images that the paths of a model start from; None refuses such a model, since most of what is done with a model
-    supposes Gaussian noise.
+    assumes Gaussian noise.
     ``weights``: False gives a diffusers pipeline with hollow networks (`teachers.hollow`); other models have their weights.
 
     Raises ValueError for a spec that is not among `FORMS`, and for a factory that is not trusted.

@@ -257,7 +257,7 @@ def test_a_file_is_refused_where_noise_is_supposed_and_where_its_images_are_gone
         refuses(message, source.load, str(path))
 
 
-def test_what_supposes_gaussian_noise_is_refused_in_one_line(saved, tmp_path):
+def test_what_assumes_gaussian_noise_is_refused_in_one_line(saved, tmp_path):
     loaded = source.load(str(saved[0]))
     for name in ("ancestral", "consistency:0.5", "sde:1", "pc", "langevin"):
         refuses(
@@ -268,11 +268,11 @@ def test_what_supposes_gaussian_noise_is_refused_in_one_line(saved, tmp_path):
         )
     eights, out = sets.load("digits,labels=8"), str(tmp_path / "out")
     for wrong, message in (
-        ({"method": "sid"}, "--method sid supposes Gaussian noise ... accepted are --method cd"),
-        ({"target": "posterior-mean"}, "--target posterior-mean supposes"),
-        ({"target_mix": "auto"}, "--target-mix auto supposes"),
-        ({"regularize": ("martingale=1",)}, "--regularize supposes"),
-        ({"start": "cmt"}, "--start cmt supposes"),
+        ({"method": "sid"}, "--method sid assumes Gaussian noise ... accepted are --method cd"),
+        ({"target": "posterior-mean"}, "--target posterior-mean assumes"),
+        ({"target_mix": "auto"}, "--target-mix auto assumes"),
+        ({"regularize": ("martingale=1",)}, "--regularize assumes"),
+        ({"start": "cmt"}, "--start cmt assumes"),
         ({"sampler": "consistency"}, "sampler 'consistency' draws Gaussian noise"),
         ({"student": "new"}, "accepted are students that are copied from the teacher"),
     ):

@@ -335,7 +335,9 @@ METHODS: dict[str, MethodDefaults] = {
     "cmt": MethodDefaults(cmt, 1.0, ("data_free",), from_data=False),
     "lmd": MethodDefaults(lmd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True, from_data=False),
     "psd": MethodDefaults(psd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True),
-    "alpha_flow": MethodDefaults(alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True),
+    "alpha_flow": MethodDefaults(
+        alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True, **AFTER_CMT
+    ),
     "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, **AFTER_CMT),
     "pdd": MethodDefaults(pdd, 1.0, ("heads", "data_free"), sampler="jump", from_data=False),
     "dmd": MethodDefaults(dmd, 1.0, SECOND, sampler="consistency", from_data=False, steps=(1,), lr=2e-4),
@@ -408,7 +410,7 @@ def without_images(flags: F) -> F:
 
 
 def from_images(flags: F) -> F:
-    """Return the flags for a teacher whose paths start from images. Raises ValueError for what supposes Gaussian noise."""
+    """Return the flags for a teacher whose paths start from images. Raises ValueError for what assumes Gaussian noise."""
     refused = {
         f"--method {flags.method}": flags.method not in FROM_IMAGES,
         f"--start {start_name(flags)}": start_name(flags) == "cmt",
@@ -418,7 +420,7 @@ def from_images(flags: F) -> F:
     }
     if wrong := [name for name, given in refused.items() if given]:
         raise ValueError(
-            f"{wrong[0]} supposes Gaussian noise, and the teacher's paths start from images: accepted are --method"
+            f"{wrong[0]} assumes Gaussian noise, and the teacher's paths start from images: accepted are --method"
             f" {', '.join(FROM_IMAGES)}, --start as-is or denoise, and --target-mix with a number"
         )
     return replace(flags, sampler=flags.sampler or "ddim")

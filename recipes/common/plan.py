@@ -117,7 +117,7 @@ def _remembered(forward: Callable[..., Tensor], saved: list[int]) -> Callable[..
 
 
 class _Whole(nullcontext):
-    """Take the place of the counter's hooks on modules, which some networks do not stand."""
+    """Take the place of the counter's hooks on modules, with which some networks raise errors."""
 
     parents = frozenset(("Global",))
 

@@ -104,13 +104,12 @@ def table_scheduler(model: Teacher, steps: list[int]) -> Any:
     """
     d = model.parametric
     assert isinstance(d.schedule, Table)
-    if not noisy(model):
+    if noisy(model):
+        table = torch.tensor(d.schedule.alphas_cumprod, dtype=torch.float64)
+        table[0] = 1.0  # the last step ends here, at the data
+        scheduler = tcd_of(table, math.lcm(*steps), d.prediction)
+    else:
         scheduler = scheduler_of(d.schedule, d.prediction)
-        scheduler.register_to_config(steps_offset=1)
-        return scheduler
-    table = torch.tensor(d.schedule.alphas_cumprod, dtype=torch.float64)
-    table[0] = 1.0  # the last step ends here, at the data
-    scheduler = tcd_of(table, math.lcm(*steps), d.prediction)
     scheduler.register_to_config(steps_offset=1)
     return scheduler
 
