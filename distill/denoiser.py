@@ -231,15 +231,17 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Autocast(nn.Module):
-    """Call a network under autocast, and return its output in the dtype of x."""
+    """Call a network under autocast, and return its output in the dtype of x. It is ``module``, as in other wrappers of PyTorch."""
 
     def __init__(self, net: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.net, self.dtype = net, dtype
+        self.module, self.dtype = net, dtype
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        if x.device.type == "meta":  # which has no autocast
+            return self.module(x, t, **cond)
         with torch.autocast(x.device.type, self.dtype):
-            return self.net(x, t, **cond).to(x.dtype)
+            return self.module(x, t, **cond).to(x.dtype)
 
 
 def under_autocast(denoiser: DenoiserLike, precision: str) -> DenoiserLike:

@@ -163,7 +163,7 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
         config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
         warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images, optimizer=config.optimizer,
     )  # fmt: skip
-    seconds, call = measure_step_time(method, student, *next(iter(batches(0))), budget.steps)
+    seconds, call = measure_step_time(method, student, *next(iter(batches(0))), budget.steps, run.accelerator.mixed_precision)
     announce(budget, run, student, data, seconds)
     file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume", run.say)
     training = budget.trained_images * seconds / run.accelerator.num_processes

@@ -11,7 +11,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+
+from accelerate.utils import DistributedType
 from conftest import here, refuses
 from flow_pipelines import FLOWS
 from pipelines import FAMILIES, ldm, sd, vae
@@ -72,7 +73,7 @@ def plan(capsys, recipe, model, data, out, *more):
 @pytest.mark.parametrize("recipe", [consistency, guided], ids=lambda recipe: recipe.__name__)
 def test_a_dry_run_of_a_text_teacher_reads_no_weights_and_says_all_but_measured_times(made, tmp_path, capsys, recipe):
     data = f"prompts:{made / 'prompts.txt'}"
-    found = plan(capsys, recipe, made / "bare", data, tmp_path / "run")
+    found = plan(capsys, recipe, made / "bare", data, tmp_path / "run", "--mixed-precision", "bf16")
     assert tuple(found) == LINES
     net = teachers.load(str(made / "sd")).parametric.net
     if recipe is consistency:
@@ -125,15 +126,17 @@ def test_a_hollow_pipeline_has_the_description_and_the_shapes_of_the_real_one(tm
         assert two.count == 2 and two.encoder == ""
 
 
-def test_hollow_networks_need_the_memory_of_real_ones(made):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_hollow_networks_need_the_memory_of_real_ones(made, precision):
     found = []
+    accelerator = SimpleNamespace(mixed_precision=precision, num_processes=1, distributed_type=DistributedType.NO)
     for model in (teachers.load(str(made / "sd")), teachers.load(str(made / "bare"), weights=False)):
         table = Encoder.of(model, device=META if model.hollow else torch.device("cpu")).table(["a cat"])
         model = model.with_conditions(table)
         method = Regression(Mix(model.guided(2.0)))
         batch = torch.zeros(3, 4, 8, 8), model.condition(torch.zeros(3, dtype=torch.long))
         x0, cond = outline.placed(model, *batch)
-        found.append(training_memory(method, model.student(), x0, cond, Accelerator(cpu=True), frozen=7, averaged=True))
+        found.append(training_memory(method, model.student(), x0, cond, accelerator, frozen=7, averaged=True))
     kept = [cost.activations for cost in found]
     assert kept[1] == pytest.approx(kept[0], rel=1e-4) and kept[0] > 3 * 4 * 8 * 8 * 4  # but for copies of coefficients
     assert found[0].memory - kept[0] == found[1].memory - kept[1]

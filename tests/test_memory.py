@@ -12,7 +12,7 @@ from conftest import ROOT
 from benchmarks import footprint
 from distill.speed import checkpoint_activations
 from recipes.common.cost import ADAM, CARDS, Cost, calls_of_a_step, cost, largest_batch
-from recipes.common.footprint import saved_bytes
+from recipes.common.footprint import Lowered, saved_bytes
 from teachers.networks.lora import Adapted
 
 PUBLISHED = (859_520_964, 2_567_463_684, 2_028_328_000, 1_604_462_752, 11_901_408_320, 6_154_908_736)
@@ -41,6 +41,40 @@ def test_activations_on_the_meta_device_are_those_of_a_real_pass_and_checkpoints
                 checkpoint_activations(net)
             found.append(saved_bytes(call, net.parameters(), net))
     assert found[0] == found[1] and found[2] == found[3] and found[2] < found[0] / 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_autocast_halves_what_layers_keep_and_copies_the_weights_of_layers_once(device):
+    class Layers(torch.nn.Module):
+        """A layer, a norm, and the layer again."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = torch.nn.Linear(8, 8, bias=False, device=device), torch.nn.LayerNorm(8, device=device)
+
+        def forward(self, x):
+            return self.layer(self.norm(self.layer(x))).sum()
+
+    net, lowered = Layers(), Lowered(torch.bfloat16)
+    x = torch.randn(4, 8, device=device, requires_grad=True)
+    full, half = (saved_bytes(lambda: net(x), net.parameters(), net, mode) for mode in (None, lowered))
+    moments = 2 * 4 * 4  # of the norm
+    assert full == 3 * 4 * x.numel() + moments and half == (2 + 4 + 2) * x.numel() + moments
+    assert lowered.copied == 2 * 8 * 8
+
+
+def test_the_plan_of_autocast_keeps_what_autocast_keeps():
+    x = torch.randn(16, 32, requires_grad=True)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.SiLU(), torch.nn.Linear(64, 32))
+
+    def under_autocast():
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).sum()
+
+    lowered = Lowered(torch.bfloat16)
+    planned = saved_bytes(lambda: net(x).sum(), net.parameters(), net, lowered)
+    assert saved_bytes(under_autocast, net.parameters(), net) == planned + 2 * 2 * 32 * 64  # there, both weights' copies too
+    assert lowered.copied == 2 * (2 * 32 * 64 + 64 + 32)
 
 
 def test_with_checkpoints_the_largest_block_counts_beside_the_inputs_of_all_blocks():

@@ -52,6 +52,7 @@ def cost(
     target_calls: int = 0,
     gathered_bytes: int = FULL,
     adam_bytes: int = ADAM["adamw"],
+    copies: int = 0,
 ) -> Cost:
     """Return the cost of a step of one microbatch.
 
@@ -62,7 +63,7 @@ def cost(
     weights outside of all blocks, which stay gathered between the passes. ``teacher``: its weights, whole in each process.
     ``activations``: bytes of one microbatch. ``calls``: student calls with a gradient. ``target_calls``: calls of student or average
     without one. ``gathered_bytes``: of a gathered weight, 2 in bf16.
-    ``adam_bytes``: a value of `ADAM`.
+    ``adam_bytes``: a value of `ADAM`. ``copies``: bytes of the weights that autocast copies, held from forward to backward pass.
 
     Raises ValueError for another ``sharding``.
     """
@@ -76,7 +77,7 @@ def cost(
     gathered += FULL * trained if sharding == "zero2" else 0
     reduced = FULL * trained
     return Cost(
-        weights=own + (FULL if whole else gathered_bytes) * held,
+        weights=own + (FULL if whole else gathered_bytes) * held + copies,
         gradients=own + (FULL * block if shards > 1 else 0),
         adam=adam_bytes * own // FULL,
         average=(FULL * trained if whole else own) if averaged else 0,

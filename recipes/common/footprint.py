@@ -15,18 +15,23 @@ from torch.overrides import TorchFunctionMode
 Saved = dict[int, torch.UntypedStorage]  # kept, so that no other tensor takes its place
 
 
-def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor], net: nn.Module | None = None) -> int:
+def saved_bytes(
+    forward: Callable[[], Tensor], weights: Iterable[Tensor], net: nn.Module | None = None, lowered: Lowered | None = None
+) -> int:
     """Return the bytes that ``forward`` saves for its backward pass, beside the ``weights``. It stops at gradients of `torch.func`.
 
     ``net``: a network whose blocks may be computed once more in the backward pass (`distill.speed.checkpoint_activations`). Of these, the
     inputs are saved, and the largest block is added, because one is computed at a time.
+    ``lowered``: autocast of the forward pass. Its copies of weights are not counted here.
     """
     weights = list(weights)
     known, blocks = {place_of(weight) for weight in weights}, [0]
     saved: Saved = {}
     fused = _Fused() if any(weight.device.type == "meta" for weight in weights) else nullcontext()
+    if lowered is not None:
+        lowered.known = known
     try:
-        with _recomputed(net, known, saved, blocks), _saving(known, saved), fused:
+        with _recomputed(net, known, saved, blocks), _saving(known, saved), fused, lowered or nullcontext():
             forward()
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
@@ -88,6 +93,45 @@ def _recomputed(net: nn.Module | None, known: set[int], saved: Saved, blocks: li
 
 def _tensors(output: Any) -> list[Tensor]:
     return [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
+
+
+class Lowered(TorchFunctionMode):
+    """Cast inputs as `torch.autocast` does on GPUs, on any device: the meta device has no autocast, and that of CPUs casts less.
+
+    Each weight is cast once where gradients are kept. ``known`` gets the places of these copies, and ``copied`` counts their bytes.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.known, self.copied = dtype, set[int](), 0
+        self.copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        cast: Callable = self._lower if function in LOW else _raise if function in HIGH else lambda value: value
+        return function(*map(cast, args), **{name: cast(value) for name, value in (kwargs or {}).items()})
+
+    def _lower(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if not isinstance(value, nn.Parameter) or not torch.is_grad_enabled():
+            return value.to(self.dtype)
+        if id(value) not in self.copies:
+            copy = self.copies[id(value)] = value.to(self.dtype)
+            self.known.add(place_of(copy))
+            self.copied += copy.untyped_storage().nbytes()
+        return self.copies[id(value)]
+
+
+def _raise(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+# what autocast computes in half precision on GPUs, and what in float32
+LOW = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.scaled_dot_product_attention,
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.baddbmm, torch.einsum,
+}  # fmt: skip
+HIGH = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.mse_loss}
 
 
 class _Fused(TorchFunctionMode):

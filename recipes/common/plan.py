@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.denoiser import Denoiser
+from distill.denoiser import AUTOCAST, Denoiser, under_autocast
 from distill.rng import Rng
 from distill.second import Second
 from distill.train import Method
@@ -28,7 +28,7 @@ from eval.features import Extractor
 from eval.sweep import KEPT, KEPT_BYTES
 from recipes.common.cli import duration
 from recipes.common.cost import A100, ADAM, CARDS, Cost, cost, largest_batch
-from recipes.common.footprint import saved_bytes
+from recipes.common.footprint import Lowered, saved_bytes
 from recipes.common.forecast import seconds_of
 from recipes.data.sets import Data
 from teachers import Teacher
@@ -39,16 +39,17 @@ PAGE = 8_000_000  # bytes of report, pictures, metrics and configuration
 
 
 def measure_step_time(
-    method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor], steps: float = math.inf
+    method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor], steps: float = math.inf, precision: str = "no"
 ) -> tuple[float, float]:
     """Return the seconds per image of a training step with its update, and of a network call, measured on a copy of the student.
 
-    ``steps``: how many the run takes. The steps of a second network (`distill.second`) are part of it.
+    ``steps``: how many the run takes. The steps of a second network (`distill.second`) are part of it. ``precision``: of autocast in
+    training.
     """
     student = replace(student, net=copy.deepcopy(student.net).to(x0.device).train())
     weights = [weight for weight in student.net.parameters() if weight.requires_grad]
     adam = torch.optim.AdamW(weights, lr=0.0, fused=True)
-    step, calling = _works(method, student, x0, cond)
+    step, calling = _works(method, student, x0, cond, precision)
 
     def training() -> None:
         step()
@@ -122,18 +123,21 @@ class _Whole(nullcontext):
     parents = frozenset(("Global",))
 
 
-def _works(method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor]) -> tuple[Callable, Callable]:
+def _works(
+    method: Method, student: Denoiser, x0: Tensor, cond: dict[str, Tensor], precision: str = "no"
+) -> tuple[Callable, Callable]:
     """Return two functions: all losses of a training step with their gradients, and a network call."""
     rng = draws(x0)
     of: Second | None = getattr(method, "second", None)
     other = (
         None if of is None else replace(of.begin, net=copy.deepcopy(of.begin.net).to(x0.device).requires_grad_(True).train())
     )
+    trained, beside = under_autocast(student, precision), None if other is None else under_autocast(other, precision)
 
     def step() -> None:
         for _ in range(of.period if of is not None else 0):
-            method.second_loss(other, student, x0, rng=rng, progress=0.0, **cond).mean().backward()  # type: ignore[attr-defined]
-        method(student, x0, rng=rng, progress=0.0, **cond).mean().backward()
+            method.second_loss(beside, trained, x0, rng=rng, progress=0.0, **cond).mean().backward()  # type: ignore[attr-defined]
+        method(trained, x0, rng=rng, progress=0.0, **cond).mean().backward()
 
     def calling() -> None:
         with torch.inference_mode():
@@ -184,10 +188,13 @@ def training_memory(
     """
     weights = [weight for weight in student.net.parameters() if weight.requires_grad]
     forward = partial(method, student, x0, rng=draws(x0), progress=0.0, **cond)
-    activations = saved_bytes(lambda: forward().mean(), student.net.parameters(), student.net)
+    dtype = AUTOCAST.get(accelerator.mixed_precision)
+    lowered = None if dtype is None else Lowered(dtype)
+    activations = saved_bytes(lambda: forward().mean(), student.net.parameters(), student.net, lowered)
     how = sharding_of(accelerator, student.net)
     count = sum(weight.numel() for weight in weights)
     rest: dict[str, Any] = {"teacher": frozen, "teacher_bytes": 1, "activations": activations, "adam_bytes": adam_bytes}
+    rest["copies"] = 0 if lowered is None else lowered.copied
     return cost(count, accelerator.num_processes, **how, **rest, averaged=averaged)
 
 

@@ -199,7 +199,8 @@ class Experiment:
             together = "unknown: no step was measured, because the network is large or its weights are not here"
             needed, rest = self._memory(method, budgets, x0, cond)
         else:
-            step, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size)
+            precision = self.run.accelerator.mixed_precision
+            step, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size, precision)
             extractor = self.extractor.to(self.run.device)
             sweep = sweep_seconds(self.cells, student, made, extractor, c.images, c.chunk, real, self.run)
             needed, rest = self._memory(method, budgets, x0, cond)  # after what is loaded once, before the forecast's clock
