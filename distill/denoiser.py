@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -244,7 +244,10 @@ class _Autocast(nn.Module):
             return self.module(x, t, **cond).to(x.dtype)
 
 
-def under_autocast(denoiser: DenoiserLike, precision: str) -> DenoiserLike:
+Like = TypeVar("Like", bound=DenoiserLike)
+
+
+def under_autocast(denoiser: Like, precision: str) -> Like:
     """Return the denoiser with its networks, wrapped ones too, under autocast; coefficients stay in float32.
 
     ``precision``: "bf16" or "fp16"; any other name leaves the denoiser unchanged. So do oracles, which have no network.

@@ -11,7 +11,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-
 from accelerate.utils import DistributedType
 from conftest import here, refuses
 from flow_pipelines import FLOWS
