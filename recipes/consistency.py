@@ -130,7 +130,12 @@ def learn(config: Config, e: Experiment, plan: bool = True) -> None:
     device = e.run.device if estimated else None  # where the teacher's bias is estimated
     method, first = method_of(config, teacher, student, e.data, config.seed, device), start_of(config, teacher)
     if plan:
-        e.plan(method, [budget(config), *([budget(config, of_start=True)] if first else [])], steps_of(config))
+        e.plan(
+            method,
+            [budget(config), *([budget(config, of_start=True)] if first else [])],
+            steps_of(config),
+            sampling=sampling(config),
+        )
     if first:
         student = e.stage(f"start-{start_name(config)}", student, first, budget(config, of_start=True))
     e.stage(config.method, student, method, budget(config), sampling(config), label=config.method)

@@ -37,7 +37,7 @@ SCHEDULES = ("table", "cosine", "linear_vp", "flow", "edm")
 
 
 @dataclass(frozen=True)
-class Config(flags.RunFlags, flags.TrainingFlags):
+class Config(flags.PlanFlags, flags.RunFlags, flags.TrainingFlags):
     preset: str = flag("default", f"smoke is a trial run of some seconds; {REAL_IMAGES}", choices=PRESETS)
     teacher: str | None = model_flag(None, "learn E[x0 | x_t] of this model instead of the data (accepted: --help teacher)")
     data: str = model_flag("digits", "the training data (accepted: --help data)")
@@ -81,7 +81,7 @@ class Config(flags.RunFlags, flags.TrainingFlags):
         0.1, "part of the labels replaced by the null class, for guidance", short=False, at_least=0, at_most=1
     )
 
-    MAY_CHANGE: ClassVar = ("force", "rollbacks", "compile", "checkpoint_activations")
+    MAY_CHANGE: ClassVar = ("force", "rollbacks", "compile", "checkpoint_activations", "dry_run")
     TOPICS: ClassVar = flags.TOPICS
     MOVED: ClassVar = {
         "--probe": "python recipes/probe.py --model SPEC --data DATA",
@@ -114,9 +114,10 @@ from eval.generate import images
 from eval.image_grid import contact_sheet
 from eval.machine import peak_memory_gb
 from recipes.common.checks import check_denoiser, check_finite_data, check_match, check_optimizer, codec_of
+from recipes.common.cost import ADAM
 from recipes.common.forecast import Forecast
 from recipes.common.interrupts import finishing_steps, interruptible, stop_requested
-from recipes.common.plan import measure_step_time
+from recipes.common.plan import batches_text, gigabytes, measure_step_time, size_of, training_memory
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.common.training import divergence_errors
 from recipes.data import sets, source
@@ -163,8 +164,16 @@ def fit(config: Config, run: Run, model: Teacher, teacher: Teacher | None, data:
         config.training_images, config.batch_size, config.microbatch, config.lr, constant=0.7, betas=(0.9, 0.99),
         warmup_images=config.warmup_images, ema_halflife_images=config.ema_halflife_images, optimizer=config.optimizer,
     )  # fmt: skip
-    seconds, call = measure_step_time(method, student, *next(iter(batches(0))), budget.steps, run.accelerator.mixed_precision)
+    x0, cond = next(iter(batches(0)))
+    seconds, call = measure_step_time(method, student, x0, cond, budget.steps, run.accelerator.mixed_precision)
     announce(budget, run, student, data, seconds)
+    if config.dry_run:
+        needed = training_memory(
+            method, student, x0, cond, run.accelerator, frozen=0 if teacher is None else size_of(teacher.tensors().values()),
+            averaged=bool(budget.ema_halflife_images), adam_bytes=ADAM[config.optimizer],
+        )  # fmt: skip
+        run.say(f"  memory of training {gigabytes(needed.memory)}; {batches_text(needed, len(x0))} at once in a process")
+        raise SystemExit(0)
     file, resumable = run.folder / "teacher.safetensors", Resumable(run.folder / "resume", run.say)
     training = budget.trained_images * seconds / run.accelerator.num_processes
     whole = not (file.exists() or resumable.folder.exists())

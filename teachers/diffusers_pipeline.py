@@ -87,6 +87,8 @@ def load(spec: str, download: bool = True, weights: bool = True) -> Teacher:
     }
     if textual:
         encoder = Encoder(where, variant, shape[1:], torch.device("cpu" if weights else "meta"))
+        if lines:
+            encoder.warn_of_long(lines)
         embeddings = encoder.table(lines) if lines else Conditions({})
         classes = null = embeddings.count
     if name == "StableDiffusion3Pipeline" and (without := [part for part in left_out(folder) if part not in UNUSED]):

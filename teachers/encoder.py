@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from teachers.conditions import Conditions
 from teachers.hollow import network, text_encoder
@@ -143,6 +145,13 @@ class Encoder:
         with silent():
             return sum(all(len(part(text, verbose=False).input_ids) > most for part, most in found) for text in prompts)
 
+    def warn_of_long(self, prompts: list[str]) -> None:
+        """Say how many prompts no tokenizer takes whole, once for all launched processes."""
+        if os.environ.get("RANK", "0") == "0" and (cut := self.too_long(prompts)):
+            tqdm.write(
+                f"warning: {cut:,} of {len(prompts):,} prompts are longer than the tokenizer takes; their ends have no effect"
+            )
+
     def close(self) -> None:
         """Free the encoders' memory. They are loaded again if they are used again."""
         vars(self).pop("pipeline", None)
@@ -174,7 +183,9 @@ def with_prompts(model: Teacher, prompts: list[str]) -> Teacher:
 
     Raises ValueError for a model that takes no text, and for a pipeline that is gone.
     """
-    return model.with_conditions(Encoder.of(model).table(prompts))
+    encoder = Encoder.of(model)
+    encoder.warn_of_long(prompts)
+    return model.with_conditions(encoder.table(prompts))
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,9 @@ def with_examples(model: Teacher) -> Teacher:
 
     They are encoded anew: rows of a table may be in half precision. Raises ValueError for a pipeline that is gone.
     """
-    return model if model.embeddings is None else with_prompts(model, list(model.embeddings.prompts[:4]) or list(EXAMPLES))
+    if model.embeddings is None:
+        return model
+    return model.with_conditions(Encoder.of(model).table(list(model.embeddings.prompts[:4]) or list(EXAMPLES)))
 
 
 @contextmanager

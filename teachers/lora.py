@@ -62,6 +62,15 @@ def merged(model: Teacher) -> Teacher:
     return replace(model, denoiser=replace(model.parametric, net=frozen(net.merged())), network=plain)
 
 
+def bare(model: Teacher) -> Teacher:
+    """Return the model with the network that its adapter lies on; unchanged without one. Nothing is copied."""
+    net = getattr(model.denoiser, "net", None)
+    if not isinstance(net, Adapted):
+        return model
+    inner: Any = net.net
+    return replace(model, denoiser=replace(model.parametric, net=inner.net if isinstance(inner, adapters.Rounded) else inner))
+
+
 def build(config: dict, given: nn.Module | None, find: Callable[[str], Teacher] | None) -> nn.Module:
     """Build the network of a description: find the base, and put a new adapter on it.
 

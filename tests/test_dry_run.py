@@ -26,7 +26,7 @@ from distill.progressive import Progressive
 from distill.regression import Regression
 from distill.schedule import Flow
 from distill.target import Mix
-from recipes import consistency, evaluate, guided, latents
+from recipes import consistency, evaluate, guided, latents, teacher
 from recipes.common import outline
 from recipes.common.plan import count_operations, training_memory
 from teachers import hub, saved
@@ -81,6 +81,14 @@ def test_a_dry_run_of_a_text_teacher_reads_no_weights_and_says_all_but_measured_
     assert found["together"].startswith("unknown: no step was measured")
     assert all(f"{size} GB: " in found["fits"] for size in (24, 48, 80))
     assert all(kind in found["memory"] for kind in ("Adam", "teacher")) and re.search("activations [1-9]", found["memory"])
+
+
+def test_a_dry_run_of_a_new_teacher_says_time_and_memory_and_writes_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        here(teacher.main, "--preset smoke --dry-run --output-dir", tmp_path / "run")
+    said = capsys.readouterr()
+    assert stop.value.code == 0 and not (tmp_path / "run").exists(), said.err
+    assert re.search("steps: about .* s", said.out) and re.search("memory of training [1-9].* 24 GB: [1-9]", said.out)
 
 
 @pytest.mark.slow

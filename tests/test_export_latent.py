@@ -12,6 +12,7 @@ import teachers
 from distill.sampling import Sampling
 from teachers.export import deliver, latent
 from teachers.hub import read_json
+from teachers.lora import rounded, with_adapter
 from teachers.networks.records import ENCODERS
 from teachers.students import untrained
 
@@ -94,3 +95,14 @@ def test_the_scheduler_of_a_flow_has_the_uniform_grid():
         made = latent.flow_scheduler(n)
         made.set_timesteps(n)
         assert torch.allclose(made.sigmas, torch.linspace(1, 0, n + 1), atol=1e-6)
+
+
+def test_the_plan_says_before_training_why_no_pipeline_will_hold_a_student(tmp_path):
+    sd3(tmp_path / "words").save_pretrained(tmp_path / "sd3")
+    model = teachers.load(str(tmp_path / "sd3"))
+    for one in (model, with_adapter(rounded(model), str(tmp_path / "sd3"), 2)):
+        before = {name: weight.data_ptr() for name, weight in one.tensors().items()}
+        noisy, plain = (replace(one, sampling=Sampling.parse(name, steps=(2,))) for name in ("consistency:0.5", "ddim"))
+        assert "flow pipelines add no noise between steps" in (deliver.reason_against(noisy) or "")
+        assert deliver.reason_against(plain) is None
+        assert before == {name: weight.data_ptr() for name, weight in one.tensors().items()}

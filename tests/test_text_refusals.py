@@ -10,6 +10,7 @@ from pipelines import sd
 import teachers
 from recipes import consistency, evaluate, guided
 from recipes.common.checks import encoded
+from teachers.encoder import with_prompts
 from teachers.students import untrained
 
 
@@ -52,3 +53,15 @@ def test_prompts_that_no_tokenizer_takes_whole_are_counted_where_no_cache_is_mad
     assert encoded(teachers.load(str(tmp_path / "sd")), prompts, config).count == 3
     said = capsys.readouterr()
     assert "warning: 1 of 3 prompts are longer than the tokenizer takes" in said.out + said.err
+
+
+def test_long_lines_of_a_prompts_file_are_counted_once_for_all_processes(tmp_path, capsys, monkeypatch):
+    sd(tmp_path / "words").save_pretrained(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text(f"a cat\n{90 * 'very '}long\n")
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        capsys.readouterr()
+        model = teachers.load(f"{tmp_path / 'sd'},prompts={tmp_path / 'prompts.txt'}")
+        assert "".join(capsys.readouterr()).count("warning: 1 of 2 prompts are longer than the tokenizer takes") == count
+        with_prompts(model, ["blue"])
+        assert "warning" not in "".join(capsys.readouterr())

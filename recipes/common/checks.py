@@ -15,7 +15,7 @@ from distill.denoiser import Denoiser
 from distill.optimizers import check_installed
 from distill.sampling import Sampling
 from distill.schedule import Flow, Table
-from recipes.common.encoding import Encoding, cached, warn_of_long
+from recipes.common.encoding import Encoding, cached
 from recipes.common.several_sizes import at_size, fits, shapes_text
 from recipes.data.buckets import Buckets
 from recipes.data.condition_shards import distinct
@@ -109,15 +109,13 @@ def encoded(teacher: Teacher, prompts: list[str], config: Any = None) -> Conditi
     state = PartialState(cpu=not torch.cuda.is_available())
     if config is None:
         encoder = Encoder.of(teacher, device=state.device)
-        if state.is_main_process:
-            warn_of_long(encoder, prompts)
+        encoder.warn_of_long(prompts)
         return encoder.table(prompts)
     if getattr(config, "conditions", "cached") == "online" or getattr(config, "dry_run", False):
         precision = torch.bfloat16 if state.device.type == "cuda" else torch.float32
         where: dict[str, Any] = {"device": META} if teacher.hollow else {"device": state.device, "dtype": precision}
         encoder = Encoder.of(teacher, **where)
-        if state.is_main_process:
-            warn_of_long(encoder, prompts[:WARNED])
+        encoder.warn_of_long(prompts[:WARNED])
         return online(encoder, prompts)
     encoding = Encoding(Encoder.of(teacher, device=state.device))
     return cached(Path(config.output_dir).absolute().parent, prompts, encoding, state)

@@ -71,17 +71,9 @@ class Encoding:
         if state.is_main_process:
             sizes = {name: shape[0] for name, shape in sorted(shapes.items())}
             write_index(folder, prompts, null, self.encoder.sha256, sizes)
-            warn_of_long(self.encoder, prompts)
+            self.encoder.warn_of_long(prompts)
         state.wait_for_everyone()
         self.encoder.close()
-
-
-def warn_of_long(encoder: Encoder, prompts: list[str]) -> None:
-    """Say how many prompts no tokenizer takes whole."""
-    if cut := encoder.too_long(prompts):
-        tqdm.write(
-            f"warning: {cut:,} of {len(prompts):,} prompts are longer than the tokenizer takes; their ends have no effect"
-        )
 
 
 def row_bytes(null: dict[str, Tensor]) -> int:

@@ -165,7 +165,14 @@ class GuidanceFlags(Checked):
 
 
 @dataclass(frozen=True)
-class DistillationFlags(RunFlags, TrainingFlags, LoraFlags, DecodingFlags, SweepFlags, GuidanceFlags):
+class PlanFlags(Checked):
+    """What a run would take."""
+
+    dry_run: bool = machine_flag(False, "print the plan with time, memory and disk from a measured step, and write nothing")
+
+
+@dataclass(frozen=True)
+class DistillationFlags(PlanFlags, RunFlags, TrainingFlags, LoraFlags, DecodingFlags, SweepFlags, GuidanceFlags):
     """A teacher, data, and the groups above: what every recipe that distils has."""
 
     teacher: str = model_flag("digits", "the trained model (accepted: --help teacher)")
@@ -183,8 +190,6 @@ class DistillationFlags(RunFlags, TrainingFlags, LoraFlags, DecodingFlags, Sweep
         short=False,
         path="file",
     )
-
-    dry_run: bool = machine_flag(False, "print the plan with time, memory and disk from a measured step, and write nothing")
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("force", "rollbacks", "compile", "checkpoint_activations", "replay", "dry_run")
     TOPICS: ClassVar = TOPICS

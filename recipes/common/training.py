@@ -177,11 +177,13 @@ class Experiment:
             self.cells += baselines(teacher, f"teacher{ending}", self.config.sweep_steps, samplers, guidance)
             self.cells += baselines(teacher, f"teacher{ending}", (steps,), ("ddim",), guidance)
 
-    def plan(self, method: Method, budgets: list[Optimization], steps: Sequence[int], more: int = 0) -> None:
+    def plan(
+        self, method: Method, budgets: list[Optimization], steps: Sequence[int], more: int = 0, sampling: Sampling | None = None
+    ) -> None:
         """Say what will be done, and the time, memory and disk it should take, measured on a few training steps and calls.
 
-        ``steps``: of the students' cells. ``more``: those of the stages' teachers that
-        ``method``, of the first stage, does not have. With --dry-run the program ends here.
+        ``steps``: of the students' cells. ``more``: those of the stages' teachers that ``method``, of the first stage, does not have.
+        ``sampling``: of the students, if it is one for all. With --dry-run the program ends here.
         """
         student, world = self.student, self.run.accelerator.num_processes
         images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
@@ -222,11 +224,17 @@ class Experiment:
             f"  memory    about {memory_text(needed, rest)} in each of {plural(world, 'process')}",
             *([f"  fits      {batches_text(needed, len(x0))} at once in a process"] if c.dry_run else []),
             f"  disk      about {gigabytes(self.disk)}",
+            *self._exports(sampling or Sampling(steps=tuple(steps))),
             f"  output    {self.run.folder}\n",
         ):
             self.run.say(line)
         if self.config.dry_run:
             raise SystemExit(0)
+
+    def _exports(self, sampling: Sampling) -> list[str]:
+        """Return the line of a plan whose students no stock pipeline can hold."""
+        reason = deliver.reason_against(replace(self.student, sampling=sampling))
+        return [] if reason is None else [f"  exports   no diffusers pipeline: {reason}"]
 
     def _memory(
         self, method: Method, budgets: list[Optimization], x0: torch.Tensor, cond: dict[str, torch.Tensor]

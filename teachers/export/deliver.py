@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from distill.files import FILE_MODE, replacing_folder
 from distill.self_conditioning import self_conditioned
 from teachers import passport
+from teachers.encoder import EXAMPLES
 from teachers.export import latent, pixel
 from teachers.hub import nulls
-from teachers.lora import merged
+from teachers.lora import bare, merged
 from teachers.passport import pixels as own_pixels
 from teachers.teacher import Teacher, require_network
 
@@ -57,7 +59,7 @@ def form_of(model: Teacher) -> Any:
 
 def check_exportable(model: Teacher) -> None:
     """Raise ValueError if no stock pipeline can hold the model."""
-    require_network(model := merged(model))
+    require_network(model := bare(model))
     if model.source is not None:
         raise ValueError(f"no stock pipeline starts from images ({model.source}): accepted are models that start from noise")
     if self_conditioned(model.denoiser):
@@ -67,6 +69,17 @@ def check_exportable(model: Teacher) -> None:
     if model.sampling.name not in EXPORTED:
         raise ValueError(f"no stock scheduler takes the steps of {model.sampling.label!r}: accepted are {', '.join(EXPORTED)}")
     form_of(model).check(model)
+
+
+def reason_against(model: Teacher) -> str | None:
+    """Return why no stock pipeline will hold students of the model; None where one can. Reads no weights."""
+    if model.embeddings is not None and not model.embeddings.prompts:
+        model = replace(model, embeddings=replace(model.embeddings, prompts=EXAMPLES))  # with which pipelines are compared
+    try:
+        check_exportable(model)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def export_pipelines(model: Teacher, folder: Path) -> dict[str, float]:
