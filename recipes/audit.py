@@ -6,7 +6,8 @@
 Step counts, time grids, shifts of a flow and guidance scales of the base are tried, each with steps of DDIM (Euler's method in sigma /
 alpha). A distilled model that keeps the base's map from noise to image is nearest to it where it is sampled as in its training. What
 is found is written as passport.json, which loading obeys. A model that has a passport is compared with its images instead.
-Distances are in standard deviations of the base's samples, and the five smallest are printed. Above 0.5 no passport is written.
+Distances are in standard deviations of the base's samples, and the five smallest are printed. Above 0.5 no passport is written, nor for a
+model that is hardly nearer than the base itself at the same setting: it was not distilled, or not for one of the step counts.
 A model that learnt a distribution and not the map (adversarial, distribution matching) is nearest only by chance; the distances tell.
 """
 
@@ -34,6 +35,7 @@ from recipes.common.cli import (
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {"steps": (1, 2, 4), "samples": 16, "base_steps": 16}}
 ACCEPTED = 0.5  # largest distance of a found setting, in standard deviations of the base's samples
+GAIN = 0.95  # largest distance of a found setting by that of the base itself
 TIE = 0.1  # distances that differ by this part are nearly the same
 
 
@@ -65,7 +67,7 @@ import torch
 from torch import Tensor
 
 import teachers
-from distill.denoiser import DenoiserLike
+from distill.denoiser import DenoiserLike, on_schedule
 from distill.grid import GRIDS
 from distill.sampling import SEARCHED, Sampling
 from distill.schedule import Flow, Schedule, Table
@@ -172,19 +174,36 @@ def search(
         )
     classes = min(counts) or None
     scales = [w for w in config.guidance if w == 1 or base.null is not None]
-    many = Sampling("heun").on_best_grid(base.denoiser.schedule, config.base_steps)
-    aims = {w: samples(base, base.guided(w), many, config.base_steps, classes, config) for w in scales}
+    aims = {w: aim(base, w, classes, config) for w in scales}
     ranked = []
     for setting in show(settings(model.denoiser.schedule, config.steps, config.shifts)):  # type: ignore[attr-defined]
         sampling = Sampling(grid=SEARCHED, times={setting.steps: setting.times})
         made = samples(model, model.denoiser, sampling, setting.steps, classes, config)
-        for w, aim in aims.items():
-            distance = float(((made - aim).square().mean() / (aim - aim.mean(0)).square().mean()).sqrt())
-            ranked.append((distance if distance == distance else float("inf"), replace(setting, guidance=w)))
+        ranked += [(apart(made, samples_of_base), replace(setting, guidance=w)) for w, samples_of_base in aims.items()]
     ranked.sort(key=lambda pair: pair[0])
     near = [pair for pair in ranked if pair[0] <= (1 + TIE) * ranked[0][0]]
     best = min(near, key=lambda pair: pair[1].steps)
     return [best, *(pair for pair in ranked if pair is not best)]
+
+
+def aim(base: Teacher, guidance: float, classes: int | None, config: Config) -> Tensor:
+    """Return the samples of the base with many steps."""
+    many = Sampling("heun").on_best_grid(base.denoiser.schedule, config.base_steps)
+    return samples(base, base.guided(guidance), many, config.base_steps, classes, config)
+
+
+def apart(made: Tensor, aimed: Tensor) -> float:
+    """Return the distance of samples in standard deviations of the second ones; infinity where it is not a number."""
+    distance = float(((made - aimed).square().mean() / (aimed - aimed.mean(0)).square().mean()).sqrt())
+    return distance if distance == distance else float("inf")
+
+
+def distance_of_base(model: Teacher, base: Teacher, setting: Setting, config: Config) -> float:
+    """Return how far the base itself is from its samples of many steps, at a setting of the model."""
+    classes = min(0 if one.classes is None else one.classes for one in (model, base)) or None
+    guided = on_schedule(base.guided(setting.guidance), model.denoiser.schedule)
+    sampling = Sampling(grid=SEARCHED, times={setting.steps: setting.times})
+    return apart(samples(base, guided, sampling, setting.steps, classes, config), aim(base, setting.guidance, classes, config))
 
 
 def passport_of(model: Teacher, base: Teacher, ranked: list[tuple[float, Setting]], source: str) -> passport.Passport:
@@ -234,6 +253,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{config.model} is {ranked[0][0]:.2f} standard deviations from its base at best, more than {ACCEPTED}: name its true base, "
                 "try more --steps and --guidance, or use --force"
+            )
+        if (own := distance_of_base(model, base, ranked[0][1], config)) * GAIN < ranked[0][0] and not config.force:
+            raise ValueError(
+                f"{config.model} is {ranked[0][0]:.2f} standard deviations from its base at best, and the base itself {own:.2f} there"
+                f" ({ranked[0][1]}): it was not distilled for these --steps; try others, or use --force"
             )
     found = passport_of(model, base, ranked, config.teacher)
     passport.write(path, found)

@@ -122,6 +122,14 @@ def test_another_setting_is_found_for_another_student():
         assert audit.search(model, base, config(guidance=(1.0,)))[0][1].steps == n
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_student_is_nearer_to_the_fine_samples_than_its_base_at_the_same_setting_and_the_base_is_not(steps):
+    model, base = pair(Cosine(), torch.linspace(1, 0, steps + 1), 1.0)
+    for one, nearer in ((model, True), (base, False)):
+        near, setting = audit.search(one, base, config(steps=(steps,), guidance=(1.0,)))[0]
+        assert (near < audit.GAIN * audit.distance_of_base(one, base, setting, config())) == nearer
+
+
 def test_shifted_times_are_those_of_the_flow_scheduler_of_diffusers():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -157,7 +165,9 @@ def test_a_pipeline_without_a_passport_gets_one(teacher, tmp_path, stock_here, r
     few = words("--model", folder, "--teacher digits --samples 8 --base-steps 16 --guidance 1")
     line = refused(audit.main, *few, "--steps 1")  # a teacher is no student of one step
     assert "standard deviations from its base at best" in line and not (folder / "passport.json").exists()
-    audit.main([*few, "--steps", "1", "16"])
+    line = refused(audit.main, *few, "--steps 1 16")  # nor of 16, where it is the teacher itself
+    assert "it was not distilled for these --steps" in line and not (folder / "passport.json").exists()
+    audit.main([*few, "--steps", "1", "16", "--force"])
     assert "16 steps" in capsys.readouterr().out.splitlines()[-1]
     made = json.loads((folder / "passport.json").read_text())
     assert made["steps"] == [16] and made["teacher"]["source"] == "digits" and made["found"]["distance"] < 0.5
