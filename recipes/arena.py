@@ -1,7 +1,8 @@
-"""Compare distillation methods: one teacher, equal training images, several training seeds, one measurement, one page.
+"""Compare distillation methods: one teacher, equal training images or seconds, several training seeds, one measurement, one page.
 
     accelerate launch recipes/arena.py                                       the methods on digits, 3 seeds, hours on two CPU cores
     python recipes/arena.py --methods cd ect+cmt lmd --seeds 1               some of them
+    python recipes/arena.py --training-seconds 300 --output-dir runs/seconds as many images as each method trains in 5 minutes
 
 Every training is a run of its own under OUTPUT_DIR/trainings and continues where it was killed; finished cells of the measurement are
 kept. Training seeds change the data order and all noise of training; all students are measured on the same noise.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +23,7 @@ from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, on
 from recipes.common.methods import METHODS
 
 DONE = "done.json"  # of a training, with its peak memory
+PILOT = 12_800  # training images that measure the speed of a method
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -60,6 +63,9 @@ class Config(flags.RunFlags, flags.SweepFlags):
     methods: tuple[str, ...] = flag(STANDARD, "what is compared", choices=ENTRANTS)
     seeds: int = flag(3, "trainings of each method", at_least=1, at_most=10)
     training_images: int = training_flag(128_000, "training images of each student, its start included", **TRAINED)
+    training_seconds: float | None = training_flag(
+        None, "equal seconds in place of equal images, by the speed of a short pilot of each method", short=False, above=0
+    )
     steps: tuple[int, ...] = flag((1, 2, 4), "step counts of the students that take several", **STEPS)
     samplers: tuple[str, ...] = measuring_flag(
         ("ddim", "heun", "dpm++2m", "dpm++3m", "unipc", "ipndm", "deis"), "training-free samplers of the teacher", short=False
@@ -108,10 +114,11 @@ def main(argv: list[str] | None = None) -> None:
         real = measured_against(config.reference, data, extractor)
         other = None if config.second_features == config.features else second_extractor(config, teacher)
         run = Run.open(config)
-    files = {
-        (name, seed): train(config, run, name, seed, number)
-        for number, (name, seed) in enumerate(((name, seed) for seed in range(config.seeds) for name in config.methods), 1)
-    }
+    images = {name: images_of(config, run, name) for name in config.methods}
+    files = {}
+    for number, (seed, name) in enumerate(product(range(config.seeds), config.methods), 1):
+        title = f"training {number}/{config.seeds * len(config.methods)}: {name}, seed {seed}"
+        files[name, seed] = train(config, run, name, seed, images[name], folder_of(run, name, seed), title)
     teacher.to(run.device)
     measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
     cells = baselines(teacher, "teacher", config.sweep_steps, config.samplers) + baselines(teacher, "teacher", (64,), ("ddim",))
@@ -120,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = measurement.rows(run, cells)
     if other is not None:
         rows = with_second(rows, run, other, data, config, cells)
-    run.from_main(lambda: write(config, run, rows))
+    run.from_main(lambda: write(config, run, rows, images))
     run.say(f"arena: {run.folder / 'arena.html'}")
     run.close()
 
@@ -144,17 +151,25 @@ def with_second(
     return [row | {"fid2": found[row["name"]]} for row in rows]
 
 
-def train(config: Config, run: Run, name: str, seed: int, number: int) -> list[Path]:
-    """Train a method with one seed, unless its students are there. Return their files, from many steps to few."""
-    folder = folder_of(run, name, seed)
-    flags = ENTRANTS[name](config.training_images)
+def images_of(config: Config, run: Run, name: str) -> int:
+    """Return the training images of a method: of the configuration, or as many as its pilot says take --training-seconds here."""
+    if config.training_seconds is None:
+        return config.training_images
+    pilot = train(config, run, name, 0, PILOT, run.folder / "pilots" / name, f"pilot of {name}")
+    seconds = run.from_main(lambda: max(training_seconds(path) or 0.0 for path in pilot))
+    return max(1, round(PILOT * config.training_seconds / seconds)) if seconds else config.training_images
+
+
+def train(config: Config, run: Run, name: str, seed: int, images: int, folder: Path, title: str) -> list[Path]:
+    """Train a method into a folder, unless its students are there. Return their files, from many steps to few."""
+    flags = ENTRANTS[name](images)
     recipe = progressive if flags[0] == "--images-per-stage" else consistency
     given = ["--teacher", config.teacher, "--data", config.data, "--seed", str(seed), "--threads", str(config.threads)]
     if recipe is consistency and METHODS[flags[1]].steps != (1,):
         given += ["--steps", *map(str, config.steps)]
     done = folder / DONE
     if not done.exists():
-        run.say(f"training {number}/{config.seeds * len(config.methods)}: {name}, seed {seed}")
+        run.say(title)
         machine.reset_peak_memory(run.device)
         with one_line_errors():
             own = parse(recipe.Config, recipe.__doc__ or "", recipe.PRESETS, [*given, *flags, "--output-dir", str(folder)])
@@ -179,7 +194,7 @@ def cells_of(config: Config, files: list[Path], teacher: Teacher, label: str) ->
     return cells
 
 
-def write(config: Config, run: Run, rows: list[dict]) -> None:
+def write(config: Config, run: Run, rows: list[dict], images: dict[str, int]) -> None:
     """Write arena.json, arena.png and arena.html. A row that failed drops its method at that step count."""
     cells = run.folder / "cells"
     rows = with_comparisons(rows, {row["name"]: pictures_of(row, cells) for row in good(rows)})
@@ -194,7 +209,7 @@ def write(config: Config, run: Run, rows: list[dict]) -> None:
                 standings.append(arena.Standing.of(name, steps, own, max(memory)))
     facts = {
         "teacher": config.teacher,
-        "training images": f"{config.training_images:,}",
+        **training_facts(config, images),
         "training seeds": config.seeds,
         "generated images per cell": f"{config.images:,}",
         "features": config.features,
@@ -207,6 +222,14 @@ def write(config: Config, run: Run, rows: list[dict]) -> None:
         arena.draw(standings, free, run.folder / "arena.png")
     write_text(run.folder / "arena.html", arena.page(f"Methods on {config.data}", standings, free, facts))
     run.say(f"\n{arena.advice(standings)}")
+
+
+def training_facts(config: Config, images: dict[str, int]) -> dict[str, str]:
+    """Return what the trainings have in common, for the page."""
+    if config.training_seconds is None:
+        return {"training images": f"{config.training_images:,}"}
+    each = ", ".join(f"{name} {count:,}" for name, count in images.items())
+    return {"training seconds": f"{config.training_seconds:g}, by pilots of {PILOT:,} images", "training images": each}
 
 
 def folder_of(run: Run, name: str, seed: int) -> Path:

@@ -68,3 +68,17 @@ def test_a_killed_arena_goes_on_and_trains_nothing_twice(new, tmp_path, monkeypa
     assert all(0 < s["means"]["fid2"] != s["fid"] for s in out["standings"])
     page = (tmp_path / "arena" / "arena.html").read_text()
     assert "<svg" in page and out["advice"].split(" (")[0] in page
+
+
+@pytest.mark.slow
+def test_with_equal_seconds_a_method_trains_what_its_pilot_says(new, tmp_path, monkeypatch):
+    flags = "--methods cmt pdd --seeds 1 --training-seconds 2 --steps 1 --images 60 --chunk 60 --sweep-steps 1 --samplers ddim"
+    monkeypatch.setattr(arena, "PILOT", 320)
+    monkeypatch.setattr(consistency, "PRESETS", consistency.PRESETS | {"default": {"force": True, "batch_size": 32}})
+    monkeypatch.setattr(arena, "training_seconds", lambda path: {"cmt": 10.0, "pdd": 1.0}[path.parent.name])
+    here(arena.main, flags, "--teacher", new, "--output-dir", tmp_path / "arena", "--threads 1")
+    for name, images in (("cmt", 64), ("pdd", 640)):
+        config = json.loads((tmp_path / "arena" / "trainings" / f"{name}-0" / "config.json").read_text())
+        assert config["training_images"] == images
+    facts = json.loads((tmp_path / "arena" / "arena.json").read_text())["facts"]
+    assert facts["training images"] == "cmt 64, pdd 640" and facts["training seconds"].startswith("2, by pilots of 320")
