@@ -21,7 +21,7 @@ from distill.progressive import Progressive
 from distill.scm import forward_mode
 from distill.train import BatchSplit, Method, Optimization, train
 from recipes.common.building import method_of, student_of
-from recipes.common.methods import MethodFlags
+from recipes.common.method_flags import MethodFlags
 from recipes.data.sets import Data
 from teachers import Teacher
 

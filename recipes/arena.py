@@ -64,7 +64,11 @@ class Config(flags.RunFlags, flags.SweepFlags):
     seeds: int = flag(3, "trainings of each method", at_least=1, at_most=10)
     training_images: int = training_flag(128_000, "training images of each student, its start included", **TRAINED)
     training_seconds: float | None = training_flag(
-        None, "equal seconds in place of equal images, by the speed of a short pilot of each method", short=False, above=0
+        None,
+        "equal seconds in place of equal images, by the speed of a short pilot of each method",
+        short=False,
+        above=0,
+        at_most=1e7,
     )
     steps: tuple[int, ...] = flag((1, 2, 4), "step counts of the students that take several", **STEPS)
     samplers: tuple[str, ...] = measuring_flag(

@@ -15,22 +15,9 @@ from dataclasses import dataclass, replace
 from recipes.common import flags
 from recipes.common.accepted import CHANNELS, LAYERS, LEARNING_RATE, STEPS, TRAINED
 from recipes.common.cli import flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
-from recipes.common.methods import (
-    METHODS,
-    START_LR,
-    MethodFlags,
-    check_carrying,
-    check_flags,
-    check_range,
-    from_images,
-    lr_of,
-    midtraining,
-    start_name,
-    steps_of,
-    teacher_weight,
-    terms_of,
-    without_images,
-)
+from recipes.common.method_checks import check_carrying, check_flags, check_range, from_images, without_images
+from recipes.common.method_flags import MethodFlags
+from recipes.common.methods import METHODS, START_LR, lr_of, midtraining, start_name, steps_of, teacher_weight, terms_of
 from recipes.common.real_images import CIFAR10_STUDENTS, FASHION_STUDENTS, REAL_IMAGES
 
 PRESETS: dict[str, dict] = {

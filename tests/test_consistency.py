@@ -25,7 +25,8 @@ from distill.samplers import consistency, ddim
 from distill.schedule import EDM, VE, Cosine, Flow, add_noise
 from distill.scm import TRIG, tangent, velocity
 from distill.target import DataSample, Mix
-from recipes.common.methods import METHODS, MethodFlags
+from recipes.common.method_flags import MethodFlags
+from recipes.common.methods import METHODS
 from teachers.oracle import Gaussian
 
 

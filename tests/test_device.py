@@ -35,7 +35,8 @@ from distill.train import BatchSplit, Optimization, train
 from eval.generate import images, initial_noise
 from recipes import classifier, consistency, evaluate, export, latents, progressive, sample, search, teacher, variance
 from recipes.common.building import method_of, student_of
-from recipes.common.methods import METHODS, MethodFlags
+from recipes.common.method_flags import MethodFlags
+from recipes.common.methods import METHODS
 from recipes.data import sets
 from teachers.probe import probe
 from teachers.students import with_two_times

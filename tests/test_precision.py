@@ -18,7 +18,8 @@ from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive
 from recipes import teacher as teacher_recipe
 from recipes.common.building import method_of, student_of
-from recipes.common.methods import METHODS, MethodFlags
+from recipes.common.method_flags import MethodFlags
+from recipes.common.methods import METHODS
 from recipes.data import sets
 from teachers.students import untrained
 

@@ -7,7 +7,7 @@ from conftest import refuses
 import teachers
 from distill.scm import TRIG, tangent, velocity
 from recipes.common.building import student_of
-from recipes.common.methods import MethodFlags
+from recipes.common.method_flags import MethodFlags
 from teachers.oracle import Gaussian
 from teachers.students import with_slow_time, with_two_times
 from teachers.teacher import Teacher

@@ -27,7 +27,8 @@ from distill.target import Mix
 from distill.train import BatchSplit, Optimization, train
 from recipes import consistency, progressive, teacher
 from recipes.common.building import method_of, student_of
-from recipes.common.methods import METHODS, MethodFlags
+from recipes.common.method_flags import MethodFlags
+from recipes.common.methods import METHODS
 from recipes.data import sets
 from teachers.experts import Experts
 from teachers.students import untrained

@@ -1,4 +1,4 @@
-"""Build the method that the flags of `recipes.common.methods` describe, with its target."""
+"""Build the method that the flags of `recipes.common.method_flags` describe, with its target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from distill.teacher_bias import TeacherBias
 from distill.train import Method
 from eval.perceptual import Lpips
 from eval.progress import progress
-from recipes.common.methods import METHODS, MethodFlags, teacher_weight, terms_of
+from recipes.common.method_flags import MethodFlags
+from recipes.common.methods import METHODS, teacher_weight, terms_of
 from recipes.common.several_sizes import at_size
 from recipes.data.sets import Data
 from teachers import Teacher
