@@ -219,7 +219,7 @@ def test_a_missing_peft_is_named_in_one_line(teacher, monkeypatch):
 def test_a_network_without_attention_says_which_layers_it_has():
     net = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
     model = teachers.Teacher(Denoiser(net, Cosine()), (2,))
-    refuses("no attention projections: choose --lora-targets among blocks.0, first", with_adapter, model, "net", 4)
+    refuses("no attention projections: choose --lora-targets all, or among blocks.0, first", with_adapter, model, "net", 4)
 
 
 def test_the_second_network_of_a_method_is_an_adapter_on_the_same_base(teacher, tmp_path):

@@ -14,7 +14,7 @@ from test_latent_runs import OURS, SHORT, importable, made, measured, text_model
 from test_lora import TARGETS, changed, trained
 
 import teachers
-from distill import files
+from distill import device, files
 from distill.progressive import Progressive
 from distill.rng import Rng
 from distill.sampling import Sampling
@@ -81,7 +81,7 @@ def test_two_processes_train_the_adapter_that_one_trains(tmp_path):
 LORA = ("Stable Diffusion", "SDXL", "SD3")  # whose pipelines load adapters
 
 
-def student(tmp_path, family, halved=False):
+def student(tmp_path, family, halved=False, targets=None):
     """A student of two steps that is an adapter of a tiny pipeline, from its own file."""
     pipeline = FAMILIES[family](tmp_path / "parts")
     pipeline.save_pretrained(tmp_path / "origin")
@@ -89,7 +89,7 @@ def student(tmp_path, family, halved=False):
     spec = str(tmp_path / "origin") + (f",prompts={tmp_path / 'prompts.txt'}" if hasattr(pipeline, "encode_prompt") else "")
     teacher = teachers.load(spec)
     sampler = "consistency:0.5" if family == "Stable Diffusion" else "ddim"
-    model = changed(with_adapter(rounded(teacher) if halved else teacher, spec, 2), 0.3)
+    model = changed(with_adapter(rounded(teacher) if halved else teacher, spec, 2, targets), 0.3)
     teachers.save(tmp_path / "s.safetensors", replace(model, sampling=Sampling.parse(sampler, steps=(1, 2))))
     return teachers.load(str(tmp_path / "s.safetensors") + spec.removeprefix(str(tmp_path / "origin"))), teachers.load(spec)
 
@@ -114,6 +114,15 @@ def test_merged_weights_and_where_there_are_any_adapter_files_give_the_pixels_of
     assert (tmp_path / "out" / "lora" / "scheduler" / "scheduler_config.json").is_file()
     stated = passport.read(tmp_path / "out" / "lora" / passport.NAME)
     assert stated.steps == (1, 2) and passport.recognises(stated, model) == "the same images"
+
+
+@pytest.mark.parametrize("family", ["Stable Diffusion", "SD3"])
+def test_an_adapter_of_all_layers_is_exported_from_wide_networks_too(family, tmp_path, stock_here, monkeypatch):
+    monkeypatch.setattr(device, "WIDE", 4)  # from which on convolutions are stored channels last
+    model, _ = student(tmp_path, family, targets=("all",))
+    adapter = list(model.to(torch.device("cpu")).denoiser.net.adapter())
+    assert {weight.ndim for weight in adapter} == {2, 4} and (family == "SD3" or not all(w.is_contiguous() for w in adapter))
+    assert export_lora(model, tmp_path / "out") < 1e-4
 
 
 def test_a_wrong_adapter_file_is_found_and_removed(tmp_path, stock_here, monkeypatch):

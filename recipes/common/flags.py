@@ -103,7 +103,10 @@ class LoraFlags(Checked):
         at_most=1024,
     )
     lora_targets: tuple[str, ...] | None = training_flag(
-        None, "layers with an adapter, by the ends of their names", short=False, own=lambda v: "the attention projections"
+        None,
+        "layers with an adapter, by the ends of their names, or all",
+        short=False,
+        own=lambda v: "the attention projections",
     )
     base_precision: str = training_flag(
         "fp32", "weights that teacher and adapter share; bf16 needs half of the memory", choices=("fp32", "bf16"), short=False

@@ -54,9 +54,10 @@ def export_lora(model: Teacher, folder: Path) -> float | None:
 
 
 def stock_names(net: Adapted) -> dict[str, torch.Tensor]:
-    """Return the weights of an adapter by the names that they have in the network of diffusers."""
+    """Return the weights of an adapter by the names that they have in the network of diffusers, contiguous as its files need them."""
     from diffusers import ModelMixin
 
     modules: Any = net.named_modules()
     prefix = next(name for name, module in modules if isinstance(module, ModelMixin)) + "."
-    return {name.removeprefix(prefix).replace(f".{NAME}.", "."): value.cpu() for name, value in net.state_dict().items()}
+    state = net.state_dict().items()
+    return {name.removeprefix(prefix).replace(f".{NAME}.", "."): value.cpu().contiguous() for name, value in state}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from teachers.networks.adapters import Rounded
 
 NAME = "default"  # of the adapter, as peft calls it
+ALL = "all"  # as targets: every layer that can have an adapter
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "qkv")
 
 
@@ -22,7 +23,7 @@ class Adapted(nn.Module):
     The modules are copies, the weights are those of ``base`` itself: it stays as it is, and its memory is used once. Copies of this
     module share the base too. The state dict holds the adapter alone, and `requires_grad_` reaches the adapter alone.
 
-    ``targets``: names of linear layers and 2-d convolutions, or the ends of names after a dot. ``seed``: of A.
+    ``targets``: names of linear layers and 2-d convolutions, or the ends of names after a dot; ("all",) for every one. ``seed``: of A.
     Raises ValueError for a target that no layer has.
     """
 
@@ -74,23 +75,28 @@ def is_adapter(name: str) -> bool:
 
 
 def targets_of(net: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the targets of an adapter of this network: ``wanted``, or the attention projections that it has.
+    """Return the targets of an adapter of this network: ``wanted``, all layers for "all", or the attention projections that it has.
 
     Raises ValueError, with the names that there are, where no layer has a name of ``wanted``, or none is an attention projection.
     """
     names = [name for name, _ in _layers(net)]
+    if wanted is not None and tuple(wanted) == (ALL,):
+        return tuple(_ends_of(names))
     found = tuple(target for target in wanted or ATTENTION if any(_ends(name, target) for name in names))
     if wrong := [target for target in wanted or () if target not in found]:
-        raise ValueError(f"--lora-targets {wrong[0]}: no layer has this name; there are {_ends_of(names)}")
+        raise ValueError(f"--lora-targets {wrong[0]}: no layer has this name; there are {', '.join(_ends_of(names))}, or {ALL}")
     if not found:
-        raise ValueError(f"this network has no attention projections: choose --lora-targets among {_ends_of(names)}")
+        raise ValueError(
+            f"this network has no attention projections: choose --lora-targets {ALL}, or among {', '.join(_ends_of(names))}"
+        )
     return found
 
 
-def _ends_of(names: list[str]) -> str:
+def _ends_of(names: list[str]) -> list[str]:
     """Return the last words of names, without numbers alone."""
-    ends = {".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:]) for parts in (name.split(".") for name in names)}
-    return ", ".join(sorted(ends))
+    return sorted(
+        {".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:]) for parts in (name.split(".") for name in names)}
+    )
 
 
 def _ends(name: str, target: str) -> bool:
