@@ -14,7 +14,6 @@ import fewstep as fs
 import teachers
 from distill import files
 from distill.consistency import Consistency, Neighbours, truncated_snr
-from distill.denoiser import Denoiser
 from distill.resume import Resumable
 from distill.sampling import Sampling
 from distill.schedule import Cosine
@@ -27,7 +26,7 @@ from recipes.common.building import method_of
 from recipes.data import sets
 from teachers.custom import wrap
 from teachers.lora import merged, rounded, with_adapter
-from teachers.networks.lora import ATTENTION, is_adapter
+from teachers.networks.lora import PROJECTIONS, is_adapter, targets_of
 
 TARGETS = ("conv1", "conv2", "to_q", "to_v")
 X, T, LABELS = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor(0.6), torch.arange(4)
@@ -174,7 +173,12 @@ def test_every_family_of_networks_takes_an_adapter_and_its_file_needs_no_prompts
     teacher = teachers.load(spec)
     model = changed(with_adapter(teacher, spec, 2), 0.2)
     names = {name.split(".lora_A")[0] for name, _ in model.denoiser.net.named_parameters() if ".lora_A." in name}
-    assert names and all(any(name.endswith(f".{target}") for target in ATTENTION) for name in names)
+    inside = model.denoiser.net.net
+    assert names == {f"net.{name}" for name, module in inside.named_modules() if hasattr(module, "lora_A")}
+    plain = [(n, m) for n, m in teacher.denoiser.net.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    assert len(names) == sum(getattr(module, "groups", 1) == 1 for _, module in plain)  # all but depthwise convolutions
+    attention = targets_of(teacher.denoiser.net, ["attention"])
+    assert attention and set(attention) < set(PROJECTIONS)
     teachers.save(tmp_path / "student.safetensors", replace(model, sampling=Sampling(steps=(1,))))
     (tmp_path / "prompts.txt").unlink()
     again, x = teachers.load(str(tmp_path / "student.safetensors")), torch.randn(2, *model.shape)
@@ -218,8 +222,10 @@ def test_a_missing_peft_is_named_in_one_line(teacher, monkeypatch):
 
 def test_a_network_without_attention_says_which_layers_it_has():
     net = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
-    model = teachers.Teacher(Denoiser(net, Cosine()), (2,))
-    refuses("no attention projections: choose --lora-targets all, or among blocks.0, first", with_adapter, model, "net", 4)
+    refuses(
+        "--lora-targets attention: no layer has this name; there are blocks.0, first, or all", targets_of, net, ["attention"]
+    )
+    assert targets_of(net, None) == targets_of(net, ["all"]) == ("blocks.0", "first")
 
 
 def test_the_second_network_of_a_method_is_an_adapter_on_the_same_base(teacher, tmp_path):

@@ -104,9 +104,9 @@ class LoraFlags(Checked):
     )
     lora_targets: tuple[str, ...] | None = training_flag(
         None,
-        "layers with an adapter, by the ends of their names, or all",
+        "layers with an adapter: all, attention, or the ends of their names",
         short=False,
-        own=lambda v: "the attention projections",
+        own=lambda v: "all",
     )
     base_precision: str = training_flag(
         "fp32", "weights that teacher and adapter share; bf16 needs half of the memory", choices=("fp32", "bf16"), short=False

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from teachers.networks.adapters import Rounded
 
 NAME = "default"  # of the adapter, as peft calls it
-ALL = "all"  # as targets: every layer that can have an adapter
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "qkv")
+ALL, ATTENTION = "all", "attention"  # as targets: every layer that can have an adapter, or these
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "qkv")
 
 
 class Adapted(nn.Module):
@@ -23,7 +23,7 @@ class Adapted(nn.Module):
     The modules are copies, the weights are those of ``base`` itself: it stays as it is, and its memory is used once. Copies of this
     module share the base too. The state dict holds the adapter alone, and `requires_grad_` reaches the adapter alone.
 
-    ``targets``: names of linear layers and 2-d convolutions, or the ends of names after a dot; ("all",) for every one. ``seed``: of A.
+    ``targets``: names of linear layers and 2-d convolutions, or the ends of names after a dot, see `targets_of`. ``seed``: of A.
     Raises ValueError for a target that no layer has.
     """
 
@@ -75,20 +75,18 @@ def is_adapter(name: str) -> bool:
 
 
 def targets_of(net: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the targets of an adapter of this network: ``wanted``, all layers for "all", or the attention projections that it has.
+    """Return the targets of an adapter of this network: ``wanted``, or all layers. ("all",) and ("attention",) name groups of layers.
 
     Raises ValueError, with the names that there are, where no layer has a name of ``wanted``, or none is an attention projection.
     """
     names = [name for name, _ in _layers(net)]
-    if wanted is not None and tuple(wanted) == (ALL,):
+    if wanted is None or tuple(wanted) == (ALL,):
         return tuple(_ends_of(names))
-    found = tuple(target for target in wanted or ATTENTION if any(_ends(name, target) for name in names))
-    if wrong := [target for target in wanted or () if target not in found]:
-        raise ValueError(f"--lora-targets {wrong[0]}: no layer has this name; there are {', '.join(_ends_of(names))}, or {ALL}")
-    if not found:
-        raise ValueError(
-            f"this network has no attention projections: choose --lora-targets {ALL}, or among {', '.join(_ends_of(names))}"
-        )
+    group = tuple(wanted) == (ATTENTION,)
+    found = tuple(target for target in (PROJECTIONS if group else wanted) if any(_ends(name, target) for name in names))
+    if not found or len(found) < len(wanted):
+        missing = next((target for target in wanted if target not in found), ATTENTION)
+        raise ValueError(f"--lora-targets {missing}: no layer has this name; there are {', '.join(_ends_of(names))}, or {ALL}")
     return found
 
 
@@ -104,7 +102,10 @@ def _ends(name: str, target: str) -> bool:
 
 
 def _layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    """Yield the layers that can have an adapter: linear ones and convolutions without groups, which a low rank does not split."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            yield name, module
 
 
 def _matching(net: nn.Module, targets: Sequence[str]) -> list[str]:
