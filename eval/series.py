@@ -16,7 +16,8 @@ def series(row: dict) -> str:
     searched = " searched" if row["times"] and row["grid"] == "searched" else ""
     if row["role"] == "student":
         guidance = row.get("guidance", 1)
-        return f"{row.get('run') or 'student'}{searched}{'' if guidance == 1 else f' w={guidance:g}'}"
+        scaled = guidance != 1 or str(row["model"]).endswith(" w=1")  # of a student that takes the scale
+        return f"{row.get('run') or 'student'}{searched}{f' w={guidance:g}' if scaled else ''}"
     return f"{row['model']}, {row['sampler']}{searched}"
 
 

@@ -20,6 +20,7 @@ from distill.schedule import Cosine, Schedule
 from distill.target import Mix
 from eval.cells import Cell
 from eval.generate import counted
+from eval.series import series
 from eval.verdict import with_comparisons
 from recipes import consistency, evaluate, guided, progressive, sample
 from recipes.common.guidance import measured
@@ -325,3 +326,9 @@ def test_lcm_is_one_ddim_step_of_the_guided_teacher_between_neighbours_of_fifty(
     assert torch.allclose(t - s, torch.full_like(t, 1 / 50), atol=1e-6) and (method.order, method.substeps) == (1, 1)
     assert method.averaged and config.guidance_range == (3.0, 15.0)
     assert consistency.sampling(config).fresh == 1
+
+
+def test_a_curve_of_a_student_that_takes_the_scale_names_it_at_1_too():
+    row = {"role": "student", "times": None, "grid": "uniform", "guidance": 1.0}
+    assert series(row | {"model": "student@4 w=1"}) == "student w=1" and series(row | {"model": "student@4"}) == "student"
+    assert series(row | {"model": "student@4 w=2", "guidance": 2.0}) == "student w=2"
