@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from html import escape
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,9 @@ from eval.html_page import figure
 from eval.series import curves, series
 from eval.spectrum import power
 from eval.svg import MARKERS, Axis, Curve, Point, chart, look
-from eval.verdict import good, pareto, reference_row
+from eval.verdict import at_its_scale, good, pareto, reference_row
+
+SPECTRA = 8  # curves of power spectra that one can tell apart
 
 
 def plots(rows: list[dict], floor: float | None, note: str, folder: Path, cells: Path) -> str:
@@ -46,8 +49,8 @@ def plots(rows: list[dict], floor: float | None, note: str, folder: Path, cells:
     )
     out += figure(
         spectrum_chart(measured, cells),
-        "Of each row's kept images (at most 256) about their mean, against those of the reference row from the same noise. Below 1 this "
-        "frequency is too weak.",
+        "Of each row's kept images (at most 256) about their mean, against those of the reference row of the same guidance from the same "
+        "noise. Below 1 this frequency is too weak.",
         "Power spectrum: student over reference",
     )
     out += figure(
@@ -95,14 +98,18 @@ def paired_chart(rows: list[dict], axis: Axis) -> str:
 
 
 def spectrum_chart(rows: list[dict], cells: Path) -> str:
-    """Return the chart of each student row's power spectrum over that of the reference row, or nothing without kept images of both."""
-    top = reference_row(rows)
-    if top is None or (whole := _spectrum(top, cells)) is None or not (whole > 0).all():
-        return ""
-    students = [row for row in rows if row["role"] == "student"]
-    several, drawn = len({series(row) for row in students}) > 1, list[Curve]()
-    for row in students:
-        if (own := _spectrum(row, cells)) is None or own.shape != whole.shape:
+    """Return the chart of student rows' power spectra over that of the reference row of their scale, where images of both are kept.
+
+    Of more than `SPECTRA` rows, each student's lowest and highest step count are drawn, or its lowest alone.
+    """
+    models = [sorted(own, key=lambda row: row["steps"]) for own in curves(rows).values() if own[0]["role"] == "student"]
+    several, drawn, count = len(models) > 1, list[Curve](), sum(map(len, models))
+    if count > SPECTRA:
+        models = [own[:: max(1, len(own) - 1)] if 2 * len(models) <= SPECTRA else own[:1] for own in models]
+    for row in chain(*models):
+        top = reference_row(at_its_scale(row, rows))
+        whole, own = (None if one is None else _spectrum(one, cells) for one in (top, row))
+        if whole is None or own is None or own.shape != whole.shape or not (whole > 0).all():
             continue
         steps = plural(row["steps"], "step")
         name = f"{series(row)}, {steps}" if several else steps

@@ -129,6 +129,22 @@ def test_the_spectrum_of_a_student_is_over_the_references_and_falls_with_its_con
     assert len(ratios) == 7 and ratios == pytest.approx([0.25] * 7, abs=0.02)
 
 
+def test_of_many_spectra_the_ends_of_each_student_are_drawn_over_the_teacher_at_its_own_scale(tmp_path):
+    torch.manual_seed(0)
+    rows, images = [], torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8)
+    for scale, contrast in ((1.0, 2), (2.0, 1)):
+        more = {"guidance": scale}
+        rows += [row(f"teacher w={scale:g}", "ddim", 64, 0.5) | more | {"role": "teacher"}]
+        rows += [row(f"student@{n} w={scale:g}", "ddim", n, 0.6) | more | {"role": "student"} for n in (16, 8, 4, 2, 1)]
+        for one in rows[-6:]:
+            own = images // contrast if one["role"] == "teacher" else images // contrast // 2
+            files.save(picture_path(tmp_path, one["name"]), {"images": own}, {})
+    drawn = report_charts.spectrum_chart(rows, tmp_path)
+    found = re.findall(r"(student w=\d), (\d+) steps?: (\S+) at 0 cycles", drawn)
+    assert [(name, steps) for name, steps, _ in found] == [(f"student w={w}", n) for w in (1, 2) for n in ("1", "16")]
+    assert [float(ratio) for *_, ratio in found] == pytest.approx([0.25] * 4, abs=0.03)
+
+
 def test_the_commit_is_that_of_a_checkout_and_the_processor_has_a_name(tmp_path, monkeypatch):
     assert machine.processor()
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "eval" / "machine.py"))
