@@ -64,10 +64,10 @@ from eval.features import Extractor
 from eval.generate import chunks, images
 from eval.sweep import Cell
 from recipes.common.checks import check_match, check_steps, conditioned
+from recipes.common.delivery import export_pipelines
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement
 from recipes.common.run import Run
-from recipes.common.training import export_pipelines
 from recipes.data import sets
 from teachers import Teacher
 

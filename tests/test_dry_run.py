@@ -11,6 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import here, refuses
 from flow_pipelines import FLOWS
@@ -33,6 +34,15 @@ from teachers import hub, saved
 from teachers.encoder import Encoder
 from teachers.hollow import META, has_weights, is_hollow
 from teachers.students import with_guidance
+
+
+@pytest.fixture
+def other_precision():
+    """Let a run have another precision than the runs before it in this process, and those after it than this one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 LINES = ("network", "data", "training", "sweep", "together", "memory", "fits", "disk", "output")
 
@@ -70,7 +80,9 @@ def plan(capsys, recipe, model, data, out, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [consistency, guided], ids=lambda recipe: recipe.__name__)
-def test_a_dry_run_of_a_text_teacher_reads_no_weights_and_says_all_but_measured_times(made, tmp_path, capsys, recipe):
+def test_a_dry_run_of_a_text_teacher_reads_no_weights_and_says_all_but_measured_times(
+    made, tmp_path, capsys, recipe, other_precision
+):
     data = f"prompts:{made / 'prompts.txt'}"
     found = plan(capsys, recipe, made / "bare", data, tmp_path / "run", "--mixed-precision", "bf16")
     assert tuple(found) == LINES

@@ -240,8 +240,9 @@ class Trained(Exception):
 
 
 def without_checks(monkeypatch):
-    for module in ("recipes.common.training", "recipes.teacher"):
+    for module in ("recipes.common.announcement", "recipes.teacher"):
         monkeypatch.setattr(f"{module}.measure_step_time", lambda *args: (0.0, 0.0))
+    for module in ("recipes.common.training", "recipes.teacher"):
         monkeypatch.setattr(f"{module}.check_denoiser", lambda *args: None)
     monkeypatch.setattr("recipes.common.training.Experiment.measurement", None)  # the features of the data
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 
 import teachers
-from distill.denoiser import Denoiser
 from distill.divergence import Diverged
 from distill.files import write_json
 from distill.guidance import OverRange
@@ -27,43 +25,27 @@ from distill.source import Coupled
 from distill.speed import NotCompiled, checkpoint_activations, compiled
 from distill.train import BatchSplit, Method, Optimization, train
 from eval.features import Extractor
-from eval.machine import resident_bytes
 from eval.reference import Generated
 from eval.sweep import Cell
+from recipes.common.announcement import plan_of
 from recipes.common.checks import captions_for, check_denoiser, check_optimizer, check_source, check_steps, decoded_by
-from recipes.common.cli import duration, fail, one_line_errors, plural
-from recipes.common.cost import ADAM, Cost
+from recipes.common.cli import duration, fail, one_line_errors
+from recipes.common.delivery import export_pipelines
 from recipes.common.flags import DistillationFlags
-from recipes.common.footprint import place_of
-from recipes.common.forecast import Forecast, sweep_seconds
+from recipes.common.forecast import Forecast
 from recipes.common.guidance import measured
 from recipes.common.interrupts import finishing_steps, stop_requested
-from recipes.common.measurement import Measurement, Real, baselines, count_of, measured_against, student_cells, training_seconds
+from recipes.common.measurement import Measurement, Real, baselines, measured_against, student_cells, training_seconds
 from recipes.common.outline import placed
 from recipes.common.plan import (
-    batches_text,
     check_disk,
-    count_operations,
     disk_bytes,
     draws,
-    gigabytes,
-    measure_step_time,
-    memory_text,
-    once,
-    size_of,
-    training_memory,
-    weights_of,
-    work_text,
 )
 from recipes.common.run import Run, finished_file, processes, settings_of
-from recipes.common.several_sizes import shapes_text
-from recipes.data.buckets import Buckets
 from recipes.data.sets import Data
 from teachers import Teacher
 from teachers.conditions import Conditions
-from teachers.encoder import with_examples
-from teachers.export import deliver
-from teachers.export.lora import export_lora
 from teachers.saved import Stored, load_student
 from teachers.teacher import require_network
 
@@ -185,81 +167,16 @@ class Experiment:
         ``steps``: of the students' cells. ``more``: those of the stages' teachers that ``method``, of the first stage, does not have.
         ``sampling``: of the students, if it is one for all. With --dry-run the program ends here.
         """
-        student, world = self.student, self.run.accelerator.num_processes
-        images, asked = (sum(values) for values in zip(*((b.trained_images, b.images) for b in budgets), strict=True))
-        largest = self.data.of_one_shape()
-        device = torch.device("cpu") if student.hollow else self.run.device
-        batches = largest.batches(self._split(budgets[0]), 0, "rehearsal", device, student.condition)
-        x0, cond = placed(student, *next(iter(batches(0))))
-        weights, trained = (sum(map(torch.Tensor.numel, ws)) for ws in weights_of(student))
-        c, real = self.config, count_of(self.real)
-        made = [*steps] * len(measured(c, student))
-        if student.hollow:
-            step, call = count_operations(method, student.student(), x0, cond, *self._teachers)
-            swept = c.images * (sum(cell.cost for cell in self.cells) + sum(made))
-            training, sweeping = work_text(images * step + more * call), work_text(swept * call)
-            together = "unknown: no step was measured, because the network is large or its weights are not here"
-            needed, rest = self._memory(method, budgets, x0, cond)
-        else:
-            precision = self.run.accelerator.mixed_precision
-            step, call = measure_step_time(method, student.student(), x0, cond, images / budgets[0].batch_size, precision)
-            extractor = self.extractor.to(self.run.device)
-            sweep = sweep_seconds(self.cells, student, made, extractor, c.images, c.chunk, real, self.run)
-            needed, rest = self._memory(method, budgets, x0, cond)  # after what is loaded once, before the forecast's clock
-            whole = not (self.run.folder / "stages").exists()
-            self.forecast = Forecast((images * step + more * call) / world, sweep, images, self.run.device, whole)
-            training, sweeping = duration(self.forecast.training), duration(sweep)
-            together = f"about {duration(self.forecast.total)}, report and pipelines included"
-        for line in (
-            self.title,
-            f"  network   {weights / 1e6:.2f} M weights" + (f", {trained / 1e6:.2f} M trained" if trained < weights else ""),
-            f"  data      {self.data.name}: {len(self.data.images):,} {'prompts, samples' if self.data.imageless else 'images'}"
-            f" of {shapes_text(self.data)}"
-            + ("; time and memory are those of the largest" if isinstance(self.data.images, Buckets) else ""),
-            f"  training  {images:,} images{'' if images == asked else f' (whole batches; asked for {asked:,})'}"
-            f" in {plural(len(budgets), 'stage')}, batch {budgets[0].batch_size}:"
-            f" about {training}",
-            f"  sweep     {self.config.images:,} images per cell: about {sweeping}",
-            f"  together  {together}",
-            f"  memory    about {memory_text(needed, rest)} in each of {plural(world, 'process')}",
-            *([f"  fits      {batches_text(needed, len(x0))} at once in a process"] if c.dry_run else []),
-            f"  disk      about {gigabytes(self.disk)}",
-            *self._exports(sampling or Sampling(steps=tuple(steps))),
-            f"  output    {self.run.folder}\n",
-        ):
+        lines, self.forecast = plan_of(self, method, budgets, steps, more, sampling or Sampling(steps=tuple(steps)))
+        for line in lines:
             self.run.say(line)
         if self.config.dry_run:
             raise SystemExit(0)
 
-    def _exports(self, sampling: Sampling) -> list[str]:
-        """Return the line of a plan whose students no stock pipeline can hold."""
-        reason = deliver.reason_against(replace(self.student, sampling=sampling))
-        return [] if reason is None else [f"  exports   no diffusers pipeline: {reason}"]
-
-    def _memory(
-        self, method: Method, budgets: list[Optimization], x0: torch.Tensor, cond: dict[str, torch.Tensor]
-    ) -> tuple[Cost, float]:
-        """Return the memory of a process in training, and the bytes that it holds beside it. A ladder also keeps the student of the
-        stage before."""
-        nets = {id(net): net for net in self._teachers}
-        distinct = {place_of(weight): weight for net in nets.values() for weight in (*net.parameters(), *net.buffers())}
-        held = [size_of(distinct.values())]  # a base is shared by the networks with its adapters
-        rest = resident_bytes(self.run.device) - (0 if self.student.hollow else sum(held))
-        if len(budgets) > 1:
-            held.append(size_of(self.student.parametric.net.state_dict().values()))
-        student = self.student.student()
-        with once(*self._teachers):  # of which this student is no copy
-            needed = training_memory(
-                method, student, x0, cond, self.run.accelerator,
-                frozen=sum(held), averaged=bool(budgets[0].ema_halflife_images), adam_bytes=ADAM[self.config.optimizer],
-            )  # fmt: skip
-        return needed, rest
-
-    @property
-    def _teachers(self) -> list[torch.nn.Module]:
-        """The networks of a target: the teacher's, and that of a student that teaches the next one."""
-        models = [model.denoiser for model in (self.teacher, self.student) if model is not None]
-        return [model.net for model in models if isinstance(model, Denoiser)]
+    def split(self, budget: Optimization) -> BatchSplit:
+        """Return how batches are split over processes and microbatches."""
+        accelerator = self.run.accelerator
+        return BatchSplit(budget.batch_size, accelerator.num_processes, accelerator.process_index, budget.microbatch)
 
     def stage(
         self,
@@ -339,7 +256,7 @@ class Experiment:
             if used.codec is not None:
                 used.codec.to(torch.device("cpu"))  # where it is until it decodes again
         seed = self.seeds.get(name, self.config.seed)
-        batches = self.data.batches(self._split(budget), seed, name, run.device, model.condition)
+        batches = self.data.batches(self.split(budget), seed, name, run.device, model.condition)
         trained = model.student()
         states = train(
             method, trained, batches, run.accelerator, budget, seed=seed, phase=name,
@@ -362,10 +279,6 @@ class Experiment:
             teachers.save(folder / "student.safetensors", made)
         run.accelerator.free_memory()
         run.accelerator.wait_for_everyone()
-
-    def _split(self, budget: Optimization) -> BatchSplit:
-        accelerator = self.run.accelerator
-        return BatchSplit(budget.batch_size, accelerator.num_processes, accelerator.process_index, budget.microbatch)
 
     def __enter__(self) -> Experiment:
         return self
@@ -390,32 +303,6 @@ class Experiment:
 def on_captions(model: Teacher, captions: Conditions | None) -> Teacher:
     """Return the model with the conditions of --captions, where there are any."""
     return model if captions is None else model.with_conditions(captions)
-
-
-def export_pipelines(run: Run, model: Teacher) -> None:
-    """Write the diffusers pipelines of a student, compared with our sampler, or say why no stock class can carry it.
-
-    A LoRA student also gets the file of its adapter.
-    """
-    if not run.main:
-        return
-    for write in (_export_pipelines, _export_lora):
-        try:
-            write(run, model)
-        except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # the student itself is saved
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the disk; those of diffusers have no number
-            run.say(f"no {'LoRA file' if write is _export_lora else 'diffusers pipeline'}: {error}")
-
-
-def _export_pipelines(run: Run, model: Teacher) -> None:
-    for name, worst in deliver.export_pipelines(with_examples(model), run.folder).items():
-        run.say(f"{name}/ gives the same pixels through diffusers alone (largest difference {worst:.1g})")
-
-
-def _export_lora(run: Run, model: Teacher) -> None:
-    if (worst := export_lora(with_examples(model), run.folder)) is not None:
-        run.say(f"lora/ gives the same pixels in the teacher's own pipeline (largest difference {worst:.1g})")
 
 
 @contextmanager
