@@ -27,7 +27,7 @@ def is_zero(accelerator: Accelerator) -> bool:
 
 
 def check_launch(gpu: bool) -> None:
-    """Raise ValueError where the launcher asks for DeepSpeed, and it is not installed or ``gpu`` is false: there is none."""
+    """Raise ValueError where the launcher selects DeepSpeed, and it is not installed or ``gpu`` is false: there is none."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
     if not gpu:

@@ -1,4 +1,4 @@
-"""Measure power spectra: at which noise level a model knows which frequency, and which frequencies a student loses.
+"""Measure power spectra: at which noise level a model recovers which frequency, and which frequencies a student loses.
 
     python recipes/spectrum.py --model digits
     python recipes/spectrum.py --model digits --student runs/progressive-digits

@@ -52,7 +52,7 @@ def fetch(where: str, variant: str | None = None, download: bool = True, weights
 
 
 def reached(name: str, kind: str) -> bool:
-    """Return whether the hub knows a repository of ``kind`` "model" or "dataset". It is asked once, for `TIMEOUT` seconds.
+    """Return whether the hub has a repository of ``kind`` "model" or "dataset". It is queried once, for `TIMEOUT` seconds.
 
     The hub's own client tries again for minutes where there is no network.
     """
