@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -35,8 +35,7 @@ from recipes.common.several_sizes import shapes_text
 from recipes.data.buckets import Buckets
 from teachers.export import deliver
 
-if TYPE_CHECKING:
-    from recipes.common.training import Experiment
+Experiment = Any  # that of recipes.common.training, which imports this
 
 
 def plan_of(

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from distill.names import RESIDUALS
 
+MethodFlags = Any  # that of recipes.common.method_flags, which imports this table
+
 if TYPE_CHECKING:
     from distill.jumps import Jumps
     from distill.target import Target
     from distill.train import Method
-    from recipes.common.method_flags import MethodFlags
 
     Build = Callable[[MethodFlags, Target, dict[str, Any]], Method]
 
