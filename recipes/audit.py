@@ -166,7 +166,7 @@ def search(
     The distance is the root mean square of the difference to the base's samples, in units of the standard deviation among these.
     Raises ValueError for models of other shapes or classes.
     """
-    counts = [0 if one.classes is None else one.classes for one in (model, base)]
+    counts = classes_of(model, base)
     null = base.embeddings is None and base.null == counts[1]  # a pipeline counts the null label as a class
     if model.shape != base.shape or (counts[0] != counts[1] and not (null and counts[0] == counts[1] + 1)):
         raise ValueError(
@@ -192,6 +192,11 @@ def aim(base: Teacher, guidance: float, classes: int | None, config: Config) -> 
     return samples(base, base.guided(guidance), many, config.base_steps, classes, config)
 
 
+def classes_of(*models: Teacher) -> list[int]:
+    """Return how many classes models have, 0 for none."""
+    return [model.classes or 0 for model in models]
+
+
 def apart(made: Tensor, aimed: Tensor) -> float:
     """Return the distance of samples in standard deviations of the second ones; infinity where it is not a number."""
     distance = float(((made - aimed).square().mean() / (aimed - aimed.mean(0)).square().mean()).sqrt())
@@ -200,7 +205,7 @@ def apart(made: Tensor, aimed: Tensor) -> float:
 
 def distance_of_base(model: Teacher, base: Teacher, setting: Setting, config: Config) -> float:
     """Return how far the base itself is from its samples of many steps, at a setting of the model."""
-    classes = min(0 if one.classes is None else one.classes for one in (model, base)) or None
+    classes = min(classes_of(model, base)) or None
     guided = on_schedule(base.guided(setting.guidance), model.denoiser.schedule)
     sampling = Sampling(grid=SEARCHED, times={setting.steps: setting.times})
     return apart(samples(base, guided, sampling, setting.steps, classes, config), aim(base, setting.guidance, classes, config))

@@ -107,7 +107,7 @@ class Lowered(TorchFunctionMode):
         self.copies: dict[int, Tensor] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        cast: Callable = self._lower if function in LOW else _raise if function in HIGH else lambda value: value
+        cast: Callable = self._lower if function in LOW else _in_float32 if function in HIGH else lambda value: value
         return function(*map(cast, args), **{name: cast(value) for name, value in (kwargs or {}).items()})
 
     def _lower(self, value: Any) -> Any:
@@ -122,7 +122,7 @@ class Lowered(TorchFunctionMode):
         return self.copies[id(value)]
 
 
-def _raise(value: Any) -> Any:
+def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

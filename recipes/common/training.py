@@ -37,11 +37,7 @@ from recipes.common.guidance import measured
 from recipes.common.interrupts import finishing_steps, stop_requested
 from recipes.common.measurement import Measurement, Real, baselines, measured_against, student_cells, training_seconds
 from recipes.common.outline import placed
-from recipes.common.plan import (
-    check_disk,
-    disk_bytes,
-    draws,
-)
+from recipes.common.plan import check_disk, disk_bytes, draws
 from recipes.common.run import Run, finished_file, processes, settings_of
 from recipes.data.sets import Data
 from teachers import Teacher

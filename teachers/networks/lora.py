@@ -86,7 +86,9 @@ def targets_of(net: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
     found = tuple(target for target in (PROJECTIONS if group else wanted) if any(_ends(name, target) for name in names))
     if not found or len(found) < len(wanted):
         missing = next((target for target in wanted if target not in found), ATTENTION)
-        raise ValueError(f"--lora-targets {missing}: no layer has this name; there are {', '.join(_ends_of(names))}, or {ALL}")
+        raise ValueError(
+            f"--lora-targets {missing}: no layer has this name; there are {', '.join(_ends_of(names))}, or {ALL} or {ATTENTION} by itself"
+        )
     return found
 
 
