@@ -23,7 +23,7 @@ from recipes.common.cli import Completing
 
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (*ROOT.glob("docs/**/*.md"), ROOT / "README.md"))
 FOREIGN = {  # flags of other programs
-    "config_file", "machine_rank", "main_process_ip", "num_processes", "nproc_per_node", "no-python", "strict", "help",
+    "config_file", "cpu", "machine_rank", "main_process_ip", "num_processes", "nproc_per_node", "no-python", "strict", "help",
 }  # fmt: skip
 
 

@@ -2,15 +2,15 @@
 
 import filecmp
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, here, succeed
+from conftest import here, words
 from PIL import Image
 from pipelines import ldm, vae, xl
+from processes import together
 from test_data import pack
 
 from recipes import latents
@@ -104,8 +104,8 @@ def test_two_launched_processes_write_the_folders_of_sizes_of_one_to_the_byte(tm
     data = f"wds:{tmp_path / 'set.tar'}"
     common = ("--model", tmp_path / "xl", "--data", data, "--sizes 16x16 12x20 20x12 --shard-images 5 --batch-size 2")
     here(latents.main, *common, "--shard-captions 2 --output-dir", tmp_path / "one")
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2"
-    script = (Path(ROOT) / "recipes" / "latents.py", "--shard-captions 2 --threads 1")
-    said = succeed(launch, *script, *common, "--output-dir", tmp_path / "two")
-    assert "24 latents of set" in said and same(tmp_path / "one", tmp_path / "two")
+    arguments = words(*common, "--shard-captions 2 --threads 1 --output-dir", tmp_path / "two")
+    codes, said = together(2, latents.main, arguments, log=tmp_path / "log")
+    assert codes == {0} and "24 latents of set" in said, said
+    assert same(tmp_path / "one", tmp_path / "two")
     assert len(list((tmp_path / "one").rglob("latents-*.safetensors"))) == 15
