@@ -3,10 +3,11 @@
     accelerate launch recipes/arena.py                                       the methods on digits, 3 seeds, hours on two CPU cores
     python recipes/arena.py --methods cd ect+cmt lmd --seeds 1               some of them
     python recipes/arena.py --training-seconds 300 --output-dir runs/seconds as many images as each method trains in 5 minutes
+    CUDA_VISIBLE_DEVICES=1 python recipes/arena.py --join                    a second process, for the trainings that nobody has
 
 Every training is a run of its own under OUTPUT_DIR/trainings and continues where it was killed; finished cells of the measurement are
-kept. Training seeds change the data order and all noise of training; all students are measured on the same noise.
-Writes arena.html, arena.png and arena.json in OUTPUT_DIR.
+kept. Any number of processes may join. Training seeds change the data order and all noise of training; all students are measured on
+the same noise. Writes arena.html, arena.png and arena.json in OUTPUT_DIR.
 """
 
 from __future__ import annotations
@@ -19,11 +20,23 @@ from typing import ClassVar
 
 from recipes.common import flags
 from recipes.common.accepted import STEPS, TRAINED
-from recipes.common.cli import fail, flag, flags_first, measuring_flag, model_flag, one_line_errors, parse, training_flag
+from recipes.common.cli import (
+    fail,
+    flag,
+    flags_first,
+    machine_flag,
+    measuring_flag,
+    model_flag,
+    one_line_errors,
+    parse,
+    plural,
+    training_flag,
+)
 from recipes.common.methods import METHODS
 
 DONE = "done.json"  # of a training, with its peak memory
 PILOT = 12_800  # training images that measure the speed of a method
+WAIT = 5.0  # seconds until a training of another process is looked at again
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -82,8 +95,11 @@ class Config(flags.RunFlags, flags.SweepFlags):
         "a second feature extractor; its distance is fid2 (the value of --features: no second one)",
         short=False,
     )
+    join: bool = machine_flag(
+        False, "train what no other process trains, for an arena that runs in this output directory, and end", short=False
+    )
 
-    MAY_CHANGE: ClassVar = ("methods", "seeds", "samplers", "sweep_steps")
+    MAY_CHANGE: ClassVar = ("methods", "seeds", "samplers", "sweep_steps", "join")
     TOPICS: ClassVar = flags.TOPICS
 
 
@@ -91,6 +107,7 @@ flags_first(__name__, Config, __doc__, PRESETS)
 
 import shlex
 import sys
+import time
 
 import teachers
 from distill import reading
@@ -119,12 +136,14 @@ def main(argv: list[str] | None = None) -> None:
         extractor = Extractor.create(config.features).fits(teacher.image_shape)
         real = measured_against(config.reference, data, extractor)
         other = None if config.second_features == config.features else second_extractor(config, teacher)
-        run = Run.open(config)
+        if config.join and config.training_seconds is not None:
+            raise ValueError("--join does not go with --training-seconds: processes beside each other change the speed of both")
+        run = Run.open(config, config.join)
     images = {name: images_of(config, run, name) for name in config.methods}
-    files = {}
-    for number, (seed, name) in enumerate(product(range(config.seeds), config.methods), 1):
-        title = f"training {number}/{config.seeds * len(config.methods)}: {name}, seed {seed}"
-        files[name, seed] = train(config, run, name, seed, images[name], folder_of(run, name, seed), title)
+    files = train_all(config, run, images)
+    if config.join:
+        run.say("all other trainings are done, or another process has them: the first process measures")
+        return run.close()
     teacher.to(run.device)
     measurement = Measurement.of(extractor, real, run, images=config.images, chunk=config.chunk, seed=config.seed)
     cells = baselines(teacher, "teacher", config.sweep_steps, config.samplers) + baselines(teacher, "teacher", (64,), ("ddim",))
@@ -168,6 +187,28 @@ def images_of(config: Config, run: Run, name: str) -> int:
     return max(1, round(PILOT * config.training_seconds / seconds))
 
 
+def train_all(config: Config, run: Run, images: dict[str, int]) -> dict[tuple[str, int], list[Path]]:
+    """Train each method with each seed. Wait for what other processes train, or with --join leave it. Return the files."""
+    trainings = list(product(range(config.seeds), config.methods))
+    files: dict[tuple[str, int], list[Path]] = {}
+    waits = False
+    while len(files) < len(trainings):
+        before = len(files)
+        for number, (seed, name) in enumerate(trainings, 1):
+            folder = folder_of(run, name, seed)
+            if (name, seed) not in files and ((folder / DONE).exists() or run.claims(folder)):
+                title = f"training {number}/{len(trainings)}: {name}, seed {seed}"
+                files[name, seed] = train(config, run, name, seed, images[name], folder, title)
+        if len(files) == before:
+            if config.join:
+                break
+            if not waits:
+                run.say(f"waiting for {plural(len(trainings) - before, 'training')} of other processes")
+            waits = True
+            time.sleep(WAIT)
+    return files
+
+
 def train(config: Config, run: Run, name: str, seed: int, images: int, folder: Path, title: str) -> list[Path]:
     """Train a method into a folder, unless its students are there. Return their files, from many steps to few."""
     flags = ENTRANTS[name](images)
@@ -183,10 +224,9 @@ def train(config: Config, run: Run, name: str, seed: int, images: int, folder: P
             own = parse(recipe.Config, recipe.__doc__ or "", recipe.PRESETS, [*given, *flags, "--output-dir", str(folder)])
             e = recipe.prepare(own, teachers.load(config.teacher), sets.load(config.data))
         recipe.learn(own, e, plan=False)
-        e.run.close()
         if run.main:
             write_json(done, {"memory_gb": machine.peak_memory_gb(run.device)})
-        run.accelerator.wait_for_everyone()
+        e.run.close()
     found = sorted(folder.glob("stages/*/student.safetensors"))
     return [path for path in found if not path.parent.name.startswith("start-") and path.parent.name != "v"]
 

@@ -1,16 +1,20 @@
 """The arena: what a standing's interval covers, the front, and a run that goes on where it was killed."""
 
+import fcntl
 import json
 import math
+import os
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import here
+from conftest import here, words
 
 from eval.arena import Standing, advice, front, quantile
 from eval.pixels import Pixels
 from recipes import arena, consistency, progressive
+from recipes.common.run import LOCK, unlock_all
 
 
 def row(fid, half, seconds=10.0, **more):
@@ -68,6 +72,39 @@ def test_a_killed_arena_goes_on_and_trains_nothing_twice(new, tmp_path, monkeypa
     assert all(0 < s["means"]["fid2"] != s["fid"] for s in out["standings"])
     page = (tmp_path / "arena" / "arena.html").read_text()
     assert "<svg" in page and out["advice"].split(" (")[0] in page
+
+
+@pytest.mark.slow
+def test_processes_share_the_trainings_and_the_first_waits_for_the_others(new, tmp_path, monkeypatch, refused, capsys):
+    folder = tmp_path / "arena"
+    flags = "--methods cmt --seeds 3 --training-images 64 --steps 1 --images 60 --chunk 60 --sweep-steps 1 --samplers ddim"
+    arguments = (flags, "--teacher", new, "--output-dir", folder, "--threads", "1")
+    trained, learn = [], consistency.learn
+    monkeypatch.setattr(consistency, "PRESETS", consistency.PRESETS | {"default": {"force": True, "batch_size": 32}})
+    assert "start the same command without --join first" in refused(arena.main, *arguments, "--join")
+    assert not folder.exists()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arena, "Measurement", SimpleNamespace(of=interrupted))  # what is measured is the claim of another test
+    monkeypatch.setattr(consistency, "learn", interrupted)
+    with pytest.raises(SystemExit):
+        arena.main(words(*arguments))
+    monkeypatch.setattr(consistency, "learn", lambda own, e, plan: (trained.append(own.seed), learn(own, e, plan)))
+    unlock_all()  # of the process that was stopped
+    theirs = folder / "trainings" / "cmt-1"
+    theirs.mkdir()
+    other = os.open(theirs / LOCK, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    arena.main(words(*arguments, "--join"))
+    assert trained == [0, 2]
+
+    monkeypatch.setattr(arena.time, "sleep", lambda seconds: os.close(other))
+    with pytest.raises(SystemExit):
+        arena.main(words(*arguments))
+    assert trained[2:] == [1]
+    assert "waiting for 1 training of other processes" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -64,8 +64,11 @@ class Run:
     folder: Path
 
     @classmethod
-    def open(cls, config: Any) -> Run:
-        """Claim ``config.output_dir`` for this configuration. Raises ValueError where it holds anything else, and for fp16 on a CPU."""
+    def open(cls, config: Any, join: bool = False) -> Run:
+        """Claim ``config.output_dir`` for this configuration. Raises ValueError where it holds anything else, and for fp16 on a CPU.
+
+        ``join``: another process holds this very run, which is left to it.
+        """
         folder, log_with = Path(config.output_dir), getattr(config, "log_with", None)
         if getattr(config, "mixed_precision", "no") == "fp16" and not torch.cuda.is_available():
             raise ValueError("--mixed-precision fp16 needs a GPU: accepted on a CPU are no and bf16")
@@ -86,7 +89,7 @@ class Run:
             raise ValueError(f"--compile does not reach through the hooks of {sharding.value}: use DDP, or leave --compile out")
         if zero.is_zero(accelerator):
             zero.check_settings(accelerator)
-        agreed(lambda: _claim(folder, config))
+        agreed(lambda: _join(folder, config) if join else _claim(folder, config))
         if log_with:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
             accelerator.init_trackers("fewstep", config=flat)
@@ -102,6 +105,10 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    def claims(self, folder: Path) -> bool:
+        """Lock a folder for a run that this process begins next. Return False where another process holds it."""
+        return self.from_main(lambda: _locked(folder))
 
     def from_main(self, compute: Callable[[], T]) -> T:
         """Return the result of ``compute``, which only the main process calls, on every process."""
@@ -223,6 +230,13 @@ def _claim(folder: Path, config: Any) -> None:
         files.write_json(folder / "config.json", dataclasses.asdict(config))
 
 
+def _join(folder: Path, config: Any) -> None:
+    """Raise ValueError where the folder is not that of this very run."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no run to join: start the same command without --join first")
+    _compare(folder, config)
+
+
 def _compare(folder: Path, config: Any) -> None:
     """Raise ValueError where the folder is another run's."""
     mine, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
@@ -268,6 +282,14 @@ def lock(folder: Path) -> None:
             _locks[key] = descriptor
         else:
             os.close(descriptor)  # its last owner removed it before it was locked here
+
+
+def _locked(folder: Path) -> bool:
+    try:
+        lock(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def unlock(folder: Path) -> None:
