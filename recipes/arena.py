@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -121,7 +122,7 @@ from recipes import consistency, progressive
 from recipes.common.checks import check_match, conditioned
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
-from recipes.common.run import Run, device_name, versions
+from recipes.common.run import Run, device_name, locked, versions
 from recipes.data import sets
 from teachers import Teacher
 from teachers.saved import Stored
@@ -196,7 +197,7 @@ def train_all(config: Config, run: Run, images: dict[str, int]) -> dict[tuple[st
         before = len(files)
         for number, (seed, name) in enumerate(trainings, 1):
             folder = folder_of(run, name, seed)
-            if (name, seed) not in files and ((folder / DONE).exists() or run.claims(folder)):
+            if (name, seed) not in files and run.from_main(partial(ready, folder)):
                 title = f"training {number}/{len(trainings)}: {name}, seed {seed}"
                 files[name, seed] = train(config, run, name, seed, images[name], folder, title)
         if len(files) == before:
@@ -207,6 +208,11 @@ def train_all(config: Config, run: Run, images: dict[str, int]) -> dict[tuple[st
             waits = True
             time.sleep(WAIT)
     return files
+
+
+def ready(folder: Path) -> bool:
+    """Return whether a training is done, or is this process's own from now on."""
+    return (folder / DONE).exists() or locked(folder)
 
 
 def train(config: Config, run: Run, name: str, seed: int, images: int, folder: Path, title: str) -> list[Path]:

@@ -106,10 +106,6 @@ class Run:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def claims(self, folder: Path) -> bool:
-        """Lock a folder for a run that this process begins next. Return False where another process holds it."""
-        return self.from_main(lambda: _locked(folder))
-
     def from_main(self, compute: Callable[[], T]) -> T:
         """Return the result of ``compute``, which only the main process calls, on every process."""
         return broadcast_object_list([compute() if self.main else None])[0]
@@ -284,7 +280,8 @@ def lock(folder: Path) -> None:
             os.close(descriptor)  # its last owner removed it before it was locked here
 
 
-def _locked(folder: Path) -> bool:
+def locked(folder: Path) -> bool:
+    """Lock the folder for a run that this process begins next. Return False where another process holds the lock."""
     try:
         lock(folder)
     except ValueError:
