@@ -205,7 +205,7 @@ def cells_of(config: Config, models: Models) -> list[Cell]:
                     own = f"{label}{ending}"
                     mine += student_cells(model, own, config.steps, training_seconds(Path(path)), run, scale)
             else:
-                mine += teacher_cells(config, model, spec if several else "teacher")
+                mine += teacher_cells(config, model, spec if distilled.count(False) > 1 else "teacher")
         if not mine:
             made = ", ".join(map(str, model.sampling.steps))
             raise ValueError(f"{spec} was distilled for {made} steps; --steps names {', '.join(map(str, config.steps))}")

@@ -290,6 +290,8 @@ def test_students_of_two_runs_and_a_baseline_among_the_steps_can_be_evaluated(te
         "teacher ddim 1",
         "teacher ddim 4",
     ]
+    beside = evaluate.cells_of(config, [*named, ("digits", [("digits", teacher)])])
+    assert {c.name for c in beside} >= {"teacher ddim 1", "teacher ddim 4"}  # found again when a student is added
     two = [(spec, [(spec, teacher)]) for spec in ("digits", "runs/mine.safetensors")]
     assert {cell.label for cell in evaluate.cells_of(config, two)} == {spec for spec, _ in two}
 
