@@ -24,6 +24,7 @@ from recipes.data import sets
 from teachers.students import untrained
 
 TEACHER, DATA = teachers.load("digits"), sets.load("digits")
+ROUNDING = 4 * 2.0**-16  # of a mean of squares, for images in [-1, 1] whose numbers bf16 rounds by 2^-8
 STUDENT = untrained(TEACHER.shape, TEACHER.classes, (8, 16), 1, seed=0)
 
 
@@ -64,10 +65,10 @@ def losses(method, student, accelerator, steps=3):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, student", method_cases())
-def test_the_losses_of_a_method_in_bf16_are_within_3_percent_of_those_in_float32(method, student, accelerator_of):
+def test_the_losses_of_a_method_in_bf16_are_those_in_float32_within_3_percent_and_rounding(method, student, accelerator_of):
     half, full = (losses(method, student, accelerator_of(precision)) for precision in ("bf16", "no"))
     assert not torch.equal(half, full), "bf16 was not used"
-    assert torch.allclose(half, full, rtol=0.03), (half, full)
+    assert torch.allclose(half, full, rtol=0.03, atol=ROUNDING), (half, full)
 
 
 @pytest.mark.slow
