@@ -3,15 +3,16 @@
     accelerate launch recipes/evaluate.py --model digits runs/progressive-digits --output-dir runs/evaluate
     torchrun --nproc_per_node 2 recipes/evaluate.py --model digits ...             the same numbers from two processes
 
-A run's directory stands for the students of all its stages. A student is measured with its own sampler at the step counts that it was
-made for; any other model with every --samplers at every --steps. Finished cells are kept: an interrupted evaluation continues, and
-more models may be added to it.
+A run's directory stands for the students of all its stages. A student is measured with its own sampler, or with each of
+--student-samplers, at the step counts that it was made for; any other model with every --samplers at every --steps. Finished cells are
+kept: an interrupted evaluation continues, and more models may be added to it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -45,6 +46,12 @@ class Config(flags.RunFlags, flags.DecodingFlags):
         64, "DDIM steps of the teacher that ratios are taken against; 0 for none", short=False, **(STEPS | {"at_least": 0})
     )
     samplers: tuple[str, ...] = method_flag(names.BASELINES, f"for models that were not distilled: {names.SAMPLER_TEXT}")
+    student_samplers: tuple[str, ...] | None = method_flag(
+        None,
+        "samplers of students, such as consistency:0 consistency:0.5 consistency:1",
+        own=lambda v: "each student's own",
+        short=False,
+    )
     guidance: tuple[float, ...] | None = method_flag(
         None,
         "guidance scales of students that take the scale, and of models that were not distilled; 1 is none",
@@ -73,7 +80,16 @@ class Config(flags.RunFlags, flags.DecodingFlags):
     )
 
     # each cell holds these itself
-    MAY_CHANGE: ClassVar = ("model", "steps", "samplers", "baseline_steps", "guidance", "search_grid", "verify")
+    MAY_CHANGE: ClassVar = (
+        "model",
+        "steps",
+        "samplers",
+        "student_samplers",
+        "baseline_steps",
+        "guidance",
+        "search_grid",
+        "verify",
+    )
     TOPICS: ClassVar = flags.TOPICS
     MOVED: ClassVar = {"--compare": "python recipes/compare.py --runs runs/a runs/b --output-dir runs/a-and-b"}
 
@@ -93,7 +109,16 @@ from eval.generate import start
 from eval.reference import decoder_floor
 from eval.sweep import Cell
 from eval.verify import verify
-from recipes.common.checks import captions_for, check_match, check_sampler, check_steps, conditioned, decoded_by, stages_of
+from recipes.common.checks import (
+    captions_for,
+    check_match,
+    check_sampler,
+    check_steps,
+    conditioned,
+    decoded_by,
+    stages_of,
+    with_sampler,
+)
 from recipes.common.guidance import outside
 from recipes.common.interrupts import interruptible
 from recipes.common.measurement import Measurement, baselines, student_cells, training_seconds
@@ -201,9 +226,10 @@ def cells_of(config: Config, models: Models) -> list[Cell]:
                 name = f"{Path(spec).stem} " if several else ""
                 label = f"{name}student@{'/'.join(map(str, model.sampling.steps))}"
                 run = run_of(spec) if several else ""
-                for ending, scale in ({"": None} if model.guidance is None else scales_of(config, 1)).items():
-                    own = f"{label}{ending}"
-                    mine += student_cells(model, own, config.steps, training_seconds(Path(path)), run, scale)
+                scales = {"": None} if model.guidance is None else scales_of(config, 1)
+                for (by, sampled), (ending, scale) in product(samplers_of(config, model).items(), scales.items()):
+                    own = f"{label}{ending}{by}"
+                    mine += student_cells(sampled, own, config.steps, training_seconds(Path(path)), run, scale)
             else:
                 mine += teacher_cells(config, model, spec if distilled.count(False) > 1 else "teacher")
         if not mine:
@@ -222,6 +248,17 @@ def scales_of(config: Config, least: int) -> dict[str, float | None]:
         return {"": None}
     scales = given if isinstance(given, tuple) else (given,)  # Python's callers may give one number
     return {f" w={scale:g}" if len(scales) >= least else "": scale for scale in scales}
+
+
+def samplers_of(config: Config, student: Teacher) -> dict[str, Teacher]:
+    """Return the student with each of --student-samplers, by the ending that it gives its name where there are several.
+
+    Raises ValueError for a sampler that the student does not support.
+    """
+    names = config.student_samplers or ()
+    if len(names) < 2:
+        return {"": with_sampler(student, names[0]) if names else student}
+    return {f" by {name}": with_sampler(student, name) for name in names}
 
 
 def run_of(spec: str) -> str:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from recipes.common import flags
 from recipes.common.accepted import GUIDANCE, Checked
-from recipes.common.cli import flag, flags_first, machine_flag, model_flag, one_line_errors, parse
+from recipes.common.cli import flag, flags_first, machine_flag, method_flag, model_flag, one_line_errors, parse
 
 PRESETS: dict[str, dict] = {"default": {}, "smoke": {}}  # nothing here takes long
 
@@ -30,6 +30,12 @@ class Config(Checked):
         "the scale of a student that takes it, in pipelines of pixels and one-step programs, which take none; others have it as an input",
         own=lambda v: "the student's own",
         **GUIDANCE,
+    )
+    sampler: str | None = method_flag(
+        None,
+        "another sampler of several steps for the export: ddim, consistency:GAMMA",
+        own=lambda v: "the student's",
+        short=False,
     )
     variants: tuple[str, ...] = flag(
         (), "also weights in half precision, as variants of each pipeline", choices=("fp16", "bf16")
@@ -51,6 +57,7 @@ import teachers
 from distill.files import replacing_folder, write_text
 from eval.generate import images
 from eval.image_grid import contact_sheet
+from recipes.common.checks import with_sampler
 from recipes.common.guidance import outside
 from teachers import Teacher
 from teachers.encoder import with_examples
@@ -74,6 +81,10 @@ def main(argv: list[str] | None = None) -> None:
 def export(model: Teacher, config: Config) -> None:
     """Write all files of an export into a new folder. Raises ValueError where the model cannot be exported so."""
     folder, model = Path(config.output_dir), with_examples(model)
+    if config.sampler is not None:
+        if not model.distilled:
+            raise ValueError("--sampler: this model was not distilled; accepted is a student of several steps")
+        model = with_sampler(model, config.sampler)
     if config.guidance is not None:
         model = at_scale(model, config.guidance)
     deliver.check_exportable(model)
@@ -113,7 +124,7 @@ def _write(config: Config, model: Teacher, folder: Path) -> None:
     shown = draw_samples(model, folder / "samples.png")
     labels = None if model.classes is None else [i % model.classes for i in range(4)]
     call = deliver.form_of(model).call(model, labels, 4)
-    rows = measured(config.model, fingerprint)
+    rows = measured(config.model, fingerprint, model.sampling.label)
     without = nulls(folder / next(iter(pipelines)))
     text = card(model, list(pipelines), call, rows, config.license, shown, config.push_to_hub, without)
     write_text(folder / "README.md", text)

@@ -67,7 +67,7 @@ from eval.image_grid import contact_sheet, write_folder
 from eval.layouts import DPG_IMAGES, LAYOUTS, Task
 from eval.machine import default_device
 from eval.progress import progress
-from recipes.common.checks import captions_for, check_sampler, check_steps, stage_of
+from recipes.common.checks import captions_for, check_steps, stage_of, with_sampler
 from recipes.common.guidance import outside
 from recipes.data import source
 from teachers import Teacher
@@ -161,8 +161,7 @@ def settings(model: Teacher, config: Config) -> tuple[Sampling, int]:
         if made.grid == SEARCHED and config.grid is None:
             raise ValueError(f"{line}, for which it has no times: accepted are {names.GRIDS} as --grid")
         print(f"warning: {line}", file=sys.stderr)
-    sampling = made if config.sampler is None else replace(Sampling.parse(config.sampler), grid=made.grid, times=made.times)
-    check_sampler(model, sampling)
+    sampling = made if config.sampler is None else with_sampler(model, config.sampler).sampling
     check_steps(model, (steps,))
     return replace(sampling, grid=config.grid, times={}) if config.grid else sampling, steps
 

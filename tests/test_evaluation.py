@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from processes import together
 from test_progressive_runs import MACHINE
 
 import eval.fidelity  # noqa: F401  (registers the extractor)
+import teachers
 from distill import files
+from distill.sampling import Sampling
 from fewstep.__main__ import commands
 from recipes import classifier, compare, evaluate, sample, search
 from teachers.digits import digits
@@ -131,6 +134,20 @@ def test_a_network_that_returns_nan_fails_its_cells_and_leaves_the_others(ladder
 def test_a_student_is_refused_at_steps_it_was_not_made_for(ladder, tmp_path, refused):
     line = refused(evaluate.main, "--steps 4 --model", ladder / "student.safetensors", "--output-dir", tmp_path / "e")
     assert "was distilled for 1 steps; --steps names 4" in line
+
+
+def test_a_student_with_another_sampler_has_the_numbers_of_a_file_that_names_it(ladder, tmp_path, refused):
+    common = "--images 60 --chunk 60 --steps 2 --threads 1 --output-dir"
+    evaluate.main(words("--model", ladder, common, tmp_path / "e", "--student-samplers ddim consistency:1"))
+    found = rows(tmp_path / "e")
+    assert [*found] == ["student@2 by ddim ddim 2", "student@2 by consistency:1 consistency:1 2"]
+    student = teachers.load(str(ladder / "stages" / "2"))
+    teachers.save(tmp_path / "student.safetensors", replace(student, sampling=Sampling.parse("consistency:1", steps=(2,))))
+    evaluate.main(words("--model", tmp_path / "student.safetensors", common, tmp_path / "f"))
+    (row,) = rows(tmp_path / "f").values()
+    assert row["fid"] == found["student@2 by consistency:1 consistency:1 2"]["fid"] != found["student@2 by ddim ddim 2"]["fid"]
+    line = refused(evaluate.main, "--model", ladder, common, tmp_path / "g", "--student-samplers jump")
+    assert "sampler 'jump' needs a two-time network" in line and not (tmp_path / "g").exists()
 
 
 def test_sample_finds_the_stage_of_a_step_count_in_a_run_and_overwrites_nothing(ladder, tmp_path, capsys, refused):

@@ -77,13 +77,30 @@ def test_a_card_has_the_rows_of_this_very_model_and_the_settings_to_run_it(stude
     mine = {"steps": 1, "sampler": "ddim", "fid": 0.5, "fid_interval": [0.4, 0.6], "images": 100}
     mine["model_sha256"] = model.fingerprint
     (student.parent / "report.json").write_text(json.dumps({"rows": [mine, mine | {"model_sha256": "other", "fid": 9.0}]}))
-    rows = measured(str(student), model.fingerprint)
-    assert rows == [mine] == measured(str(student.parent), model.fingerprint)
+    rows = measured(str(student), model.fingerprint, "ddim")
+    assert rows == [mine] == measured(str(student.parent), model.fingerprint, "consistency:1")  # with one step they are one
     call = {"batch_size": 2, "class_labels": [0, 1]}
     text = card(model, ["pipeline", "pipeline-3"], call, rows, "mit", None)
     assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n") and "| 1 | ddim | 0.5 | 0.4 - 0.6 | 100 |" in text
     assert "num_inference_steps=1" in text and 'from_pretrained("pipeline-3")' in text and "num_inference_steps=3" in text
     assert "| teacher | digits |" in text and "pipeline(batch_size=2, class_labels=[0, 1], num_inference_steps=1)" in text
+
+
+def test_a_card_of_several_steps_has_the_rows_of_its_own_sampler(student):
+    of = {"steps": 2, "role": "student", "fid": 0.5, "model_sha256": teachers.load(str(student)).fingerprint}
+    both = [of | {"sampler": name} for name in ("consistency:0.5", "consistency:1")]
+    (student.parent / "report.json").write_text(json.dumps({"rows": both}))
+    assert measured(str(student), of["model_sha256"], "consistency:1") == both[1:]
+
+
+@pytest.mark.slow
+def test_an_export_takes_another_sampler_for_a_students_steps(teacher, tmp_path, stock_here, refused):
+    made = replace(of_one_step(teacher), sampling=Sampling.parse("consistency:0.5", steps=(1, 2)))
+    teachers.save(tmp_path / "run" / "student.safetensors", made)
+    given = ("--model", tmp_path / "run", "--sampler consistency:1 --output-dir", tmp_path / "out")
+    export.main(words(*given))
+    assert teachers.load(str(tmp_path / "out")).sampling == replace(made.sampling, gamma=1.0)
+    assert "this model was not distilled" in refused(export.main, "--model digits --sampler ddim --output-dir", tmp_path / "no")
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(student, tmp_path, refused, monkeypatch):

@@ -234,6 +234,14 @@ def check_sampler(teacher: Teacher, sampling: Sampling) -> None:
         )
 
 
+def with_sampler(model: Teacher, name: str) -> Teacher:
+    """Return a student with another sampler at its own step counts and times. Raises ValueError where the model does not support it."""
+    made = model.sampling
+    sampling = Sampling.parse(name, grid=made.grid, steps=made.steps, times=made.times)
+    check_sampler(model, sampling)
+    return replace(model, sampling=sampling)
+
+
 def check_source(teacher: Teacher, student: Teacher) -> None:
     """Raise ValueError for a student whose paths start elsewhere than the teacher's, or are no flow."""
     if teacher.source is not None and (student.source is not teacher.source or not isinstance(student.denoiser.schedule, Flow)):

@@ -23,15 +23,19 @@ from huggingface_hub import snapshot_download
 pipeline = DiffusionPipeline.from_pretrained(snapshot_download("{repository}") + "/{folder}"{without})"""
 
 
-def measured(spec: str, fingerprint: str) -> list[dict]:
-    """Return the rows about this model from the report.json of its run, the nearest one above ``spec``; [] without a report."""
+def measured(spec: str, fingerprint: str, sampler: str) -> list[dict]:
+    """Return the rows about this model with this sampler from the report.json of its run, the nearest one above ``spec``.
+
+    With one step all samplers of a student are one. Returns [] without a report.
+    """
     path = Path(spec)
     for folder in (path, *path.parents):
         try:
             rows = json.loads((folder / "report.json").read_text())["rows"]
         except (OSError, json.JSONDecodeError, KeyError):
             continue
-        return [row for row in rows if row.get("model_sha256") == fingerprint and "fid" in row]
+        mine = [row for row in rows if row.get("model_sha256") == fingerprint and "fid" in row]
+        return [row for row in mine if row.get("role") == "teacher" or row["steps"] == 1 or row["sampler"] == sampler]
     return []
 
 
