@@ -121,8 +121,9 @@ from eval.verdict import good, with_comparisons
 from recipes import consistency, progressive
 from recipes.common.checks import check_match, conditioned
 from recipes.common.interrupts import interruptible
+from recipes.common.locks import locked
 from recipes.common.measurement import Measurement, baselines, measured_against, student_cells, training_seconds
-from recipes.common.run import Run, device_name, locked, versions
+from recipes.common.run import Run, device_name, versions
 from recipes.data import sets
 from teachers import Teacher
 from teachers.saved import Stored

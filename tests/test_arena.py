@@ -14,7 +14,7 @@ from conftest import here, words
 from eval.arena import Standing, advice, front, quantile
 from eval.pixels import Pixels
 from recipes import arena, consistency, progressive
-from recipes.common.run import LOCK, unlock_all
+from recipes.common.locks import LOCK, unlock_all
 
 
 def row(fid, half, seconds=10.0, **more):

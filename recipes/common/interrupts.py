@@ -17,7 +17,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from distill.resume import Stopped
 from recipes.common.cli import fail
-from recipes.common.run import unlock_all
+from recipes.common.locks import unlock_all
 
 AGAIN = "run the same command again to go on"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

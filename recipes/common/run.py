@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import fcntl
 import json
 import os
 import platform
@@ -31,14 +29,11 @@ from distill.train import State
 from eval.machine import cores, processor
 from eval.progress import progress
 from recipes.common.cli import duration
+from recipes.common.locks import LOCK, lock, unlock
 
 T = TypeVar("T")
 # may differ between a run and its continuation; so may the fields named in Config.MAY_CHANGE
 NOT_OF_THE_RUN = ("output_dir", "log_with", "resume", "threads")
-
-
-LOCK = ".lock"
-_locks: dict[Path, int] = {}  # folder -> descriptor of its lock, which this process holds
 
 
 @contextmanager
@@ -253,54 +248,6 @@ def _compare(folder: Path, config: Any) -> None:
 def _left_by_a_start(path: Path) -> bool:
     """Return whether a run that was killed before it wrote config.json left this file."""
     return path.name == LOCK or (path.name.startswith(".config.json.") and path.suffix == ".part")
-
-
-def lock(folder: Path) -> None:
-    """Lock the folder for this process, with flock on the file `LOCK`. The system releases the lock when the process ends.
-
-    Raises ValueError if another process holds the lock. On NFS the lock counts between machines only if the server supports it. A file
-    system without locks gives a warning.
-    """
-    key, path = folder.resolve(), folder / LOCK
-    folder.mkdir(parents=True, exist_ok=True)
-    while key not in _locks:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(
-                f"another process is writing to {folder}: wait for its end, or choose another --output-dir"
-            ) from None
-        except OSError as error:
-            tqdm.write(f"warning: {folder} cannot be locked ({error.strerror}): start only one run in it")
-        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-            _locks[key] = descriptor
-        else:
-            os.close(descriptor)  # its last owner removed it before it was locked here
-
-
-def locked(folder: Path) -> bool:
-    """Lock the folder for a run that this process begins next. Return False where another process holds the lock."""
-    try:
-        lock(folder)
-    except ValueError:
-        return False
-    return True
-
-
-def unlock(folder: Path) -> None:
-    """Release the lock of this process on a folder, and remove its file."""
-    if (descriptor := _locks.pop(folder.resolve(), None)) is not None:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-@atexit.register
-def unlock_all() -> None:
-    """Release all locks of this process."""
-    for folder in list(_locks):
-        unlock(folder)
 
 
 def _read_settings(path: Path, config: Any) -> dict[str, Any]:

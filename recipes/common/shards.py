@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from distill import files
-from recipes.common.run import agreed, finished_file, lock, unlock
+from recipes.common.locks import lock, unlock
+from recipes.common.run import agreed, finished_file
 
 Shard = tuple[str, dict[str, Tensor], dict]  # file name, tensors, description
 Shapes = dict[str, list[int]]  # file name -> shape of the shard's first tensor
