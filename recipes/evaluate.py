@@ -253,9 +253,9 @@ def scales_of(config: Config, least: int) -> dict[str, float | None]:
 def samplers_of(config: Config, student: Teacher) -> dict[str, Teacher]:
     """Return the student with each of --student-samplers, by the ending that it gives its name where there are several.
 
-    Raises ValueError for a sampler that the student does not support.
+    With one step all samplers are one. Raises ValueError for a sampler that the student does not support.
     """
-    names = config.student_samplers or ()
+    names = () if student.sampling.steps == (1,) else config.student_samplers or ()
     if len(names) < 2:
         return {"": with_sampler(student, names[0]) if names else student}
     return {f" by {name}": with_sampler(student, name) for name in names}

@@ -146,6 +146,8 @@ def test_a_student_with_another_sampler_has_the_numbers_of_a_file_that_names_it(
     evaluate.main(words("--model", tmp_path / "student.safetensors", common, tmp_path / "f"))
     (row,) = rows(tmp_path / "f").values()
     assert row["fid"] == found["student@2 by consistency:1 consistency:1 2"]["fid"] != found["student@2 by ddim ddim 2"]["fid"]
+    evaluate.main(words("--model", ladder, FEW, "--output-dir", tmp_path / "one", "--student-samplers ddim consistency:1"))
+    assert [*rows(tmp_path / "one")] == ["student@1 ddim 1"]
     line = refused(evaluate.main, "--model", ladder, common, tmp_path / "g", "--student-samplers jump")
     assert "sampler 'jump' needs a two-time network" in line and not (tmp_path / "g").exists()
 
