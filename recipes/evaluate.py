@@ -258,7 +258,8 @@ def samplers_of(config: Config, student: Teacher) -> dict[str, Teacher]:
     names = () if student.sampling.steps == (1,) else config.student_samplers or ()
     if len(names) < 2:
         return {"": with_sampler(student, names[0]) if names else student}
-    return {f" by {name}": with_sampler(student, name) for name in names}
+    sampled = [with_sampler(student, name) for name in names]
+    return {f" by {model.sampling.label}": model for model in sampled}
 
 
 def run_of(spec: str) -> str:

@@ -17,6 +17,7 @@ import eval.fidelity  # noqa: F401  (registers the extractor)
 import teachers
 from distill import files
 from distill.sampling import Sampling
+from eval.series import curves
 from fewstep.__main__ import commands
 from recipes import classifier, compare, evaluate, sample, search
 from teachers.digits import digits
@@ -141,6 +142,7 @@ def test_a_student_with_another_sampler_has_the_numbers_of_a_file_that_names_it(
     evaluate.main(words("--model", ladder, common, tmp_path / "e", "--student-samplers ddim consistency:1"))
     found = rows(tmp_path / "e")
     assert [*found] == ["student@2 by ddim ddim 2", "student@2 by consistency:1 consistency:1 2"]
+    assert [*curves([*found.values()])] == ["student by ddim", "student by consistency:1"]
     student = teachers.load(str(ladder / "stages" / "2"))
     teachers.save(tmp_path / "student.safetensors", replace(student, sampling=Sampling.parse("consistency:1", steps=(2,))))
     evaluate.main(words("--model", tmp_path / "student.safetensors", common, tmp_path / "f"))
