@@ -157,4 +157,4 @@ def _tip(row: dict) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) < 20 else f"{name[:18]}…"
+    return name if len(name) < 20 else f"{name[:9]}…{name[-9:]}"  # names of one page often differ at their end alone

@@ -50,6 +50,13 @@ def test_points_that_an_axis_cannot_show_are_left_out_and_names_do_not_cover_eac
     assert heights[-1] <= svg.BOTTOM + 5 and len({svg.look(i) for i in range(64)}) == 64
 
 
+def test_long_names_that_differ_at_their_end_alone_have_different_labels():
+    ends = ("consistency:0.5", "consistency:1")
+    rows = [row(f"student@1 by {end}", end, 1, 0.5) | {"role": "student", "run": "a-long-run"} for end in ends]
+    drawn = report_charts.fid_chart(rows, "nfe", NFE, None)
+    assert "a-long-ru…tency:0.5<" in drawn and "a-long-ru…istency:1<" in drawn
+
+
 def test_markup_in_a_chart_is_text():
     bad = "<script>\"'&"
     drawn = chart(bad, [Curve(bad, [Point(1, 1, tip=bad, link=bad)], "thin", 0)], Axis(bad), Axis(bad), [(1.0, bad)])
