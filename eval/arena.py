@@ -97,6 +97,7 @@ def draw(standings: list[Standing], baselines: list[dict], path: Path) -> None:
             if free:
                 axis.axhline(min(free), color="grey", linestyle="--", linewidth=1)
             axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="FID", title=plural(steps, "evaluation"))
+            axis.margins(x=0.2)  # room for a name at the right edge
             axis.grid(alpha=0.25, which="both")
 
 

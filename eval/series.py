@@ -17,8 +17,8 @@ def series(row: dict) -> str:
     if row["role"] == "student":
         guidance = row.get("guidance", 1)
         scaled = guidance != 1 or str(row["model"]).endswith(" w=1")  # of a student that takes the scale
-        by = f" by {row['sampler']}"
-        chosen = by if str(row["model"]).endswith(by) else ""  # one of several of --student-samplers
+        ending = f" with {row['sampler']}"
+        chosen = ending if str(row["model"]).endswith(ending) else ""  # one of several of --student-samplers
         return f"{row.get('run') or 'student'}{searched}{f' w={guidance:g}' if scaled else ''}{chosen}"
     return f"{row['model']}, {row['sampler']}{searched}"
 

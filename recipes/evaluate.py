@@ -48,7 +48,7 @@ class Config(flags.RunFlags, flags.DecodingFlags):
     samplers: tuple[str, ...] = method_flag(names.BASELINES, f"for models that were not distilled: {names.SAMPLER_TEXT}")
     student_samplers: tuple[str, ...] | None = method_flag(
         None,
-        "samplers of students, such as consistency:0 consistency:0.5 consistency:1",
+        "samplers of all students in place of their own, such as consistency:0 consistency:0.5 consistency:1",
         own=lambda v: "each student's own",
         short=False,
     )
@@ -227,8 +227,8 @@ def cells_of(config: Config, models: Models) -> list[Cell]:
                 label = f"{name}student@{'/'.join(map(str, model.sampling.steps))}"
                 run = run_of(spec) if several else ""
                 scales = {"": None} if model.guidance is None else scales_of(config, 1)
-                for (by, sampled), (ending, scale) in product(samplers_of(config, model).items(), scales.items()):
-                    own = f"{label}{ending}{by}"
+                for (chosen, sampled), (ending, scale) in product(samplers_of(config, model).items(), scales.items()):
+                    own = f"{label}{ending}{chosen}"
                     mine += student_cells(sampled, own, config.steps, training_seconds(Path(path)), run, scale)
             else:
                 mine += teacher_cells(config, model, spec if distilled.count(False) > 1 else "teacher")
@@ -259,7 +259,7 @@ def samplers_of(config: Config, student: Teacher) -> dict[str, Teacher]:
     if len(names) < 2:
         return {"": with_sampler(student, names[0]) if names else student}
     sampled = [with_sampler(student, name) for name in names]
-    return {f" by {model.sampling.label}": model for model in sampled}
+    return {f" with {model.sampling.label}": model for model in sampled}
 
 
 def run_of(spec: str) -> str:

@@ -141,13 +141,14 @@ def test_a_student_with_another_sampler_has_the_numbers_of_a_file_that_names_it(
     common = "--images 60 --chunk 60 --steps 2 --threads 1 --output-dir"
     evaluate.main(words("--model", ladder, common, tmp_path / "e", "--student-samplers ddim consistency:1"))
     found = rows(tmp_path / "e")
-    assert [*found] == ["student@2 by ddim ddim 2", "student@2 by consistency:1 consistency:1 2"]
-    assert [*curves([*found.values()])] == ["student by ddim", "student by consistency:1"]
+    assert [*found] == ["student@2 with ddim ddim 2", "student@2 with consistency:1 consistency:1 2"]
+    assert [*curves([*found.values()])] == ["student with ddim", "student with consistency:1"]
     student = teachers.load(str(ladder / "stages" / "2"))
     teachers.save(tmp_path / "student.safetensors", replace(student, sampling=Sampling.parse("consistency:1", steps=(2,))))
     evaluate.main(words("--model", tmp_path / "student.safetensors", common, tmp_path / "f"))
     (row,) = rows(tmp_path / "f").values()
-    assert row["fid"] == found["student@2 by consistency:1 consistency:1 2"]["fid"] != found["student@2 by ddim ddim 2"]["fid"]
+    ddim, fresh = (one["fid"] for one in found.values())
+    assert row["fid"] == fresh != ddim
     evaluate.main(words("--model", ladder, FEW, "--output-dir", tmp_path / "one", "--student-samplers ddim consistency:1"))
     assert [*rows(tmp_path / "one")] == ["student@1 ddim 1"]
     line = refused(evaluate.main, "--model", ladder, common, tmp_path / "g", "--student-samplers jump")

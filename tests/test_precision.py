@@ -24,7 +24,7 @@ from recipes.data import sets
 from teachers.students import untrained
 
 TEACHER, DATA = teachers.load("digits"), sets.load("digits")
-ROUNDING = 4 * 2.0**-16  # of a mean of squares, for images in [-1, 1] whose numbers bf16 rounds by 2^-8
+ROUNDING = 4 * 2.0**-16  # absolute error of a mean of squares: four times the square of 2^-8, the spacing of bf16 just below 1
 STUDENT = untrained(TEACHER.shape, TEACHER.classes, (8, 16), 1, seed=0)
 
 

@@ -52,7 +52,7 @@ def test_points_that_an_axis_cannot_show_are_left_out_and_names_do_not_cover_eac
 
 def test_long_names_that_differ_at_their_end_alone_have_different_labels():
     ends = ("consistency:0.5", "consistency:1")
-    rows = [row(f"student@1 by {end}", end, 1, 0.5) | {"role": "student", "run": "a-long-run"} for end in ends]
+    rows = [row(f"student@1 with {end}", end, 1, 0.5) | {"role": "student", "run": "a-long-run"} for end in ends]
     drawn = report_charts.fid_chart(rows, "nfe", NFE, None)
     assert "a-long-ru…tency:0.5<" in drawn and "a-long-ru…istency:1<" in drawn
 
