@@ -19,6 +19,7 @@ FREE = {
     "benchmark",  # tests/test_layouts.py
     "sampler",
     "samplers",
+    "student_samplers",
     "target_mix",
     "lora_targets",
     "regularize",

@@ -329,6 +329,6 @@ def test_lcm_is_one_ddim_step_of_the_guided_teacher_between_neighbours_of_fifty(
 
 
 def test_a_curve_of_a_student_that_takes_the_scale_names_it_at_1_too():
-    row = {"role": "student", "times": None, "grid": "uniform", "guidance": 1.0}
+    row = {"role": "student", "times": None, "grid": "uniform", "sampler": "ddim", "guidance": 1.0}
     assert series(row | {"model": "student@4 w=1"}) == "student w=1" and series(row | {"model": "student@4"}) == "student"
     assert series(row | {"model": "student@4 w=2", "guidance": 2.0}) == "student w=2"
