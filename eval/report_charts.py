@@ -115,7 +115,8 @@ def spectrum_chart(rows: list[dict], cells: Path) -> str:
         name = f"{series(row)}, {steps}" if several else steps
         ratios = enumerate((own / whole).tolist())
         points = [Point(k, ratio, tip=f"{name}: {ratio:.3f} at {k} cycles", link=row.get("id", "")) for k, ratio in ratios]
-        drawn.append(Curve(_short(name), points, *look(len(drawn))))
+        label = f"{_short(series(row), 18 - len(steps))}, {steps}" if several else steps
+        drawn.append(Curve(label, points, *look(len(drawn))))
     axis = Axis("cycles per shorter side", "linear")
     return chart("power spectrum", drawn, axis, Axis("ratio of power", "linear"), [(1.0, "equal")])
 
@@ -156,5 +157,7 @@ def _tip(row: dict) -> str:
     return f"{out}; {text(row, 'seconds_per_image')} ms per image"
 
 
-def _short(name: str) -> str:
-    return name if len(name) < 20 else f"{name[:9]}…{name[-9:]}"  # names of one page often differ at their end alone
+def _short(name: str, longest: int = 19) -> str:
+    """Return the name with its middle cut out if it is longer: names of one page often differ at their end alone."""
+    kept = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:kept]}…{name[-kept:]}"

@@ -67,6 +67,10 @@ def load(
     for name in ("student.safetensors", "teacher.safetensors"):
         if (path / name).is_file():
             return load_file(path / name)
+    if students := sorted(map(str, path.glob("stages/*/student.safetensors"))):
+        raise ValueError(
+            f"{spec}: a run that has not ended; run its command again, or name one of its students: {', '.join(students)}"
+        )
     if path.is_dir() or Path(where).is_dir():
         with quiet(), malformed(spec if path.is_dir() else where):
             return diffusers_pipeline.load(spec, weights=weights)

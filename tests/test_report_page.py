@@ -152,6 +152,21 @@ def test_of_many_spectra_the_ends_of_each_student_are_drawn_over_the_teacher_at_
     assert [float(ratio) for *_, ratio in found] == pytest.approx([0.25] * 4, abs=0.03)
 
 
+def test_spectra_of_runs_that_differ_at_their_ends_alone_have_names_of_their_own(tmp_path):
+    rows = [
+        *TEACHER,
+        *(
+            row(f"progressive-{end} student@8", "ddim", 8, 0.6) | {"role": "student", "run": f"progressive-{end}"}
+            for end in ("96k", "skip0")
+        ),
+    ]
+    for one in rows:
+        files.save(picture_path(tmp_path, one["name"]), {"images": torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8)}, {})
+    drawn = report_charts.spectrum_chart(rows, tmp_path)
+    names = re.findall(r">([^<>]*, 8 steps)</text>", drawn)
+    assert len(set(names)) == 2 and all(len(name) < 21 for name in names)
+
+
 def test_the_commit_is_that_of_a_checkout_and_the_processor_has_a_name(tmp_path, monkeypatch):
     assert machine.processor()
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "eval" / "machine.py"))

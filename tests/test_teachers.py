@@ -262,3 +262,12 @@ def test_the_end_of_a_jump_is_converted_to_the_networks_own_time(two_times):
 def test_a_two_time_network_needs_a_time_input_that_is_finite_at_the_data(teacher):
     endless = replace(teacher, denoiser=replace(teacher.denoiser, schedule=EDM(), prediction="edm", time="log_sigma"))
     refuses("finite at the data", with_two_times, endless)
+
+
+def test_a_run_that_has_not_ended_names_its_students(tmp_path):
+    (tmp_path / "stages" / "cd").mkdir(parents=True)
+    student = tmp_path / "stages" / "cd" / "student.safetensors"
+    student.touch()
+    with pytest.raises(ValueError, match="a run that has not ended") as raised:
+        teachers.load(str(tmp_path))
+    assert str(student) in str(raised.value)
