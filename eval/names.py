@@ -3,6 +3,7 @@
 import re
 
 METRICS = ("all", "fid")  # tests/test_names.py compares them with `eval.collect.COLLECTORS`
+ON_SEARCHED_GRIDS = ("ddim", "dpm++2m", "ipndm")  # samplers that --search-grid also measures on a searched time grid
 EXTRACTORS = (
     "clip:FOLDER, a .safetensors of recipes/classifier.py, a TorchScript .pt or .ts, or 'package.module:factory': uint8 [B, 3, H, W] ->"
     " features, or (features, logits)"

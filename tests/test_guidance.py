@@ -23,6 +23,7 @@ from eval.generate import counted
 from eval.series import series
 from eval.verdict import with_comparisons
 from recipes import consistency, evaluate, guided, progressive, sample
+from recipes.common.cells import cells_of
 from recipes.common.guidance import measured
 from teachers.conditions import Conditions
 from teachers.networks.conditional import wrap
@@ -285,7 +286,7 @@ def test_evaluation_measures_the_scales_that_are_given(teacher):
         (2.0, {("student@2/1 w=2", 2.0)}, {("teacher", 2.0)}),
         ((1.0, 3.0), {("student@2/1 w=1", 1.0), ("student@2/1 w=3", 3.0)}, {("teacher w=1", 1.0), ("teacher w=3", 3.0)}),
     ):
-        cells = evaluate.cells_of(evaluate.Config(steps=(1, 2), samplers=("ddim",), guidance=given), group)
+        cells = cells_of(evaluate.Config(steps=(1, 2), samplers=("ddim",), guidance=given), group)
         named = {role: {(c.label, c.guidance) for c in cells if c.role == role} for role in ("student", "teacher")}
         assert named == {"student": student, "teacher": baseline}
 

@@ -25,6 +25,7 @@ from eval.metrics import Reference
 from eval.reference import extract
 from eval.sweep import sweep
 from recipes import evaluate
+from recipes.common.cells import cells_of, run_of
 from recipes.common.measurement import baselines
 
 SCHEMA = Draft202012Validator(json.loads((ROOT / "eval" / "report.schema.json").read_text()))
@@ -281,19 +282,19 @@ def test_students_of_two_runs_and_a_baseline_among_the_steps_can_be_evaluated(te
     for name, model in (("a", student), ("b", other)):
         teachers.save(tmp_path / name / "stages" / "1" / "student.safetensors", model)
     specs = [str(tmp_path / name / "stages" / "1" / "student.safetensors") for name in "ab"]
-    assert [evaluate.run_of(spec) for spec in (*specs, "python-0a1b")] == ["a", "b", ""]
+    assert [run_of(spec) for spec in (*specs, "python-0a1b")] == ["a", "b", ""]
     config = evaluate.Config(model=(*specs, "digits"), steps=(1, 4), baseline_steps=4, samplers=("ddim",))
     named = [(str(tmp_path / name), [(spec, teachers.load(spec))]) for name, spec in zip("ab", specs)]
-    cells = evaluate.cells_of(config, named)
+    cells = cells_of(config, named)
     assert [(cell.name, cell.run) for cell in cells] == [("a student@1 ddim 1", "a"), ("b student@1 ddim 1", "b")]
-    assert [c.name for c in evaluate.cells_of(config, [("digits", [("digits", teacher)])])] == [
+    assert [c.name for c in cells_of(config, [("digits", [("digits", teacher)])])] == [
         "teacher ddim 1",
         "teacher ddim 4",
     ]
-    beside = evaluate.cells_of(config, [*named, ("digits", [("digits", teacher)])])
+    beside = cells_of(config, [*named, ("digits", [("digits", teacher)])])
     assert {c.name for c in beside} >= {"teacher ddim 1", "teacher ddim 4"}  # found again when a student is added
     two = [(spec, [(spec, teacher)]) for spec in ("digits", "runs/mine.safetensors")]
-    assert {cell.label for cell in evaluate.cells_of(config, two)} == {spec for spec, _ in two}
+    assert {cell.label for cell in cells_of(config, two)} == {spec for spec, _ in two}
 
 
 def test_labels_beside_samples_are_not_cut_and_markup_of_plots_is_text(tmp_path, drawn):
