@@ -33,7 +33,7 @@ PRESETS: dict[str, dict] = {
     | {
         "training_images": 25_600_000, "images": 50_000, "batch_size": 512, "lr": 1e-4, "warmup_images": 50_000,
         "ema_halflife_images": 500_000, "mixed_precision": "bf16",
-    },  # not run yet; for a GPU
+    },  # for a GPU; tried with short trainings alone
 }  # fmt: skip
 
 POINTS = 32  # of a path from noise, where --start denoise has no images

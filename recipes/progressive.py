@@ -31,7 +31,7 @@ PRESETS: dict[str, dict] = {
     | {
         "output_dir": "runs/cifar10/progressive", "images_per_stage": 2_000_000, "images": 50_000, "batch_size": 512, "lr": 2e-4,
         "warmup_images": 50_000, "mixed_precision": "bf16",
-    },  # not run yet; for a GPU
+    },  # for a GPU; tried with short trainings alone
 }  # fmt: skip
 
 GUIDED = 3  # times the images of a stage for the stage in which a student learns guidance

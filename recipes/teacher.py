@@ -31,7 +31,7 @@ PRESETS: dict[str, dict] = {
     | {
         "output_dir": "runs/cifar10/teacher", "channels": (128, 256, 256), "layers": 2, "training_images": 50_000_000, "lr": 4e-4,
         "batch_size": 512, "ema_halflife_images": 500_000, "mixed_precision": "bf16",
-    },  # not run yet; for a GPU
+    },  # for a GPU; tried with short trainings alone
 }  # fmt: skip
 SCHEDULES = ("table", "cosine", "linear_vp", "flow", "edm")
 
