@@ -104,17 +104,17 @@ def draw(standings: list[Standing], baselines: list[dict], path: Path) -> None:
 def page(title: str, standings: list[Standing], baselines: list[dict], facts: dict[str, Any]) -> str:
     """Return the page."""
     names = [name for name in MEANS if any(name in dict(s.means) for s in standings)]
-    heads = ("method", "steps", "FID", "95 % ±", *names, "training, s", "memory, GB", "FID of each seed")
+    heads = ("method", "steps", "FID", "95 % ±", "of each seed", *names, "training, s", "memory, GB")
     rows, kinds = list[list[str]](), list[str]()
     for steps in sorted({s.steps for s in standings}):
         own = sorted((s for s in standings if s.steps == steps), key=lambda s: s.fid)
         best = {s.method for s in front(own)}
         for s in own:
             means = dict(s.means)
-            cells = [s.method, str(s.steps), f"{s.fid:.4f}", f"{s.half:.4f}"]
+            cells = [s.method, str(s.steps), f"{s.fid:.4f}", f"{s.half:.4f}", ", ".join(f"{fid:.3f}" for fid in s.fids)]
             cells += [f"{means[name]:.3f}" if name in means else "" for name in names]
             cells += ["" if s.seconds is None else f"{s.seconds:,.0f}", "" if s.memory_gb is None else f"{s.memory_gb:.2f}"]
-            rows.append([*cells, ", ".join(f"{fid:.4f}" for fid in s.fids)])
+            rows.append(cells)
             kinds.append("front" if s.method in best else "")
     free = sorted(baselines, key=lambda row: (row["nfe"], row["fid"]))
     body = f"""{charts(standings, baselines)}
