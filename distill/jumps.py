@@ -46,22 +46,26 @@ class SortedTimes:
 class GapFirst:
     """Draw the length d of the jump, sigmoid(N(mean, deviation^2)), then s uniformly in [0, 1 - d], and t = s + d (AYF 2506.14603).
 
-    ``from_noise``: part of the jumps that begin at t = 1 instead, where sampling begins, with s = 1 - d.
+    ``from_noise``: part of the jumps that begin at t = 1 instead, where sampling begins, with s = 1 - d. ``to_data``: part that end at
+    s = 0, where sampling ends, with t = d.
     """
 
     mean: float = -0.8
     deviation: float = 1.0
     from_noise: float = 0.0
+    to_data: float = 0.0
 
     def __post_init__(self):
-        if not (self.deviation > 0 and 0 <= self.from_noise <= 1):
+        if not (self.deviation > 0 and 0 <= self.from_noise <= 1 and 0 <= self.to_data <= 1 - self.from_noise):
             raise ValueError(
-                f"a deviation of {self.deviation:g} and a part of {self.from_noise:g}: accepted are above 0, and 0 to 1"
+                f"a deviation of {self.deviation:g} and parts of {self.from_noise:g} and {self.to_data:g}: accepted are above 0, "
+                "and from 0 to 1 in all"
             )
 
     def __call__(self, rng: Rng) -> tuple[Tensor, Tensor]:
         gap = torch.sigmoid(self.mean + self.deviation * rng.normal())
-        s = (1 - gap) * torch.where(rng.uniform() < self.from_noise, 1.0, rng.uniform())
+        which, between = rng.uniform(), rng.uniform()
+        s = (1 - gap) * torch.where(which < self.from_noise, 1.0, torch.where(which >= 1 - self.to_data, 0.0, between))
         return s + gap, s
 
 
@@ -76,8 +80,12 @@ def mean_rate(student: DenoiserLike, s: Tensor, cond: dict[str, Any]) -> Callabl
     return lambda x, t: rate(x, inner(x, t, to=s, **cond), t)
 
 
-def normalised(g: Tensor) -> Tensor:
-    """Return g [B, ...] with each sample divided by its root mean square + 0.1 (AYF 2506.14603)."""
+def normalised(g: Tensor, t: Tensor) -> Tensor:
+    """Return c g [B, ...] with each sample divided by its root mean square + 0.1 (AYF 2506.14603); c = (1 - t) / |(1 - t, t)|.
+
+    c is the cosine of sCM's time (2410.11081), which weighs its tangent too. Near pure noise, where c is 0, nothing damps errors.
+    """
+    g = expand((1 - t) / torch.hypot(1 - t, t), g) * g
     return g / expand(g.flatten(1).square().mean(1).sqrt() + 0.1, g)
 
 

@@ -32,7 +32,7 @@ class MeanFlow:
     ``target``: the data sample or a teacher's x0, from which the rate v follows. ``jumps``: where t and s are drawn; wide enough to
     reach t = 1, where sampling starts. ``apart``: part of the samples with s < t. ``power``: 1 in the paper, for targets from data.
     On a teacher's targets use 0: samples with s = t have no error there and would get all of the weight. ``normalised``: divide the
-    tangent u - u_target of each sample by its root mean square + 0.1, as AYF does; ``power`` then means nothing. ``warmup``: part of
+    weighted tangent u - u_target of each sample by its root mean square + 0.1, `distill.jumps.normalised`; ``power`` then means nothing. ``warmup``: part of
     the run over which the weight r of du/dt rises from 0 to 1. ``jvp``, ``step``: as in `ContinuousConsistency`.
     """
 
@@ -57,6 +57,6 @@ class MeanFlow:
                 u, du = tangent(mean_rate(unwrapped(student), s, cond), x, t, v, self.jvp, self.step, FLOW.t_max)
             u_target = v - r * expand(t - s, x) * du
             if self.normalised:
-                u_target = u - normalised(u - u_target)
+                u_target = u - normalised(u - u_target, t)
         error = (mean_rate(student, s, cond)(x, t) - u_target).square().flatten(1).mean(1)
         return error if self.normalised else error / (error.detach() + self.c) ** self.power

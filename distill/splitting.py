@@ -66,7 +66,7 @@ class AlphaFlow:
                 u_target = alpha * v + (1 - alpha) * rest
         u = mean_rate(student, s, cond)(x, t)
         if self.normalised:
-            u_target, alpha = u.detach() - normalised((u.detach() - u_target) / alpha), 1.0
+            u_target, alpha = u.detach() - normalised((u.detach() - u_target) / alpha, t), 1.0
         return (u - u_target).square().flatten(1).mean(1) / alpha
 
 

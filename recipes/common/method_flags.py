@@ -95,8 +95,8 @@ class MethodFlags(Checked):
     )
     jumps: str | None = method_flag(
         None,
-        "two-time methods: the length of a jump is drawn first (gap:MEAN,DEVIATION,PART_FROM_NOISE), or two times are sorted"
-        " (sorted:MEAN,DEVIATION)",
+        "two-time methods: the length of a jump is drawn first (gap:MEAN,DEVIATION,PART_FROM_NOISE,PART_TO_DATA), or two times"
+        " are sorted (sorted:MEAN,DEVIATION)",
         short=False,
         own=_own("jumps"),
     )

@@ -158,6 +158,7 @@ def unrolled(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Met
 
 
 AFTER_CMT: dict[str, Any] = {"start": "cmt", "start_part": 0.5, "lr": 3e-4}  # at 1e-3 continuous-time methods drift off
+TO_DATA: dict[str, Any] = {"jumps": "gap:-1,1.4,0,0.5"}  # their targets carry errors from t = s up to t, at the same s
 METHODS: dict[str, MethodDefaults] = {
     "cd": MethodDefaults(
         cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order", "data_free"), "truncated_snr", from_data=False
@@ -171,9 +172,11 @@ METHODS: dict[str, MethodDefaults] = {
     "lmd": MethodDefaults(lmd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True, from_data=False),
     "psd": MethodDefaults(psd, 1.0, ("jumps", "data_free"), sampler="jump", two_times=True),
     "alpha_flow": MethodDefaults(
-        alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True, **AFTER_CMT
+        alpha_flow, 1.0, ("jvp", "jvp_step", "alpha", "jumps"), sampler="jump", two_times=True, **TO_DATA, **AFTER_CMT
     ),
-    "meanflow": MethodDefaults(meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, **AFTER_CMT),
+    "meanflow": MethodDefaults(
+        meanflow, 1.0, ("jvp", "jvp_step", "jumps"), sampler="jump", two_times=True, **TO_DATA, **AFTER_CMT
+    ),
     "pdd": MethodDefaults(pdd, 1.0, ("heads", "data_free"), sampler="jump", from_data=False),
     "dmd": MethodDefaults(dmd, 1.0, SECOND, sampler="consistency", from_data=False, steps=(1,), lr=2e-4),
     "sid": MethodDefaults(dmd, 1.0, (*SECOND, "sid_alpha"), sampler="consistency", from_data=False, steps=(1,), lr=2e-4),
@@ -224,7 +227,8 @@ def jumps_of(flags: MethodFlags) -> Jumps:
         return {"gap": GapFirst, "sorted": SortedTimes}[name](*values)
     except (KeyError, ValueError, TypeError):
         raise ValueError(
-            f"--jumps {text}: accepted are gap:MEAN,DEVIATION,PART_FROM_NOISE and sorted:MEAN,DEVIATION, numbers may be left out"
+            f"--jumps {text}: accepted are gap:MEAN,DEVIATION,PART_FROM_NOISE,PART_TO_DATA and sorted:MEAN,DEVIATION, "
+            "numbers may be left out"
         ) from None
 
 
