@@ -31,9 +31,9 @@ class MeanFlow:
 
     ``target``: the data sample or a teacher's x0, from which the rate v follows. ``jumps``: where t and s are drawn; wide enough to
     reach t = 1, where sampling starts. ``apart``: part of the samples with s < t. ``power``: 1 in the paper, for targets from data.
-    On a teacher's targets use 0: samples with s = t have no error there and would get all of the weight. ``normalised``: divide the
-    weighted tangent u - u_target of each sample by its root mean square + 0.1, `distill.jumps.normalised`; ``power`` then means nothing. ``warmup``: part of
-    the run over which the weight r of du/dt rises from 0 to 1. ``jvp``, ``step``: as in `ContinuousConsistency`.
+    On a teacher's targets use 0: samples with s = t have no error there and would get all of the weight. ``normalised``: the tangent
+    u - u_target of each sample goes through `distill.jumps.normalised`; ``power`` then means nothing. ``warmup``: part of the run over
+    which the weight r of du/dt rises from 0 to 1. ``jvp``, ``step``: as in `ContinuousConsistency`.
     """
 
     target: Target

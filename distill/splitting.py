@@ -41,8 +41,8 @@ class AlphaFlow:
     """Return the loss |u(x, t, s) - sg(alpha v + (1 - alpha) u(x_m, m, s))|^2 / alpha per pixel, [B].
 
     ``target``: the data sample or a teacher's x0, from which v follows. ``alpha``: progress -> alpha in (0, 1]. ``jumps``: where t and s
-    are drawn. ``apart``: part of the samples with s < t. ``normalised``: (u - target) / alpha of each sample, whose limit is the tangent of
-    `MeanFlow`, is divided by its root mean square + 0.1 before it is squared. Small values of alpha are unstable without it, and the
+    are drawn. ``apart``: part of the samples with s < t. ``normalised``: (u - target) / alpha of each sample, whose limit is the tangent
+    of `MeanFlow`, goes through `distill.jumps.normalised` before it is squared. Small values of alpha are unstable without it, and the
     paper bounds the same term with its adaptive weight.
     """
 
