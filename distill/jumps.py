@@ -56,10 +56,10 @@ class GapFirst:
     to_data: float = 0.0
 
     def __post_init__(self):
-        if not (self.deviation > 0 and 0 <= self.from_noise <= 1 and 0 <= self.to_data <= 1 - self.from_noise):
+        if not (self.deviation > 0 and min(self.from_noise, self.to_data) >= 0 and self.from_noise + self.to_data <= 1):
             raise ValueError(
-                f"a deviation of {self.deviation:g} and parts of {self.from_noise:g} and {self.to_data:g}: accepted are above 0, "
-                "and from 0 to 1 in all"
+                f"a deviation of {self.deviation:g} and parts of {self.from_noise:g} and {self.to_data:g}: accepted are a deviation "
+                "above 0, and parts of at least 0 that sum to at most 1"
             )
 
     def __call__(self, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -81,11 +81,12 @@ def mean_rate(student: DenoiserLike, s: Tensor, cond: dict[str, Any]) -> Callabl
 
 
 def normalised(g: Tensor, t: Tensor) -> Tensor:
-    """Return c g [B, ...] with each sample divided by its root mean square + 0.1 (AYF 2506.14603); c = (1 - t) / |(1 - t, t)|.
+    """Return c g [B, ...] with each sample divided by its root mean square + 0.1 (AYF 2506.14603); c = alpha / |(alpha, sigma)| at t.
 
-    c is the cosine of sCM's time (2410.11081), which weighs its tangent too. Near pure noise, where c is 0, nothing damps errors.
+    c is the cosine of sCM's time, which weighs its tangent too (2410.11081). It is 0 at pure noise, where nothing damps errors.
     """
-    g = expand((1 - t) / torch.hypot(1 - t, t), g) * g
+    alpha, sigma = FLOW.at(t)
+    g = expand(alpha / torch.hypot(alpha, sigma), g) * g
     return g / expand(g.flatten(1).square().mean(1).sqrt() + 0.1, g)
 
 

@@ -99,7 +99,7 @@ def draw(standings: list[Standing], baselines: list[dict], path: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="FID", title=plural(steps, "evaluation"))
             axis.margins(x=0.2)  # room for a name at the right edge
             if own:
-                axis.set_ylim(bottom=min(s.fid for s in own) / 4)  # not where an interval ends, which may be at 0
+                axis.set_ylim(bottom=min([s.fid for s in own] + free) / 4)  # not where an interval ends, which may be at 0
             axis.grid(alpha=0.25, which="both")
 
 

@@ -252,6 +252,9 @@ def test_the_gap_is_drawn_first_and_parts_of_the_jumps_begin_at_noise_and_end_at
     assert abs(float((s == 0).float().mean()) - 0.2) < 0.02
     t, s = SortedTimes()(rng(20_000))
     assert (t >= s).all()
+    GapFirst(from_noise=0.9, to_data=0.1)
+    for wrong in ({"from_noise": 0.7, "to_data": 0.4}, {"to_data": -0.1}, {"deviation": 0.0}):
+        refuses("sum to at most 1", lambda wrong=wrong: GapFirst(**wrong))
 
 
 def test_without_data_jumps_begin_where_the_student_lands():

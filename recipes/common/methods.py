@@ -158,7 +158,7 @@ def unrolled(flags: MethodFlags, target: Target, options: dict[str, Any]) -> Met
 
 
 AFTER_CMT: dict[str, Any] = {"start": "cmt", "start_part": 0.5, "lr": 3e-4}  # at 1e-3 continuous-time methods drift off
-TO_DATA: dict[str, Any] = {"jumps": "gap:-1,1.4,0,0.5"}  # their targets carry errors from t = s up to t, at the same s
+TO_DATA: dict[str, Any] = {"jumps": "gap:-1,1.4,0,0.5"}  # the target of a jump to s holds errors of shorter jumps to s
 METHODS: dict[str, MethodDefaults] = {
     "cd": MethodDefaults(
         cd, 1.0, (*PAIRS, "grid", "grid_steps", "substeps", "order", "data_free"), "truncated_snr", from_data=False
