@@ -32,7 +32,10 @@ Rows = tuple[Tensor, dict[str, Tensor], slice]  # x0 [b, ...], its conditions, a
 
 @dataclass(frozen=True)
 class Second:
-    """Say how the second network begins and is trained. ``period``: its steps per step of the student."""
+    """Say how the second network begins and is trained. ``period``: its steps per step of the student.
+
+    ``lr`` falls linearly to 0, as that of the student does: the noise of the second network's last steps is in the student's gradient.
+    """
 
     begin: Denoiser
     lr: float = 1e-3
@@ -64,6 +67,8 @@ class SecondTrainer:
     def steps(self, student: Denoiser, parts: list[Rows], draws: tuple[Any, ...], batch: int, progress: float) -> None:
         """Take `Second.period` steps. ``student``: without wrappers. ``draws``: what the random numbers are a function of."""
         a, wrapped = self.accelerator, dataclasses.replace(self.of.begin, net=self.net)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.of.lr * (1 - progress)
         for turn in range(self.of.period):
             self.optimizer.zero_grad()
             for k, (x0, cond, rows) in enumerate(parts):
