@@ -17,7 +17,7 @@ from distill.regression import Regression
 from distill.resume import Resumable
 from distill.rng import Rng, seed_of
 from distill.schedule import Cosine
-from distill.second import Second, without_gradient
+from distill.second import Second, SecondTrainer, without_gradient
 from distill.target import Mix
 from distill.train import BatchSplit, Optimization, train
 from recipes import consistency
@@ -163,6 +163,15 @@ def test_the_second_network_learns_at_its_own_rate(lr):
     before = weights(begin)
     list(trained(student, Optimization(images=64, batch_size=64, lr=1e-3), Seen(ORACLE, Second(begin, lr=lr, period=1), 2)))
     moved = (fakes[0] - before).abs()
+    assert moved.max() <= 1.01 * lr + 1e-7 and moved.median() >= 0.9 * lr - 1e-7
+
+
+@pytest.mark.parametrize("progress", [0.25, 0.75, 1.0])
+def test_the_rate_of_the_second_network_falls_to_zero_as_that_of_the_student_does(progress):
+    begin, how = Denoiser(Small(), Cosine()), Optimization(images=64 * 100, batch_size=64)
+    trainer = SecondTrainer(Matching(ORACLE, Second(begin, lr=0.1, period=1)), Accelerator(cpu=True))
+    trainer.steps(fresh(), [(torch.zeros(64, 2), {}, slice(0, 64))], (0, "p", 0), 64, progress)
+    moved, lr = (weights(trainer.denoiser) - weights(begin)).abs(), 0.1 * how.lr_at(round(100 * progress)) / how.lr
     assert moved.max() <= 1.01 * lr + 1e-7 and moved.median() >= 0.9 * lr - 1e-7
 
 
