@@ -63,7 +63,7 @@ ENTRANTS: dict[str, Callable[[int], list[str]]] = {
     "pdd-data-free": _consistency("pdd", "--data-free"),
     "cmt-data-free": _consistency("cmt", "--data-free"),
     "dmd": _consistency("dmd", "--start", "cmt", "--start-part", "0.75"),
-    "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.75"),
+    "sid": _consistency("sid", "--start", "cmt", "--start-part", "0.5"),
 }
 STANDARD = tuple(
     name for name in ENTRANTS if name != "unrolled"
