@@ -45,7 +45,7 @@ def test_pixels_are_features_in_plus_and_minus_one():
 
 @pytest.mark.slow
 def test_a_killed_arena_goes_on_and_trains_nothing_twice(new, tmp_path, monkeypatch):
-    flags = "--methods progressive cd pdd sid --seeds 2 --training-images 64 --steps 1 2 --images 60 --chunk 60"
+    flags = "--methods progressive cd pdd sid --seeds 2 --training-images 128 --steps 1 2 --images 60 --chunk 60"
     flags += " --sweep-steps 1 --samplers ddim"
     arguments = (flags, "--teacher", new, "--output-dir", tmp_path / "arena", "--threads", "1")
     trained, learn = [], consistency.learn
