@@ -34,7 +34,8 @@ Rows = tuple[Tensor, dict[str, Tensor], slice]  # x0 [b, ...], its conditions, a
 class Second:
     """Say how the second network begins and is trained. ``period``: its steps per step of the student.
 
-    ``lr`` falls linearly to 0, as that of the student does: the noise of the second network's last steps is in the student's gradient.
+    ``lr`` falls linearly to 0 over the run, as that of the student does. At a constant rate the noise of this network's updates stays
+    in the student's gradient to the end.
     """
 
     begin: Denoiser

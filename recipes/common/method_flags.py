@@ -113,7 +113,9 @@ class MethodFlags(Checked):
     second_period: int = method_flag(
         5, "dmd, sid: steps of the fake denoiser per step of the student", short=False, at_least=1, at_most=1000
     )
-    second_lr: float = method_flag(1e-3, "dmd, sid: learning rate of the fake denoiser", short=False, **LEARNING_RATE)
+    second_lr: float = method_flag(
+        1e-3, "dmd, sid: learning rate of the fake denoiser; it falls to 0", short=False, **LEARNING_RATE
+    )
     sid_alpha: float = method_flag(1.0, "sid: alpha of its loss, 1 to 1.2 in the paper", short=False, at_least=0, at_most=2)
     heads: int = method_flag(
         16, "pdd: last layers of the student, one for each step of its grid", short=False, at_least=2, at_most=256
